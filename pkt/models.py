@@ -1,0 +1,418 @@
+"""All that pkt knows about Hugging Face architectures: where the decoder layers are, what each matrix is for, how to load.
+
+Nothing here names a model class. Layers are found in the module tree, roles by the short table below; an architecture that
+uses other names is taught to pkt by adding a line to `ROLES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pkt.errors import PktError
+from pkt.storage import read_json, safetensors_header, sha256
+
+Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+
+# Last part of a module's name -> (role, group). `modules=` of pkt.plan selects by group.
+ROLES: dict[str, tuple[str, str]] = {
+    "q_proj": ("q", "attention"),
+    "k_proj": ("k", "attention"),
+    "v_proj": ("v", "attention"),
+    "o_proj": ("o", "attention"),
+    "out_proj": ("o", "attention"),
+    "c_attn": ("qkv", "attention"),
+    "qkv_proj": ("qkv", "attention"),
+    "query_key_value": ("qkv", "attention"),
+    "attn.c_proj": ("o", "attention"),
+    "attention.dense": ("o", "attention"),
+    "self_attention.dense": ("o", "attention"),
+    "gate_proj": ("gate", "ffn"),
+    "up_proj": ("up", "ffn"),
+    "down_proj": ("down", "ffn"),
+    "gate_up_proj": ("gate_up", "ffn"),
+    "c_fc": ("up", "ffn"),
+    "mlp.c_proj": ("down", "ffn"),
+    "fc1": ("up", "ffn"),
+    "fc2": ("down", "ffn"),
+    "dense_h_to_4h": ("up", "ffn"),
+    "dense_4h_to_h": ("down", "ffn"),
+}
+
+# Rows (q, k, v) or columns (o) of these roles are heads side by side.
+HEAD_ROWS = ("q", "k", "v")
+HEAD_COLUMNS = ("o",)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix that knowledge can be taken from or given to: a linear layer or an embedding table."""
+
+    module: str
+    kind: Kind
+    shape: tuple[int, int]  # [out, in] of the product, whatever the parameter's layout; an embedding is [vocabulary, d]
+    role: str
+    group: str  # attention, ffn, embedding or other
+    layer: int | None = None
+    suffix: str = ""  # the module's name within its layer; its whole name outside the layers
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.module}.weight"
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """The parameter (or its scores) as `shape`: Conv1D stores its weight [in, out]. A view."""
+        return matrix.t() if self.kind == "conv1d" else matrix
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a plan needs to know of a model; made without its weights."""
+
+    name: str
+    model_type: str
+    targets: tuple[Target, ...]
+    layers: str | None  # name of the list of decoder layers
+    num_layers: int
+    vocab_size: int | None
+    head_dim: int | None
+    tied: bool
+    head: str | None = None  # the module that gives the logits
+    config: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def by_module(self) -> dict[str, Target]:
+        return {t.module: t for t in self.targets}
+
+    def identity(self) -> dict[str, Any]:
+        """What is written beside a result, and compared when it is used again."""
+        shapes = sorted(f"{t.module}{list(t.shape)}" for t in self.targets)
+        return {
+            "name": self.name,
+            "model_type": self.model_type,
+            "num_layers": self.num_layers,
+            "vocab_size": self.vocab_size,
+            "tied_head": self.head if self.tied else None,
+            "shapes": sha256("\n".join(shapes)),
+        }
+
+
+def decoder_layers(model: nn.Module) -> str | None:
+    """The name of the ModuleList that holds the decoder layers: the largest list of like modules, or None."""
+    best, size = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+            parameters = sum(p.numel() for p in module.parameters())
+            if parameters > size and not isinstance(module[0], nn.Linear):
+                best, size = name, parameters
+    return best
+
+
+def layer_of(parameter: str, layers: str | None) -> int | None:
+    """The decoder layer a parameter or module belongs to, or None."""
+    if layers is None:
+        return None
+    match = re.match(re.escape(layers) + r"\.(\d+)(\.|$)" if layers else r"(\d+)(\.|$)", parameter)
+    return int(match[1]) if match else None
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How a module uses its weight, or None when pkt has no fast path for it."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def _role(module: str) -> tuple[str, str]:
+    parts = module.split(".")
+    for key in (".".join(parts[-2:]), parts[-1]):
+        if key in ROLES:
+            return ROLES[key]
+    return parts[-1], "other"
+
+
+def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
+    """The spec of a model in memory (its weights may be on the meta device)."""
+    layers = decoder_layers(model)
+    config: Any = getattr(model, "config", None)
+    embedding = _call(model, "get_input_embeddings")
+    head = _call(model, "get_output_embeddings")
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    targets, head_name = [], None
+    for module_name, module in model.named_modules():
+        if module is head:
+            head_name = module_name
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows, cols = weight.shape if kind != "conv1d" else weight.t().shape
+        layer = layer_of(module_name, layers)
+        suffix = module_name
+        if layer is not None:
+            suffix = module_name[len(f"{layers}.{layer}.") :]
+        if module is head:
+            if tied:
+                continue
+            role, group = "head", "embedding"
+        elif module is embedding:
+            role, group = "embed", "embedding"
+        else:
+            role, group = _role(module_name)
+        targets.append(Target(module_name, kind, (rows, cols), role, group, layer, suffix))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None and getattr(text, "num_attention_heads", None):
+        head_dim = text.hidden_size // text.num_attention_heads
+    count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
+    return ModelSpec(
+        name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
+        model_type=str(getattr(config, "model_type", type(model).__name__)),
+        targets=tuple(targets),
+        layers=layers,
+        num_layers=count,
+        vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
+        head_dim=head_dim,
+        tied=tied,
+        head=head_name,
+        config=config.to_dict() if hasattr(config, "to_dict") else {},
+    )
+
+
+def _call(model: nn.Module, method: str) -> Any:
+    function: Any = getattr(model, method, None)
+    if function is None:
+        return None
+    try:
+        return function()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def spec_of(model: Any) -> ModelSpec:
+    """The spec of a model, a configuration or a checkpoint directory; reads no weights.
+
+    Raises `PktError` for a directory that is not a checkpoint.
+    """
+    if isinstance(model, ModelSpec):
+        return model
+    if isinstance(model, nn.Module):
+        return spec_of_model(unwrap(model))
+    name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name_or_path", "") or "config")
+    config = load_config(model) if isinstance(model, (str, Path)) else model
+    return spec_of_model(skeleton(config), name)
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model of a configuration on the meta device: every module and shape, no weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), quiet():
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        except (ValueError, KeyError) as error:
+            kind = getattr(config, "model_type", type(config).__name__)
+            raise PktError(f"transformers has no causal language model for {kind!r}: {first_line(error)}") from error
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain model inside a PeftModel or a compiled or data-parallel wrapper."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+        inner = inner.get_base_model()
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' loading bars and notices off the terminal: pkt says what matters itself."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _local(path: str | Path) -> Path | None:
+    """The directory a name means, or None when it must be a name on the Hub."""
+    path = Path(path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise PktError(f"{path} is a file; name the checkpoint directory that holds it")
+    if path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
+        raise PktError(f"{path} does not exist; name a checkpoint directory or a model on the Hub (owner/name)")
+    return None
+
+
+def load_config(path: str | Path) -> Any:
+    """The configuration of a checkpoint directory or of a model on the Hub."""
+    from transformers import AutoConfig
+
+    local = _local(path)
+    if local is not None:
+        if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+            raise PktError(f"{path} is an adapter folder; a model directory with a config.json is needed here")
+        read_json(local / "config.json")
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise PktError(f"{path}: not a model transformers can read: {first_line(error)}") from error
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a checkpoint directory or of a model on the Hub."""
+    from transformers import AutoTokenizer
+
+    _local(path)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise PktError(f"{path}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint directory with a missing, truncated or unsafe weight file, before any of it is loaded.
+
+    Raises `PktError` naming the file. A model on the Hub is left to transformers.
+    """
+    local = _local(path)
+    if local is None:
+        return
+    index = local / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map", {})
+        headers = {shard: safetensors_header(local / shard) for shard in sorted(set(weight_map.values()))}
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise PktError(
+                    f"{local / shard} lacks {name}, which {index.name} places there; copy the checkpoint again"
+                )
+        return
+    if (local / "model.safetensors").is_file():
+        safetensors_header(local / "model.safetensors")
+        return
+    pickles = sorted(local.glob("*.bin"))
+    if not pickles:
+        raise PktError(f"{path} has no model.safetensors; save the model there with save_pretrained")
+    for file in pickles:
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # torch.load raises many types for a bad pickle
+            raise PktError(
+                f"{file} is a pickle that cannot be loaded safely ({first_line(error)}); convert it to safetensors"
+            ) from error
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+    """A causal language model from a checkpoint directory or the Hub, in eval mode, in its own dtype unless one is given.
+
+    Raises `PktError` for a damaged checkpoint, and for one that leaves parameters of the model unset.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_checkpoint(path)
+    load_config(path)
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype or "auto", output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise PktError(f"{path}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info.get("missing_keys", ())) + sorted(str(k) for k in info.get("mismatched_keys", ()))
+    if missing:
+        raise PktError(
+            f"{path}: the checkpoint does not fill {', '.join(missing[:5])}; it is incomplete or another model's"
+        )
+    return model.eval().to(device)
+
+
+def fingerprint(model: Any) -> str:
+    """A hash that changes when a checkpoint does: names, shapes and file ends, not every byte of a large model."""
+    if isinstance(model, (str, Path)) and Path(model).is_dir():
+        parts: list[bytes | str] = []
+        for file in sorted(Path(model).glob("*.safetensors")):
+            with open(file, "rb") as handle:
+                parts += [file.name, str(file.stat().st_size), handle.read(1 << 16)]
+                handle.seek(max(0, file.stat().st_size - (1 << 16)))
+                parts.append(handle.read())
+        return sha256(*parts)
+    if isinstance(model, nn.Module):
+        parts = []
+        for name, parameter in unwrap(model).named_parameters():
+            flat = parameter.detach().flatten()
+            ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
+            parts += [name, str(tuple(parameter.shape)), ends.numpy().tobytes()]
+        return sha256(*parts)
+    return sha256(json.dumps(spec_of(model).identity(), sort_keys=True))
+
+
+def check_tokenizer(tokenizer: Any, spec: ModelSpec) -> None:
+    """Refuse a tokenizer that can produce ids the model has no embedding for."""
+    size = len(tokenizer)
+    if spec.vocab_size is not None and size > spec.vocab_size:
+        raise PktError(
+            f"the tokenizer has {size} tokens but {spec.name} embeds only {spec.vocab_size}; "
+            "use the tokenizer that was saved with the model"
+        )
+
+
+class Weights:
+    """Parameters by name, one at a time: of a model in memory, or straight out of a safetensors checkpoint."""
+
+    def __init__(self, model: Any) -> None:
+        self.model: nn.Module | None = unwrap(model) if isinstance(model, nn.Module) else None
+        self.path = model
+        self.files: dict[str, Path] = {}
+        if self.model is None:
+            check_checkpoint(model)
+            local = _local(model)
+            for file in sorted(local.glob("*.safetensors")) if local else ():
+                self.files.update({key: file for key in safetensors_header(file) if key != "__metadata__"})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.model is None and name not in self.files:
+            # Saved under other names (an old layout, a pickle, the Hub): let transformers map them.
+            self.model = load_model(self.path)
+        if self.model is not None:
+            try:
+                return self.model.get_parameter(name).detach()
+            except AttributeError as error:
+                raise PktError(f"the model has no parameter {name}; the plan was made for another model") from error
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor

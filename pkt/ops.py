@@ -1,0 +1,428 @@
+"""Every operation of pkt once: its schema, its fake, its torch implementation and its GPU implementation.
+
+The dispatcher is the fallback: callers say `ops.linear_sensitivity_(...)` and never ask where the tensors are. The torch
+implementations below run on any device; on CUDA the Triton kernels of `pkt_kernels` take their place when Triton is there
+and the device can run them (`implementation()` says which one each op uses, and why).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt.errors import PktError, PktWarning
+from pkt.rsvd_reference import rsvd as _rsvd_torch
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Elements of one block of a gradient on the CPU: 1 MiB of fp32 stays in a core's L2 while it is folded into the scores.
+_BLOCK_ELEMENTS = 1 << 18
+
+_lib = torch.library.Library("pkt", "DEF")
+_lib.define("abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad) -> ()")
+_lib.define(
+    "linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
+)
+_lib.define(
+    "linear_sensitivity_tiles_(Tensor(a!) tiles, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens, "
+    "int tile) -> ()"
+)
+_lib.define(
+    "embedding_sensitivity_(Tensor(a!) acc, Tensor w, Tensor ids, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
+)
+_lib.define("best_window(Tensor score, int rows, int cols, int row_step=1, int col_step=1) -> (Tensor, Tensor)")
+_lib.define("rsvd(Tensor a, int rank, int oversample=16, int iters=4, int seed=0) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+# --- torch implementations ------------------------------------------------------------------------------------------
+
+
+def _working(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _spans(seq_starts: Tensor, seq_lens: Tensor) -> list[tuple[int, int]]:
+    return [(s, s + n) for s, n in zip(seq_starts.tolist(), seq_lens.tolist(), strict=True) if n]
+
+
+def _abs_accumulate_torch(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
+    work = _working(theta, grad)
+    if acc.ndim == 0:
+        acc += (theta.to(work) * grad.to(work)).abs()
+        return
+    rows = max(1, _BLOCK_ELEMENTS * acc.shape[0] // max(1, acc.numel()))
+    for a, t, g in zip(acc.split(rows), theta.split(rows), grad.split(rows), strict=True):
+        a += (t.to(work) * g.to(work)).abs_()
+
+
+def _abs_gradient_blocks(x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, row_multiple: int) -> Any:
+    """Yield (rows, Σ_j |dY_jᵀ X_j| of those rows), one cache-sized block of rows at a time."""
+    n, m = dy.shape[1], x.shape[1]
+    work = _working(x, dy)
+    samples = [(x[a:b].to(work), dy[a:b].to(work)) for a, b in _spans(seq_starts, seq_lens)]
+    block = _BLOCK_ELEMENTS if x.device.type == "cpu" else n * m
+    rows = max(1, min(n, block // max(1, m)))
+    rows = -(-rows // row_multiple) * row_multiple
+    grad = torch.empty(min(rows, n), m, dtype=work, device=x.device)
+    total = torch.empty_like(grad)
+    for top in range(0, n if samples and m else 0, rows):
+        part = slice(top, min(top + rows, n))
+        height = part.stop - top
+        for j, (x_j, dy_j) in enumerate(samples):
+            out = (grad if j else total)[:height]
+            torch.mm(dy_j[:, part].t(), x_j, out=out)
+            out.abs_()
+            if j:
+                total[:height] += out
+        yield part, total[:height]
+
+
+def _linear_sensitivity_torch(
+    acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor
+) -> None:
+    for part, total in _abs_gradient_blocks(x, dy, seq_starts, seq_lens, 1):
+        acc[part].addcmul_(total.to(acc.dtype), w[part].to(acc.dtype).abs())
+
+
+def tile_sums(values: Tensor, tile: int) -> Tensor:
+    """Sums over tile x tile blocks of the last two dims (over `tile` elements of a vector); ragged edges are kept.
+
+    values [..., n, m] -> [..., ceil(n/tile), ceil(m/tile)], fp32.
+    """
+    pads = [0, -values.shape[-1] % tile]
+    if values.ndim > 1:
+        pads += [0, -values.shape[-2] % tile]
+    padded = torch.nn.functional.pad(values, pads)
+    if values.ndim == 1:
+        return padded.view(-1, tile).sum(1, dtype=torch.float32)
+    *lead, n, m = padded.shape
+    return padded.view(*lead, n // tile, tile, m // tile, tile).sum((-3, -1), dtype=torch.float32)
+
+
+def _linear_sensitivity_tiles_torch(
+    tiles: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, tile: int
+) -> None:
+    for part, total in _abs_gradient_blocks(x, dy, seq_starts, seq_lens, tile):
+        total *= w[part].to(total.dtype).abs()
+        tiles[part.start // tile : -(-part.stop // tile)] += tile_sums(total, tile)
+
+
+def embedding_rows(
+    ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient rows an embedding gets, one per (sample, token id): ids [U], rows [U, d], summed over positions."""
+    work = _working(dy)
+    spans = _spans(seq_starts, seq_lens)
+    if not spans:
+        return ids.new_empty(0), dy.new_empty(0, dy.shape[1], dtype=work)
+    keys = torch.cat([ids[a:b] + j * vocabulary for j, (a, b) in enumerate(spans)])
+    rows = torch.cat([dy[a:b] for a, b in spans]).to(work)
+    unique, inverse = keys.unique(return_inverse=True)
+    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device).index_add_(0, inverse, rows)
+    return unique % vocabulary, summed
+
+
+def _embedding_sensitivity_torch(
+    acc: Tensor, w: Tensor, ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor
+) -> None:
+    touched, rows = embedding_rows(ids, dy, seq_starts, seq_lens, w.shape[0])
+    acc.index_add_(0, touched, (rows * w[touched].to(rows.dtype)).abs_().to(acc.dtype))
+
+
+def window_bits(rows: int, cols: int) -> int:
+    """Bits of max(S) kept when S is quantized: 36, less where a window's exact sum would not fit in 62."""
+    return min(36, 62 - math.ceil(math.log2(max(1, rows * cols))))
+
+
+def _best_window_torch(
+    score: Tensor, rows: int, cols: int, row_step: int = 1, col_step: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Exact integer sums of every window, by prefix sums (their wrap-around cancels in the differences)."""
+    peak = score.max()
+    exponent = torch.frexp(peak.double()).exponent
+    scale = torch.ldexp(torch.ones((), dtype=torch.float64, device=score.device), window_bits(rows, cols) - exponent)
+    quantized = (score.double() * scale).add_(0.5).floor_().long()
+    if rows == score.shape[0]:
+        sums = quantized.sum(0, keepdim=True)
+    else:
+        sums = _sliding(quantized, rows, row_step, 0)
+    sums = sums.sum(1, keepdim=True) if cols == score.shape[1] else _sliding(sums, cols, col_step, 1)
+    flat = sums.flatten()
+    # argmax does not promise the first of equal maxima.
+    total = flat.max()
+    first = (flat == total).to(torch.uint8).argmax() if flat.device.type == "cpu" else (flat == total).nonzero()[0, 0]
+    offset = torch.stack([first // sums.shape[1] * row_step, first % sums.shape[1] * col_step])
+    return offset, total
+
+
+def _sliding(values: Tensor, width: int, step: int, dim: int) -> Tensor:
+    prefix = values.cumsum(dim)
+    n = values.shape[dim]
+    upper = prefix.narrow(dim, width - 1, n - width + 1).clone()
+    upper.narrow(dim, 1, n - width).sub_(prefix.narrow(dim, 0, n - width))
+    index = torch.arange(0, n - width + 1, step, device=values.device)
+    return upper if step == 1 else upper.index_select(dim, index)
+
+
+# --- which implementation runs --------------------------------------------------------------------------------------
+
+
+def _import_extension() -> Any:
+    try:
+        return importlib.import_module("pkt._C")
+    except ModuleNotFoundError as error:
+        if error.name != "pkt._C":
+            raise
+        return None
+    except ImportError as error:
+        raise PktError(
+            f"pkt's compiled extension is there but does not load ({error}); build it again for this torch with "
+            "`pip install -e . --no-build-isolation`, or delete it to use the torch implementation"
+        ) from error
+
+
+_extension = _import_extension()
+
+_TRITON: dict[str, tuple[str, str]] = {
+    "abs_accumulate_": ("abs_accumulate", "abs_accumulate"),
+    "linear_sensitivity_": ("linear_sensitivity", "linear_sensitivity"),
+    "linear_sensitivity_tiles_": ("linear_sensitivity", "linear_sensitivity_tiles"),
+    "embedding_sensitivity_": ("embedding_sensitivity", "embedding_sensitivity"),
+    "best_window": ("window_search", "best_window"),
+}
+_TORCH: dict[str, Callable[..., Any]] = {
+    "abs_accumulate_": _abs_accumulate_torch,
+    "linear_sensitivity_": _linear_sensitivity_torch,
+    "linear_sensitivity_tiles_": _linear_sensitivity_tiles_torch,
+    "embedding_sensitivity_": _embedding_sensitivity_torch,
+    "best_window": _best_window_torch,
+}
+
+
+@functools.cache
+def _no_triton(device_index: int) -> str | None:
+    """Why the Triton kernels cannot run on this CUDA device, or None when they can."""
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < (8, 0):
+        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, below 8.0"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken Triton raises anything from ImportError to OSError
+        return f"Triton does not import ({error})"
+    return None
+
+
+def _cuda(name: str) -> Callable[..., Any]:
+    module, attribute = _TRITON[name]
+
+    def launch(first: Tensor, *args: Any) -> Any:
+        reason = _no_triton(first.device.index or 0)
+        if reason is None:
+            kernel = getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
+            if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (first, *args)):
+                return _TORCH[name](first, *args)
+            with torch.cuda.device(first.device):
+                return kernel(first, *args)
+        _warn_once(reason)
+        return _TORCH[name](first, *args)
+
+    return launch
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"pkt uses its torch implementations on this GPU: {reason}", PktWarning, stacklevel=4)
+
+
+for _name, _function in _TORCH.items():
+    _lib.impl(_name, _function, "CPU")
+    _lib.impl(_name, _cuda(_name), "CUDA")
+
+_RSVD_KEYS = [k for k in ("CPU", "CUDA") if not torch._C._dispatch_has_kernel_for_dispatch_key("pkt::rsvd", k)]
+for _key in _RSVD_KEYS:
+    _lib.impl("rsvd", _rsvd_torch, _key)
+
+
+def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
+    """(which implementation `pkt::name` uses on that device, why), for `pkt env`."""
+    device = torch.device(device)
+    if name == "rsvd":
+        if device.type.upper() not in _RSVD_KEYS:
+            return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
+        return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
+    if device.type == "cuda":
+        reason = _no_triton(device.index or 0)
+        return ("torch", reason) if reason else ("Triton", "compute capability 8.0 or above")
+    return "torch", "the CPU implementation"
+
+
+# --- fakes ----------------------------------------------------------------------------------------------------------
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+for _name in ("abs_accumulate_", "linear_sensitivity_", "linear_sensitivity_tiles_", "embedding_sensitivity_"):
+    torch.library.register_fake(f"pkt::{_name}", _fake_nothing, lib=_lib)
+
+
+def _fake_best_window(
+    score: Tensor, rows: int, cols: int, row_step: int = 1, col_step: int = 1
+) -> tuple[Tensor, Tensor]:
+    return score.new_empty(2, dtype=torch.int64), score.new_empty((), dtype=torch.int64)
+
+
+def _fake_rsvd(
+    a: Tensor, rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, m = a.shape
+    empty = functools.partial(a.new_empty, dtype=torch.float32)
+    return empty(n, rank), empty(rank), empty(m, rank), empty(4)
+
+
+torch.library.register_fake("pkt::best_window", _fake_best_window, lib=_lib)
+torch.library.register_fake("pkt::rsvd", _fake_rsvd, lib=_lib)
+
+
+# --- checked entry points -------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, op: str, message: str) -> None:
+    if not condition:
+        raise PktError(f"pkt::{op}: {message}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _check_scores(op: str, acc: Tensor, **others: Tensor) -> None:
+    _require(acc.dtype in (torch.float32, torch.float64), op, f"the scores must be fp32, not {_shape(acc)}")
+    for name, tensor in others.items():
+        _require(tensor.device == acc.device, op, f"{name} is {_shape(tensor)}, the scores are on {acc.device}")
+        _require(tensor.dtype in _FLOATS, op, f"{name} must be floating point, not {_shape(tensor)}")
+
+
+def _check_samples(op: str, length: int, seq_starts: Tensor, seq_lens: Tensor) -> None:
+    same = seq_starts.shape == seq_lens.shape and seq_starts.ndim == 1
+    _require(same, op, f"seq_starts {_shape(seq_starts)} and seq_lens {_shape(seq_lens)} must be vectors of one length")
+    _require(
+        seq_starts.dtype == torch.int64 and seq_lens.dtype == torch.int64, op, "seq_starts and seq_lens must be int64"
+    )
+    if seq_starts.device.type != "cpu":
+        # Read on the device, without waiting for it: a violation stops the stream with this message.
+        order = seq_starts.argsort()
+        ends = seq_starts + seq_lens
+        good = (seq_lens >= 0).all() & (seq_starts >= 0).all() & (ends <= length).all()
+        good &= (ends[order][:-1] <= seq_starts[order][1:]).all()
+        torch._assert_async(good, f"pkt::{op}: seq_starts and seq_lens overlap or run past the {length} rows")
+        return
+    end = 0
+    for start, size in sorted(zip(seq_starts.tolist(), seq_lens.tolist(), strict=True)):
+        if size < 0 or start < 0 or start + size > length:
+            raise PktError(f"pkt::{op}: sample rows {start}..{start + size} run past the {length} rows of the batch")
+        if size and start < end:
+            raise PktError(f"pkt::{op}: sample rows {start}..{start + size} overlap the sample that ends at row {end}")
+        end = max(end, start + size)
+
+
+def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
+    """acc += |theta * grad| in fp32, in place; any shape and strides, all three of one shape (METHOD, section 1)."""
+    _check_scores("abs_accumulate_", acc, theta=theta, grad=grad)
+    same = acc.shape == theta.shape == grad.shape
+    _require(same, "abs_accumulate_", f"shapes differ: acc {_shape(acc)}, theta {_shape(theta)}, grad {_shape(grad)}")
+    torch.ops.pkt.abs_accumulate_(acc, theta, grad)
+
+
+def _check_linear(
+    op: str, shape: Sequence[int], w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor
+) -> None:
+    _require(
+        w.ndim == 2 and x.ndim == 2 and dy.ndim == 2, op, f"w {_shape(w)}, x {_shape(x)}, dy {_shape(dy)}: not 2-D"
+    )
+    good = x.shape[0] == dy.shape[0] and tuple(w.shape) == (dy.shape[1], x.shape[1])
+    _require(good, op, f"w {_shape(w)} must be [out, in], x {_shape(x)} [rows, in] and dy {_shape(dy)} [rows, out]")
+    _require(tuple(shape) == tuple(w.shape), op, f"the scores' shape does not fit w {_shape(w)}")
+    _check_samples(op, x.shape[0], seq_starts, seq_lens)
+
+
+def linear_sensitivity_(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor) -> None:
+    """acc += |w| * sum_j |dy_jᵀ x_j|, per sample before the absolute value (METHOD, section 1).
+
+    acc [out, in] fp32; w [out, in]; x [rows, in]; dy [rows, out]; sample j is rows seq_starts[j] .. + seq_lens[j] (int64).
+    Rows of no sample are never read.
+    """
+    _check_scores("linear_sensitivity_", acc, w=w, x=x, dy=dy)
+    _check_linear("linear_sensitivity_", acc.shape, w, x, dy, seq_starts, seq_lens)
+    torch.ops.pkt.linear_sensitivity_(acc, w, x, dy, seq_starts, seq_lens)
+
+
+def linear_sensitivity_tiles_(
+    tiles: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, tile: int
+) -> None:
+    """tiles += the tile x tile sums of what `linear_sensitivity_` adds; tiles [ceil(out/tile), ceil(in/tile)] fp32."""
+    op = "linear_sensitivity_tiles_"
+    _check_scores(op, tiles, w=w, x=x, dy=dy)
+    _require(tile >= 1, op, f"tile is {tile}; it must be at least 1")
+    grid = (-(-w.shape[0] // tile), -(-w.shape[1] // tile))
+    _require(tuple(tiles.shape) == grid, op, f"tiles {_shape(tiles)} must be {list(grid)} for w {_shape(w)}")
+    _check_linear(op, w.shape, w, x, dy, seq_starts, seq_lens)
+    torch.ops.pkt.linear_sensitivity_tiles_(tiles, w, x, dy, seq_starts, seq_lens, tile)
+
+
+def embedding_sensitivity_(
+    acc: Tensor, w: Tensor, ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor
+) -> None:
+    """acc += |w| * sum_j |scatter_j(dy)|: a token's positions are summed within its sample before the absolute value.
+
+    acc, w [vocabulary, d]; ids [rows] int64; dy [rows, d]; samples as in `linear_sensitivity_`.
+    """
+    op = "embedding_sensitivity_"
+    _check_scores(op, acc, w=w, dy=dy)
+    good = w.ndim == 2 and acc.shape == w.shape and dy.ndim == 2 and dy.shape[1] == w.shape[1]
+    _require(good, op, f"acc {_shape(acc)}, w {_shape(w)}, dy {_shape(dy)} do not fit together")
+    _require(ids.shape == dy.shape[:1] and ids.dtype == torch.int64, op, f"ids {_shape(ids)} must be int64 [rows]")
+    _require(ids.device == acc.device, op, f"ids is {_shape(ids)}, the scores are on {acc.device}")
+    _check_samples(op, ids.shape[0], seq_starts, seq_lens)
+    torch.ops.pkt.embedding_sensitivity_(acc, w, ids, dy, seq_starts, seq_lens)
+
+
+def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[Tensor, Tensor]:
+    """The rows x cols window of `score` [n, m] with the largest sum (METHOD, section 3).
+
+    Returns (offset int64 [2], its sum in quantized units int64 []). Offsets are multiples of the steps; the first in
+    row-major order wins a tie. S is quantized once (`window_bits`), so sums are exact and every device agrees.
+    """
+    op = "best_window"
+    _require(
+        score.ndim == 2 and score.dtype in _FLOATS, op, f"the scores must be a floating-point matrix: {_shape(score)}"
+    )
+    n, m = score.shape
+    _require(0 < rows <= n and 0 < cols <= m, op, f"a {rows} x {cols} window does not fit in {n} x {m}")
+    _require(row_step > 0 and col_step > 0, op, f"steps must be positive, not {row_step} and {col_step}")
+    offset, total = torch.ops.pkt.best_window(score, rows, cols, row_step, col_step)
+    return offset, total
+
+
+def rsvd(
+    a: Tensor, rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `rank` leading singular triplets of `a` [n, m] by a randomized SVD (Halko, Martinsson, Tropp 2011).
+
+    bf16, fp16 or fp32, any strides: a view is neither copied nor widened as a whole. Returns fp32 U [n, rank], S [rank],
+    V [m, rank] and stats [4] (`pkt.rsvd_reference` gives its layout), all on `a`'s device, the same bytes for the same seed.
+    """
+    op = "rsvd"
+    _require(a.ndim == 2, op, f"needs a matrix, not {_shape(a)}")
+    _require(a.dtype in _FLOATS[:3], op, f"needs bf16, fp16 or fp32, not {_shape(a)}")
+    _require(0 < rank <= min(a.shape), op, f"rank {rank} is not between 1 and min{tuple(a.shape)}")
+    _require(oversample >= 0 and iters >= 0, op, f"oversample {oversample} and iters {iters} must not be negative")
+    u, s, v, stats = torch.ops.pkt.rsvd(a, rank, oversample, iters, seed)
+    return u, s, v, stats

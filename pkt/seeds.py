@@ -1,0 +1,258 @@
+"""Seed samples and training examples: rows of JSON become token ids, with labels that say which tokens count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pkt.errors import PktError
+from pkt.storage import os_errors, sha256
+
+IGNORE = -100
+FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row. `labels` repeats `input_ids` where a token counts and is -100 elsewhere (not shifted)."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_ids: list[int]  # what comes before the last answer; empty for {"text"}
+    answer: str  # the last answer as text; the whole text for {"text"}
+    line: int
+
+
+class Seeds(Sequence[Example]):
+    """Tokenized examples with the fingerprint of what the model will see."""
+
+    def __init__(self, examples: list[Example], source: str, pad_id: int) -> None:
+        self.examples, self.source, self.pad_id = examples, source, pad_id
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256(*(json.dumps([e.input_ids, e.labels]) for e in self.examples))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.input_ids) for e in self.examples)
+
+    def check_vocabulary(self, vocab_size: int | None, model: str) -> None:
+        """Raises `PktError` when a token id has no row in the model's embedding, naming the line."""
+        for example in self.examples:
+            top = max(example.input_ids)
+            if vocab_size is not None and top >= vocab_size:
+                raise PktError(
+                    f"{self.source}:{example.line}: token id {top} does not exist in {model} ({vocab_size} tokens); "
+                    "the tokenizer and the model do not belong together"
+                )
+
+    def batches(self, batch_size: int) -> list[dict[str, Tensor]]:
+        """Right-padded batches in file order: input_ids, attention_mask and labels, int64 [B, longest]."""
+        return [collate(self.examples[i : i + batch_size], self.pad_id) for i in range(0, len(self), batch_size)]
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right into one batch of int64 tensors [B, longest]."""
+    longest = max(len(e.input_ids) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id)
+    mask = torch.zeros(len(examples), longest, dtype=torch.int64)
+    labels = torch.full((len(examples), longest), IGNORE)
+    for row, example in enumerate(examples):
+        size = len(example.input_ids)
+        ids[row, :size] = torch.tensor(example.input_ids)
+        labels[row, :size] = torch.tensor(example.labels)
+        mask[row, :size] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    r"""(line number, row) of a JSONL file. Lines end at "\n" only: U+2028 and its like are legal inside JSON strings."""
+    path = Path(path)
+    if not path.is_file():
+        raise PktError(f"{path} does not exist; name a JSONL file with rows {FORMS}")
+    with os_errors(f"reading {path}"):
+        data = path.read_bytes()
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise PktError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise PktError(
+                f"{path}:{number}: not valid JSON ({error.msg}); each line must be one of {FORMS}"
+            ) from error
+        if not isinstance(row, dict):
+            raise PktError(f"{path}:{number}: a row must be an object, one of {FORMS}")
+        yield number, row
+
+
+def load_seeds(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    loss: Literal["answer", "all"] = "answer",
+    max_length: int = 2048,
+    limit: int | None = None,
+) -> Seeds:
+    """Read and tokenize a JSONL file of examples (METHOD, sections 1 and 6).
+
+    Rows are {"messages"}, {"prompt", "completion"} or {"text"}. Messages go through the tokenizer's chat template when it
+    has one and the paper's template otherwise; prompt and completion are joined as they are. `loss="answer"` puts labels on
+    the assistant's turns (or the completion) only, "all" on every token; a {"text"} row always counts as a whole.
+
+    Raises `PktError` naming file and line for malformed JSON or rows, a row left without a target token (also by
+    truncation to `max_length` tokens), and an empty file.
+    """
+    if loss not in ("answer", "all"):
+        raise PktError(f"loss={loss!r} is unknown; choose 'answer' or 'all'")
+    if max_length < 2:
+        raise PktError(f"max_length={max_length} leaves no token to predict; use at least 2")
+    if limit is not None and limit < 1:
+        raise PktError(f"limit={limit} leaves no rows; use at least 1")
+    examples: list[Example] = []
+    for number, row in read_rows(path):
+        if limit is not None and len(examples) == limit:
+            break
+        where = f"{path}:{number}"
+        pieces, special = _pieces(row, tokenizer, where)
+        examples.append(_encode(pieces, special, tokenizer, loss, max_length, where, number))
+    if not examples:
+        raise PktError(f"{path} has no rows; add some of the form {FORMS}")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return Seeds(examples, str(path), pad)
+
+
+Piece = tuple[str, bool]  # text, whether it is the model's to say
+
+
+def _pieces(row: dict[str, Any], tokenizer: Any, where: str) -> tuple[list[Piece], bool]:
+    """The row as text pieces, and whether the tokenizer still has to add its special tokens."""
+    eos = tokenizer.eos_token or ""
+    if "messages" in row:
+        messages = _check_messages(row["messages"], where)
+        if getattr(tokenizer, "chat_template", None):
+            return _chat(messages, tokenizer, where), False
+        return _paper_chat(messages, eos), True
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise PktError(f'{where}: "prompt" and "completion" must be strings')
+        if not completion.strip():
+            raise PktError(f'{where}: "completion" is empty, so there is nothing to learn from this row')
+        return [(prompt, False), (completion + eos, True)], True
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise PktError(f'{where}: "text" must be a string that is not empty')
+        return [(row["text"] + eos, True)], True
+    raise PktError(f"{where}: the row has keys {sorted(row)}; it must be one of {FORMS}")
+
+
+def _check_messages(messages: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise PktError(f'{where}: "messages" must be a list of {{"role", "content"}} objects')
+    for index, message in enumerate(messages):
+        good = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not good or not isinstance(message.get("content"), str):
+            raise PktError(f'{where}: message {index} must have a "role" and a "content", both strings')
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise PktError(f"{where}: no assistant message with content, so there is nothing to learn from this row")
+    return messages
+
+
+def _paper_chat(messages: list[dict[str, str]], eos: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            pieces += [("<|assistant|>\n", False), (message["content"] + eos, True)]
+        else:
+            pieces.append((f"<|{message['role']}|>\n{message['content']}\n\n", False))
+    return pieces
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[Piece]:
+    """Cut the rendered chat where each assistant turn begins and ends; the renderings must extend one another."""
+
+    def render(count: int, prompt: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # templates raise what their authors chose
+            raise PktError(f"{where}: the tokenizer's chat template refuses this row: {error}") from error
+        return str(text)
+
+    whole = render(len(messages), False)
+    pieces: list[Piece] = []
+    done = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(index, True) if index else "", render(index + 1, False)
+        if index + 1 == len(messages):
+            after = whole
+        if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
+            raise PktError(
+                f"{where}: the chat template rewrites earlier turns, so the answer cannot be told from the prompt; "
+                'use one user and one assistant message, {"prompt", "completion"} rows, or loss="all" on {"text"} rows'
+            )
+        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+        done = len(after)
+    if done < len(whole):
+        pieces.append((whole[done:], False))
+    return pieces
+
+
+def _encode(
+    pieces: list[Piece], special: bool, tokenizer: Any, loss: str, max_length: int, where: str, number: int
+) -> Example:
+    """Tokenize the joined text once, so that no token boundary depends on where the answer starts."""
+    text = "".join(piece for piece, _ in pieces)
+    bounds: list[tuple[int, int]] = []
+    position = 0
+    for piece, answer in pieces:
+        if answer:
+            bounds.append((position, position + len(piece)))
+        position += len(piece)
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids: list[int] = list(encoded["input_ids"])
+        # A token that carries the end of the prompt and the start of the answer belongs to the answer.
+        counts = [e > s and any(s < b and a < e for a, b in bounds) for s, e in encoded["offset_mapping"]]
+    else:
+        ids, counts = [], []
+        for index, (piece, answer) in enumerate(pieces):
+            part = tokenizer(piece, add_special_tokens=special and index == 0)["input_ids"]
+            ids += part
+            counts += [answer] * len(part)
+    start = counts.index(True) if True in counts else len(ids)
+    last = len(counts)
+    while last and not counts[last - 1]:
+        last -= 1
+    while last and counts[last - 1]:
+        last -= 1
+    prompt_ids = ids[:last]
+    length = len(ids)
+    ids, counts = ids[:max_length], counts[:max_length]
+    labels = [t if loss == "all" or counted else IGNORE for t, counted in zip(ids, counts, strict=True)]
+    if all(label == IGNORE for label in labels[1:]):
+        if length > max_length:
+            raise PktError(
+                f"{where}: no target token is left after truncation to {max_length} of {length} tokens (the answer "
+                f"starts at token {start}); raise max_length or shorten the prompt"
+            )
+        raise PktError(f"{where}: no target token; the answer is empty or a single token with nothing before it")
+    answer_text = pieces[-1][0] if pieces[-1][1] else next((p for p, a in reversed(pieces) if a), "")
+    return Example(ids, labels, prompt_ids, answer_text, number)

@@ -1,0 +1,129 @@
+"""The formulas of METHOD in plain torch and fp64, and the tiny models that tests run them on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Floors of the relative Frobenius error by dtype of the weights (DESIGN, section 9).
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def sensitivity(model: nn.Module, batches: list[Any], loss_fn: Any = None) -> dict[str, Tensor]:
+    """Σ_j |θ·g_j| with one backward pass per sample, in fp64."""
+    model = copy.deepcopy(model).double().eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    scores = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for batch in batches:
+        for j in range(len(batch["labels"])):
+            sample = {k: v[j : j + 1] for k, v in batch.items()}
+            sample = {k: v.double() if v.is_floating_point() else v for k, v in sample.items()}
+            model.zero_grad(set_to_none=True)
+            loss = token_mean(model, sample) if loss_fn is None else loss_fn(model, sample).sum()
+            loss.backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    scores[name] += (parameter.detach() * parameter.grad).abs()
+    return scores
+
+
+def token_mean(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"], use_cache=False).logits
+    return F.cross_entropy(logits[0, :-1], sample["labels"][0, 1:])
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    difference = (value.double() - truth.double()).norm().item()
+    return difference / (truth.double().norm().item() or 1.0)
+
+
+def llama(
+    tied: bool = False,
+    *,
+    hidden: int = 48,
+    layers: int = 3,
+    heads: int = 4,
+    kv: int = 2,
+    ffn: int = 80,
+    vocab: int = 67,
+) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        attention_bias=False,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def gpt2(*, hidden: int = 32, layers: int = 2, heads: int = 4, vocab: int = 67) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+class MLP(nn.Module):
+    """A classifier that has nothing to do with language."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(10, 24), nn.LayerNorm(24), nn.ReLU(inplace=True), nn.Linear(24, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def token_samples(count: int, vocab: int = 67, seed: int = 0, longest: int = 20) -> list[tuple[list[int], int]]:
+    """(ids, where the answer starts) of random lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        size = int(torch.randint(6, longest + 1, (), generator=generator))
+        ids = torch.randint(0, vocab, (size,), generator=generator).tolist()
+        samples.append((ids, int(torch.randint(1, size - 2, (), generator=generator))))
+    return samples
+
+
+def padded(samples: list[tuple[list[int], int]], pad: int = 3) -> dict[str, Tensor]:
+    longest = max(len(ids) for ids, _ in samples)
+    ids = torch.full((len(samples), longest), pad)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (tokens, start) in enumerate(samples):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, start : len(tokens)] = torch.tensor(tokens[start:])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def batched(samples: list[tuple[list[int], int]], size: int) -> list[dict[str, Tensor]]:
+    return [padded(samples[i : i + size]) for i in range(0, len(samples), size)]
