@@ -1,0 +1,205 @@
+"""The PEFT adapter folder: its key names, its configuration, and the matrices in it. Reads and writes without PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt.errors import PktError
+from pkt.models import Kind, ModelSpec
+from pkt.storage import read_json, safetensors_header, write_json, write_tensors
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's LoRA factors: delta = B A for a linear layer [out, in], (B A)ᵀ for an embedding [vocabulary, d]."""
+
+    A: Tensor  # [rank, in], or [rank, vocabulary]
+    B: Tensor  # [out, rank], or [d, rank]
+    kind: Kind
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The change of the module's weight in the parameter's own layout, in the factors' dtype."""
+        product = self.B @ self.A
+        return product if self.kind == "linear" else product.t()
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter with its scale folded into B (alpha = rank for every module)."""
+
+    pairs: dict[str, Pair]
+    base: str
+    tied_head: str | None = None
+    fan_in_fan_out: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fan_in_fan_out = any(p.kind == "conv1d" for p in self.pairs.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """PEFT's keys. A tied head has the embedding's pair transposed, as PEFT itself saves it."""
+        out: dict[str, Tensor] = {}
+        for module, pair in self.pairs.items():
+            if pair.kind == "embedding":
+                out[f"{PREFIX}{module}.lora_embedding_A"] = pair.A
+                out[f"{PREFIX}{module}.lora_embedding_B"] = pair.B
+                if self.tied_head is not None:
+                    out[f"{PREFIX}{self.tied_head}.lora_A.weight"] = pair.B.t()
+                    out[f"{PREFIX}{self.tied_head}.lora_B.weight"] = pair.A.t()
+            else:
+                out[f"{PREFIX}{module}.lora_A.weight"] = pair.A
+                out[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+        return out
+
+    def config(self, *, scale: float = 1.0, dropout: float = 0.0, multiple: int = 1) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig for these pairs, `multiple` times as wide (2 for paired injection)."""
+        ranks = {module: pair.rank * multiple for module, pair in self.pairs.items()}
+        rank = max(ranks.values())
+        others = {m: r for m, r in ranks.items() if r != rank}
+        tied = self.tied_head is not None and any(p.kind == "embedding" for p in self.pairs.values())
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": rank,
+            "lora_alpha": scale * rank if scale != 1.0 else rank,
+            "lora_dropout": dropout,
+            "target_modules": sorted(ranks),
+            "rank_pattern": others,
+            "alpha_pattern": {m: r * scale for m, r in others.items()},
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "bias": "none",
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "ensure_weight_tying": tied,
+        }
+
+    def write(self, folder: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the two files PEFT reads. The caller makes the folder atomic."""
+        write_tensors(folder / WEIGHTS, self.tensors(), {"format": "pt", **(metadata or {})})
+        write_json(folder / CONFIG, self.config())
+
+
+def fits(pairs: Mapping[str, Pair], student: ModelSpec) -> list[str]:
+    """What keeps the pairs from fitting the student, one line a module."""
+    places = student.by_module()
+    faults = []
+    for module, pair in pairs.items():
+        place = places.get(module)
+        if place is None:
+            faults.append(f"{module}: {student.name} has no such matrix")
+            continue
+        rows, cols = place.shape if place.kind != "embedding" else place.shape[::-1]
+        if (pair.B.shape[0], pair.A.shape[1]) != (rows, cols):
+            faults.append(
+                f"{module}: the factors are for {[pair.B.shape[0], pair.A.shape[1]]}, the student has {[rows, cols]}"
+            )
+    return faults
+
+
+def check_fit(pairs: Mapping[str, Pair], student: ModelSpec, what: str) -> None:
+    faults = fits(pairs, student)
+    if faults:
+        listed = "\n  ".join(faults[:40])
+        raise PktError(
+            f"{what} does not fit {student.name} ({len(faults)} modules):\n  {listed}\nuse the student it was made for"
+        )
+
+
+def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[str, Any]]:
+    """Read any LoRA folder of PEFT's; every scale is folded into B. Returns the adapter and the raw configuration.
+
+    Raises `PktError` for what pkt cannot represent as plain LoRA: other methods, DoRA, LoRA biases, modules_to_save.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise PktError(f"{folder} has no {CONFIG}; name an adapter folder{where}")
+    config = read_json(folder / CONFIG)
+    safetensors_header(folder / WEIGHTS)
+    return adapter_from_state(load_file(str(folder / WEIGHTS)), config, str(folder)), config
+
+
+def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Adapter:
+    """The adapter in a PEFT state dict (adapter names removed), with the configuration's scales folded into B."""
+    if config.get("peft_type") != "LORA":
+        raise PktError(f"{what} is a {config.get('peft_type')} adapter; pkt handles LoRA")
+    for key, name in (("use_dora", "DoRA"), ("lora_bias", "biases in LoRA"), ("modules_to_save", "modules_to_save")):
+        if config.get(key):
+            raise PktError(f"{what} uses {name}, which plain LoRA factors cannot represent; train without it")
+    if config.get("bias", "none") != "none":
+        raise PktError(f"{what} trained biases (bias={config['bias']!r}), which plain LoRA factors cannot represent")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight)?", key)
+        if match:
+            found.setdefault(match[1], {})[("e" if match[2] else "") + match[3]] = tensor
+    kind: Kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
+    pairs: dict[str, Pair] = {}
+    for module, parts in found.items():
+        embedding = "eA" in parts or "eB" in parts
+        a, b = (parts.get("eA"), parts.get("eB")) if embedding else (parts.get("A"), parts.get("B"))
+        if a is None or b is None:
+            raise PktError(f"{what}: {module} has only one of its two LoRA factors; the file is incomplete")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise PktError(
+                f"{what}: the LoRA factors of {module} contain NaN or Inf; training diverged before it was saved"
+            )
+        scale = _scale(module, a.shape[0], config)
+        work = torch.float64 if b.dtype == torch.float64 else torch.float32
+        pairs[module] = Pair(a.to(work), b.to(work) * scale, "embedding" if embedding else kind)
+    if not pairs:
+        raise PktError(f"{what} holds no LoRA factors")
+    return Adapter(pairs, str(config.get("base_model_name_or_path") or ""))
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    def pattern(name: str, default: float) -> float:
+        for key, value in (config.get(name) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return float(value)
+        return default
+
+    alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def split_tied(adapter: Adapter, head: str | None) -> Adapter:
+    """Drop a tied head's copy of the embedding's pair; refuse one that training moved away from it."""
+    embedding = next((p for p in adapter.pairs.values() if p.kind == "embedding"), None)
+    if head is None or embedding is None or head not in adapter.pairs:
+        return adapter
+    copy = adapter.pairs[head]
+    ours, theirs = embedding.B @ embedding.A, (copy.B @ copy.A).t()
+    if (ours - theirs).norm() > 1e-5 * max(float(ours.norm()), 1e-30):
+        raise PktError(
+            f"the adapters of the tied embedding and {head} have moved apart, so no adapter of the tied student equals this "
+            "one; train a model made by pkt.inject, which keeps them one"
+        )
+    pairs = {m: p for m, p in adapter.pairs.items() if m != head}
+    return Adapter(pairs, adapter.base, head)
+
+
+def apply_kinds(adapter: Adapter, kinds: Mapping[str, Kind]) -> Adapter:
+    """The adapter with each module's kind taken from the student (a folder says fan_in_fan_out once for all)."""
+    pairs = {m: Pair(p.A, p.B, kinds.get(m, p.kind)) for m, p in adapter.pairs.items()}
+    return Adapter(pairs, adapter.base, adapter.tied_head)
+
+
+def kinds_of(student: ModelSpec, modules: Iterable[str]) -> dict[str, Kind]:
+    places = student.by_module()
+    return {m: places[m].kind for m in modules if m in places}

@@ -1,0 +1,221 @@
+"""Cut a plan's regions out of the teacher and factorize them; the result is a PEFT adapter folder with its provenance."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkt.adapters import Adapter, Pair, read_adapter, split_tied
+from pkt.errors import PktError
+from pkt.factorization import Split, check_rank, factorize
+from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
+from pkt.planning import TransferPlan
+from pkt.progress import bar
+from pkt.storage import MANIFEST, atomic_folder, read_json, write_json
+from pkt.version import __version__
+
+FORMAT = "pkt-extraction-1"
+
+
+@dataclass
+class Extraction:
+    """LoRA factors for every student matrix of a plan, and where they came from."""
+
+    pairs: dict[str, Pair]
+    energies: dict[str, float]  # share of each region's squared norm that its factors catch
+    plan: TransferPlan
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return max(p.rank for p in self.pairs.values())
+
+    def adapter(self) -> Adapter:
+        tied_head = self.plan.student.get("tied_head")
+        return Adapter(self.pairs, str(self.plan.student.get("name", "")), tied_head)
+
+    def __str__(self) -> str:
+        mean = sum(self.energies.values()) / max(1, len(self.energies))
+        ranks = sorted({p.rank for p in self.pairs.values()})
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return (
+            f"{len(self.pairs)} pairs of rank {span}; they catch {100 * mean:.1f}% of their regions' energy on average"
+        )
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the folder atomically: PEFT's two files, pkt.json and a model card.
+
+        Raises `PktError` when the folder holds something else, or the disk is full (nothing is left behind then).
+        """
+        with atomic_folder(folder, force=force) as scratch:
+            self.adapter().write(scratch, metadata={"pkt": FORMAT})
+            write_json(scratch / MANIFEST, self.manifest())
+            (scratch / "README.md").write_text(model_card(self), encoding="utf-8", newline="\n")
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "kind": "extraction",
+            "plan": self.plan.as_dict(),
+            "kinds": {m: p.kind for m, p in self.pairs.items()},
+            "ranks": {m: p.rank for m, p in self.pairs.items()},
+            "energies": self.energies,
+            **self.provenance,
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Extraction:
+        """Read what `save` wrote. Raises `PktError` for anything else."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest.get("kind") != "extraction":
+            raise PktError(
+                f"{folder} is not an extraction but {manifest.get('kind', 'something else')}; run `pkt inspect {folder}`"
+            )
+        plan = TransferPlan.from_json(manifest["plan"])
+        adapter, _ = read_adapter(folder)
+        kinds: dict[str, Kind] = manifest["kinds"]
+        adapter = split_tied(adapter, plan.student.get("tied_head"))
+        if set(adapter.pairs) != set(kinds):
+            raise PktError(f"{folder}: {MANIFEST} and the weights list different modules; the folder was changed")
+        pairs = {m: Pair(adapter.pairs[m].A, adapter.pairs[m].B, kinds[m]) for m in kinds}
+        rest = {k: v for k, v in manifest.items() if k not in ("format", "kind", "plan", "kinds", "ranks", "energies")}
+        return cls(pairs, manifest["energies"], plan, rest)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """pkt.json of a folder that pkt wrote."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PktError(f"{folder} does not exist; name a folder that pkt wrote")
+    if not (folder / MANIFEST).is_file():
+        raise PktError(f"{folder} has no {MANIFEST}, so pkt did not write it")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise PktError(f"{folder / MANIFEST} is not a manifest of pkt's; the folder was changed")
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    import importlib.metadata as metadata
+
+    found = {"pkt": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "peft", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_extraction(
+    plan: TransferPlan, teacher: ModelSpec, rank: int, max_rank: int, energy: float | None, split: str
+) -> None:
+    """Everything about an extraction that can be refused without reading a weight."""
+    check_rank(rank, max_rank, energy, split)
+    sources = teacher.by_module()
+    faults = []
+    for entry in plan.entries:
+        source = sources.get(entry.source)
+        if source is None:
+            faults.append(f"{entry.source}: the teacher has no such matrix")
+        elif energy is None and rank > min(entry.region.shape):
+            faults.append(f"{entry.target} {list(entry.region.shape)}: rank {rank} is above {min(entry.region.shape)}")
+    if faults:
+        raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(faults))
+
+
+def extract(
+    teacher: Any,
+    plan: TransferPlan,
+    *,
+    rank: int = 16,
+    max_rank: int = 64,
+    energy: float | None = None,
+    split: Split = "b",
+    seed: int = 0,
+    progress: bool = True,
+    provenance: dict[str, Any] | None = None,
+) -> Extraction:
+    """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (METHOD, section 4).
+
+    rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
+    max_rank. A checkpoint is read one matrix at a time. Raises `PktError` naming the module for a rank above its size and for
+    weights that are not finite.
+    """
+    spec = spec_of(teacher)
+    check_extraction(plan, spec, rank, max_rank, energy, split)
+    weights = Weights(teacher)
+    sources = spec.by_module()
+    pairs: dict[str, Pair] = {}
+    energies: dict[str, float] = {}
+    with bar("factorizing", len(plan.entries) if progress else 0, unit="matrices") as advance:
+        for done, entry in enumerate(plan.entries, 1):
+            source = sources[entry.source]
+            region = entry.region.cut(source.oriented(weights[source.parameter]))
+            # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
+            matrix = region.t() if entry.kind == "embedding" else region
+            factors = factorize(
+                matrix, rank, max_rank=max_rank, energy=energy, split=split, seed=seed, name=entry.source
+            )
+            pairs[entry.target] = Pair(factors.A, factors.B, entry.kind)
+            energies[entry.target] = factors.energy
+            if progress:
+                advance(done)
+    details = {
+        "factorization": {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
+        "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},
+        "versions": versions(),
+    }
+    return Extraction(pairs, energies, plan, {**details, **(provenance or {})})
+
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [lora, peft, pkt, knowledge-transfer]
+---
+
+# Parametric knowledge of {teacher}, cut to the shape of {student}
+
+A LoRA extraction made by [pkt](https://pypi.org/project/pkt-transfer/) {version}: {summary}.
+Source of the method: *Seeking Neural Nuggets* (ICLR 2024, arXiv 2310.11451).
+
+**Loaded by plain PEFT this adapter is added to the student, which changes the student at once.** The method means it as a
+start for training with the student's function unchanged at step 0: `pkt train {student} DIR DATA.jsonl`, or
+`model = pkt.inject(student, DIR)` in front of any trainer, then `pkt.finalize(model, OUT)` for a plain adapter.
+
+| | |
+|---|---|
+| teacher | {teacher} |
+| student | {student} |
+| seeds | {seeds} |
+| layers | {layers} |
+| regions | {select}, modules {modules} |
+| factorization | {factorization} |
+
+No claim of transfer is made by this card: measure against plain LoRA, PiSSA and a random window (`pkt demo` shows how).
+"""
+
+
+def model_card(extraction: Extraction) -> str:
+    """README.md of an extraction folder, from its provenance alone."""
+    plan, seeds = extraction.plan, extraction.provenance.get("seeds", {})
+    count = seeds.get("count", "unknown")
+    return CARD.format(
+        base=plan.student["name"],
+        teacher=plan.teacher["name"],
+        student=plan.student["name"],
+        version=__version__,
+        summary=extraction,
+        seeds=f"{count} samples, fingerprint {str(seeds.get('fingerprint', 'unknown'))[:16]}",
+        layers="; ".join(plan.summary()[:1]),
+        select=plan.options["select"],
+        modules=plan.options["modules"],
+        factorization=", ".join(f"{k} {v}" for k, v in extraction.provenance.get("factorization", {}).items()),
+    )

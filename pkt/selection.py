@@ -1,0 +1,234 @@
+"""Which part of a teacher's matrix has the student's shape, and which of its layers (METHOD, sections 2 and 3)."""
+
+from __future__ import annotations
+
+import base64
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pkt import ops
+from pkt.errors import PktError
+from pkt.storage import sha256
+
+Strategy: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
+STRATEGIES: tuple[Strategy, ...] = ("window", "rows_cols", "weights", "blocks", "random")
+LAYER_CHOICES = ("sensitivity", "first", "last", "random")
+BLOCK = 64
+
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a matrix [out, in]: the product of row runs and column runs [start, stop), or single weights.
+
+    A contiguous window has one run on each axis. For single weights `mask` packs one bit per element of the source.
+    """
+
+    shape: tuple[int, int]
+    rows: Runs = ()
+    cols: Runs = ()
+    mask: str | None = None
+    source_shape: tuple[int, int] | None = None
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """The region of a matrix; a view for a contiguous window, a copy in the matrix's dtype otherwise."""
+        if self.mask is not None:
+            assert self.source_shape is not None
+            packed = np.frombuffer(zlib.decompress(base64.b64decode(self.mask)), np.uint8)
+            bits = np.unpackbits(packed, count=math.prod(self.source_shape)).astype(bool)
+            return matrix[torch.from_numpy(bits.reshape(self.source_shape)).to(matrix.device)].view(self.shape)
+        rows = [matrix[a:b] for a, b in self.rows]
+        part = rows[0] if len(rows) == 1 else torch.cat(rows)
+        cols = [part[:, a:b] for a, b in self.cols]
+        return cols[0] if len(cols) == 1 else torch.cat(cols, 1)
+
+    def describe(self) -> str:
+        """One cell of the plan's table."""
+        if self.mask is not None:
+            return f"{self.shape[0] * self.shape[1]} single weights"
+        if len(self.rows) == len(self.cols) == 1:
+            (a, b), (c, d) = self.rows[0], self.cols[0]
+            return f"[{a}:{b}, {c}:{d}]"
+        return f"{self.shape[0]} rows in {len(self.rows)} runs, {self.shape[1]} columns in {len(self.cols)} runs"
+
+    def to_json(self) -> dict[str, Any]:
+        if self.mask is not None:
+            return {"shape": self.shape, "mask": self.mask, "source_shape": self.source_shape}
+        return {"shape": self.shape, "rows": self.rows, "cols": self.cols}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Region:
+        source = value.get("source_shape")
+        return cls(
+            shape=tuple(value["shape"]),
+            rows=tuple((int(a), int(b)) for a, b in value.get("rows", ())),
+            cols=tuple((int(a), int(b)) for a, b in value.get("cols", ())),
+            mask=value.get("mask"),
+            source_shape=None if source is None else tuple(source),
+        )
+
+
+def window(row: int, col: int, rows: int, cols: int) -> Region:
+    return Region((rows, cols), ((row, row + rows),), ((col, col + cols),))
+
+
+def runs(index: Sequence[int], width: int = 1) -> Runs:
+    """Sorted starts of `width` elements each -> maximal runs [start, stop)."""
+    merged: list[list[int]] = []
+    for start in index:
+        if merged and merged[-1][1] == start:
+            merged[-1][1] = start + width
+        else:
+            merged.append([start, start + width])
+    return tuple((a, b) for a, b in merged)
+
+
+def select_region(
+    score: Tensor,
+    source_shape: tuple[int, int],
+    shape: tuple[int, int],
+    strategy: Strategy,
+    *,
+    tile: int | None = None,
+    steps: tuple[int, int] = (1, 1),
+    seed: int = 0,
+    name: str = "",
+) -> Region:
+    """The region of a matrix [n, m] in the student's shape, by one of METHOD's strategies.
+
+    score: S of the matrix [n, m], or its tile sums when `tile` is given (window and blocks only). steps: offsets of a window
+    are multiples of these. seed and name make the random window.
+    """
+    (n, m), (rows, cols) = source_shape, shape
+    if (rows, cols) == (n, m):
+        return window(0, 0, n, m)
+    if strategy == "random":
+        choices = (n - rows) // steps[0] + 1, (m - cols) // steps[1] + 1
+        rng = np.random.default_rng(int(sha256(str(seed), name)[:16], 16))
+        return window(int(rng.integers(choices[0])) * steps[0], int(rng.integers(choices[1])) * steps[1], rows, cols)
+    if tile is not None:
+        return _from_tiles(score, source_shape, shape, strategy, tile, steps, name)
+    if strategy == "window":
+        row, col = (int(i) for i in ops.best_window(score, rows, cols, *steps)[0])
+        return window(row, col, rows, cols)
+    if strategy == "rows_cols":
+        return Region(shape, runs(_top(score.double().sum(1), rows)), runs(_top(score.double().sum(0), cols)))
+    if strategy == "blocks":
+        return _best_blocks(_axis_blocks(score, 1, rows), _axis_blocks(score, 0, cols), source_shape, shape)
+    if strategy == "weights":
+        keep = torch.zeros(n * m, dtype=torch.bool)
+        keep[_top_tensor(score.flatten().cpu(), rows * cols)] = True
+        packed = base64.b64encode(zlib.compress(np.packbits(keep.numpy()).tobytes(), 6)).decode()
+        return Region(shape, mask=packed, source_shape=source_shape)
+    raise PktError(f"select={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+
+
+def _top_tensor(values: Tensor, count: int) -> Tensor:
+    """The positions of the `count` largest values in ascending order; the first wins a tie."""
+    return values.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _top(values: Tensor, count: int) -> list[int]:
+    picked: list[int] = _top_tensor(values, count).tolist()
+    return picked
+
+
+def block_side(length: int, wanted: int) -> int:
+    """The block for cutting `wanted` of `length`: the largest divisor of both, up to 64; of `wanted` alone if that is 1."""
+    if length == wanted:
+        return length
+    common = math.gcd(length, wanted)
+    side = next(b for b in range(min(BLOCK, common), 0, -1) if common % b == 0)
+    return side if side > 1 else next(b for b in range(min(BLOCK, wanted), 0, -1) if wanted % b == 0)
+
+
+def _axis_blocks(score: Tensor, summed: int, wanted: int) -> Tensor:
+    """Sums over the whole blocks of one axis, fp64 [length // block]."""
+    line = score.double().sum(summed)
+    side = block_side(len(line), wanted)
+    return line[: len(line) // side * side].view(-1, side).sum(1)
+
+
+def _best_blocks(row_sums: Tensor, col_sums: Tensor, source_shape: tuple[int, int], shape: tuple[int, int]) -> Region:
+    chosen = []
+    for sums, length, wanted in zip((row_sums, col_sums), source_shape, shape, strict=True):
+        side = block_side(length, wanted)
+        chosen.append(runs([i * side for i in _top(sums, wanted // side)], side))
+    return Region(shape, chosen[0], chosen[1])
+
+
+def _from_tiles(
+    score: Tensor,
+    source_shape: tuple[int, int],
+    shape: tuple[int, int],
+    strategy: Strategy,
+    tile: int,
+    steps: tuple[int, int],
+    name: str,
+) -> Region:
+    if strategy not in ("window", "blocks"):
+        raise PktError(f"select={strategy!r} needs the scores' elements, and these are tile sums; use window or blocks")
+    sides = []
+    for length, wanted, step in zip(source_shape, shape, steps, strict=True):
+        if length == wanted:
+            sides.append((-(-length // tile), 1))
+        elif wanted % tile == 0:
+            sides.append((wanted // tile, max(1, step // tile) if step % tile == 0 or step == 1 else 0))
+        else:
+            raise PktError(
+                f"{name}: {wanted} of {length} cannot be cut from {tile} x {tile} tile sums; use a tile that divides it"
+            )
+        if sides[-1][1] == 0:
+            raise PktError(
+                f"{name}: heads of {step} do not lie on {tile} x {tile} tiles; use a tile that divides {step}"
+            )
+    # A ragged last tile is no whole tile: it can only be part of an uncut axis.
+    whole = [score.shape[i] if source_shape[i] == shape[i] else source_shape[i] // tile for i in (0, 1)]
+    score = score[: whole[0], : whole[1]]
+    (rows, row_step), (cols, col_step) = sides
+    if strategy == "window":
+        row, col = (int(i) for i in ops.best_window(score, rows, cols, row_step, col_step)[0])
+        return window(row * tile, col * tile, *shape)
+    chosen = []
+    for axis, count in ((1, rows), (0, cols)):
+        length, wanted = source_shape[1 - axis], shape[1 - axis]
+        picked = _top(score.double().sum(axis), count)
+        chosen.append(((0, length),) if length == wanted else runs([i * tile for i in picked], tile))
+    return Region(shape, chosen[0], chosen[1])
+
+
+def select_layers(
+    choice: str | Sequence[int], teacher_layers: int, student_layers: int, scores: Tensor | None, *, seed: int = 0
+) -> list[int]:
+    """The teacher layer that feeds each student layer, in their original order (METHOD, section 2)."""
+    if not isinstance(choice, str):
+        chosen = [int(i) for i in choice]
+        if len(chosen) != student_layers:
+            raise PktError(f"layers lists {len(chosen)} teacher layers; the student has {student_layers}")
+        bad = [i for i in chosen if not 0 <= i < teacher_layers]
+        if bad:
+            raise PktError(f"layers {bad} do not exist; the teacher's are 0 to {teacher_layers - 1}")
+        return chosen
+    if teacher_layers < student_layers:
+        raise PktError(
+            f"the teacher has {teacher_layers} layers, fewer than the student's {student_layers}; choose a deeper teacher"
+        )
+    if choice == "first":
+        return list(range(student_layers))
+    if choice == "last":
+        return list(range(teacher_layers - student_layers, teacher_layers))
+    if choice == "random":
+        rng = np.random.default_rng(int(sha256(str(seed), "layers")[:16], 16))
+        return sorted(int(i) for i in rng.choice(teacher_layers, student_layers, replace=False))
+    if choice == "sensitivity":
+        assert scores is not None
+        return _top(scores, student_layers)
+    raise PktError(f"layers={choice!r} is unknown; choose one of {', '.join(LAYER_CHOICES)}, or list the layers")
