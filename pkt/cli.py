@@ -1,0 +1,502 @@
+"""The command line: a thin skin over pkt's functions. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pkt.errors import PktError
+
+app = typer.Typer(
+    name="pkt",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Move task knowledge from a large language model into a small one through parameters.\n\n"
+    "Start with [bold]pkt demo[/bold]; then [bold]pkt transfer TEACHER STUDENT SEEDS.jsonl --out DIR[/bold], "
+    "[bold]pkt train[/bold] and [bold]pkt finalize[/bold].",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+_debug = False
+
+
+class Layers(str, enum.Enum):
+    sensitivity = "sensitivity"
+    first = "first"
+    last = "last"
+    random = "random"
+
+
+class Select(str, enum.Enum):
+    window = "window"
+    rows_cols = "rows_cols"
+    weights = "weights"
+    blocks = "blocks"
+    random = "random"
+
+
+class Split(str, enum.Enum):
+    b = "b"
+    sqrt = "sqrt"
+
+
+class Mode(str, enum.Enum):
+    paired = "paired"
+    residual = "residual"
+    add = "add"
+
+
+class Loss(str, enum.Enum):
+    answer = "answer"
+    all = "all"
+
+
+Teacher = Annotated[
+    str, typer.Argument(help="Teacher: a checkpoint directory or a model on the Hub.", show_default=False)
+]
+Student = Annotated[
+    str, typer.Argument(help="Student: a checkpoint directory or a model on the Hub.", show_default=False)
+]
+SeedFile = Annotated[
+    Path,
+    typer.Argument(help='JSONL rows of {"messages"}, {"prompt", "completion"} or {"text"}.', show_default=False),
+]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet.", show_default=False)]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a folder that pkt wrote.")]
+LayersOption = Annotated[
+    str,
+    typer.Option("--layers", help="sensitivity, first, last, random, or teacher layers such as 0,1,4,7."),
+]
+SelectOption = Annotated[Select, typer.Option("--select", help="How the region of each matrix is chosen.")]
+ModulesOption = Annotated[
+    str, typer.Option("--modules", help="all, attention, ffn, embedding, or a regular expression on module names.")
+]
+AlignOption = Annotated[bool, typer.Option("--align-heads", help="Windows of q, k, v and o never cut a head.")]
+RankOption = Annotated[int, typer.Option("--rank", help="Rank of every LoRA pair.")]
+EnergyOption = Annotated[
+    float | None,
+    typer.Option("--energy", help="Instead of --rank: catch this share of each region's energy, up to --max-rank."),
+]
+MaxRankOption = Annotated[int, typer.Option("--max-rank", help="Largest rank with --energy.")]
+SplitOption = Annotated[
+    Split, typer.Option("--split", help="b: the singular values go into B; sqrt: half on each side.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+LossOption = Annotated[Loss, typer.Option("--loss", help="Tokens that count: the answers, or all.")]
+LengthOption = Annotated[int, typer.Option("--max-length", help="Longest row in tokens; the rest is cut off.")]
+BatchOption = Annotated[
+    int, typer.Option("--batch-size", help="Seeds scored at once; the result does not depend on it.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: a GPU when there is one.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        import pkt
+
+        out_console.print(f"pkt {pkt.__version__}")
+        raise typer.Exit
+
+
+def _layers(text: str) -> str | list[int]:
+    if text in Layers.__members__:
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise PktError(
+            f"--layers {text!r}: give {', '.join(Layers.__members__)}, or numbers such as 0,1,4,7"
+        ) from error
+
+
+def _dtype(text: str | None) -> Any:
+    import torch
+
+    if text is None:
+        return None
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text not in known:
+        raise PktError(f"--dtype {text!r} is unknown; choose one of {', '.join(known)}")
+    return known[text]
+
+
+def _device(text: str | None) -> Any:
+    import torch
+
+    if text is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise PktError(f"--device {text!r} is not a device; use cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PktError(f"--device {text}: torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _print_plan(plan: Any, console: Console) -> None:
+    table = Table("source", "target", "region", "share of S", box=None, header_style="bold")
+    for entry in plan.entries:
+        table.add_row(entry.source, entry.target, entry.region.describe(), f"{100 * entry.share:.1f}%")
+    console.print(table)
+    for line in plan.summary():
+        console.print(line, highlight=False)
+
+
+@app.command(rich_help_panel="The main path")
+def transfer(
+    teacher: Teacher,
+    student: Student,
+    seeds: SeedFile,
+    out: OutDir,
+    layers: LayersOption = "sensitivity",
+    select: SelectOption = Select.window,
+    modules: ModulesOption = "all",
+    align_heads: AlignOption = False,
+    rank: RankOption = 16,
+    energy: EnergyOption = None,
+    max_rank: MaxRankOption = 64,
+    split: SplitOption = Split.b,
+    loss: LossOption = Loss.answer,
+    max_length: LengthOption = 2048,
+    batch_size: BatchOption = 8,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    force: Force = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Score the teacher on the seeds, cut out what matters in the student's shape, write it as a LoRA folder."""
+    import pkt
+
+    ext = pkt.transfer(
+        teacher,
+        student,
+        seeds,
+        out=out,
+        layers=_layers(layers),
+        select=select.value,
+        modules=modules,
+        align_heads=align_heads,
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        split=split.value,
+        loss=loss.value,
+        max_length=max_length,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+        device=_device(device),
+        dtype=_dtype(dtype),
+        on_plan=None if json_ else lambda plan: _print_plan(plan, out_console),
+    )
+    if json_:
+        _print_json(
+            {
+                "out": str(out),
+                "pairs": len(ext.pairs),
+                "rank": ext.rank,
+                "layers": ext.plan.layer_map,
+                "energies": ext.energies,
+            }
+        )
+        return
+    out_console.print(f"{out}: {ext}", highlight=False)
+    out_console.print(f"next: pkt train {student} {out} DATA.jsonl --out RUN", highlight=False)
+
+
+@app.command(rich_help_panel="Step by step")
+def sensitivity(
+    teacher: Teacher,
+    seeds: SeedFile,
+    out: Annotated[Path, typer.Option("--out", help="File to write (.safetensors).", show_default=False)],
+    tile: Annotated[int | None, typer.Option("--tile", help="Keep sums over tile x tile blocks only.")] = None,
+    loss: LossOption = Loss.answer,
+    max_length: LengthOption = 2048,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Score every parameter of the teacher on the seeds and save the scores."""
+    from pkt.models import check_tokenizer, load_model, load_tokenizer, spec_of
+    from pkt.seeds import load_seeds
+    from pkt.transferring import score_seeds
+
+    if out.exists():
+        raise PktError(f"{out} exists already; name another file")
+    tokenizer = load_tokenizer(teacher)
+    check_tokenizer(tokenizer, spec_of(teacher))
+    rows = load_seeds(seeds, tokenizer, loss=loss.value, max_length=max_length)
+    rows.check_vocabulary(spec_of(teacher).vocab_size, teacher)
+    model = load_model(teacher, dtype=_dtype(dtype), device=_device(device))
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile)
+    sens.save(out)
+    out_console.print(f"{out}: {sens}", highlight=False)
+
+
+@app.command(rich_help_panel="Step by step")
+def plan(
+    scores: Annotated[Path, typer.Argument(help="Scores written by pkt sensitivity.", show_default=False)],
+    teacher: Teacher,
+    student: Student,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write the plan to (.json).")] = None,
+    layers: LayersOption = "sensitivity",
+    select: SelectOption = Select.window,
+    modules: ModulesOption = "all",
+    align_heads: AlignOption = False,
+    seed: SeedOption = 0,
+    json_: JsonFlag = False,
+) -> None:
+    """Choose layers and regions from saved scores, and show them."""
+    import pkt
+
+    made = pkt.plan(
+        pkt.Sensitivity.load(scores),
+        teacher,
+        student,
+        layers=_layers(layers),
+        select=select.value,
+        modules=modules,
+        align_heads=align_heads,
+        seed=seed,
+    )
+    if out is not None:
+        made.to_json(out)
+    if json_:
+        typer.echo(made.to_json())
+    else:
+        _print_plan(made, out_console)
+
+
+@app.command(rich_help_panel="Step by step")
+def extract(
+    teacher: Teacher,
+    plan: Annotated[Path, typer.Argument(help="Plan written by pkt plan --out.", show_default=False)],
+    out: OutDir,
+    rank: RankOption = 16,
+    energy: EnergyOption = None,
+    max_rank: MaxRankOption = 64,
+    split: SplitOption = Split.b,
+    seed: SeedOption = 0,
+    force: Force = False,
+) -> None:
+    """Cut a plan's regions out of the teacher and factorize them into a LoRA folder."""
+    import pkt
+    from pkt.storage import check_output_folder
+
+    check_output_folder(out, force=force)
+    made = pkt.TransferPlan.from_json(plan)
+    ext = pkt.extract(teacher, made, rank=rank, energy=energy, max_rank=max_rank, split=split.value, seed=seed)
+    ext.save(out, force=force)
+    out_console.print(f"{out}: {ext}", highlight=False)
+
+
+@app.command(rich_help_panel="Step by step")
+def inject(
+    student: Student,
+    extraction: Annotated[Path, typer.Argument(help="Folder written by pkt transfer.", show_default=False)],
+    out: OutDir,
+    mode: Annotated[Mode, typer.Option("--mode", help="How step 0 stays the student.")] = Mode.paired,
+    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout of the written configuration.")] = 0.05,
+) -> None:
+    """Write the injected adapter as a folder that any trainer can start from (residual: its base too, under OUT/base)."""
+    from pkt.training import write_injected
+
+    written = write_injected(student, extraction, out, mode=mode.value, dropout=dropout)
+    for line in written:
+        out_console.print(line, highlight=False)
+
+
+@app.command(rich_help_panel="The main path")
+def train(
+    student: Student,
+    extraction: Annotated[Path, typer.Argument(help="Folder written by pkt transfer.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="Training rows, in the form of the seeds.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Run folder; the same command resumes an unfinished run.")],
+    mode: Annotated[Mode, typer.Option("--mode", help="How step 0 stays the student.")] = Mode.paired,
+    epochs: Annotated[float, typer.Option("--epochs")] = 3.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 64,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", help="Rows in memory at once.")] = 8,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 3e-4,
+    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
+    warmup: Annotated[float, typer.Option("--warmup", help="Steps, or a share of them below 1.")] = 0.0,
+    max_length: LengthOption = 2048,
+    max_steps: Annotated[int, typer.Option("--max-steps", help="Stop after so many steps.")] = -1,
+    save_steps: Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.")] = 50,
+    seed: SeedOption = 0,
+) -> None:
+    """Inject an extraction into the student and train it with transformers' Trainer (the paper's settings)."""
+    from pkt.training import train as run
+
+    run(
+        student,
+        extraction,
+        data,
+        out,
+        mode=mode.value,
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        lr=lr,
+        dropout=dropout,
+        warmup=warmup,
+        max_length=max_length,
+        max_steps=max_steps,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    out_console.print(f"{out}: trained; logs for TensorBoard in {out / 'logs'}", highlight=False)
+    out_console.print(f"next: pkt finalize {out} --out ADAPTER", highlight=False)
+
+
+@app.command(rich_help_panel="The main path")
+def finalize(
+    run: Annotated[Path, typer.Argument(help="Run folder or one of its checkpoints.", show_default=False)],
+    out: OutDir,
+    student: Annotated[
+        str | None, typer.Option("--student", help="The original student, if the run does not say.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Recompress to this rank; default: exact.")] = None,
+    force: Force = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Write one plain LoRA folder for the original student."""
+    import pkt
+
+    adapter = pkt.finalize(run, out, student=student, rank=rank, force=force)
+    ranks = sorted({p.rank for p in adapter.pairs.values()})
+    if json_:
+        _print_json({"out": str(out), "modules": len(adapter.pairs), "ranks": ranks, "base": adapter.base})
+        return
+    out_console.print(
+        f"{out}: a plain LoRA of {len(adapter.pairs)} modules, rank {ranks[-1]}, for {adapter.base}", highlight=False
+    )
+
+
+@app.command(rich_help_panel="The main path")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or a model on the Hub.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="Held-out rows, in the form of the seeds.", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="A LoRA folder to load on the model.")] = None,
+    exact_match: Annotated[bool, typer.Option("--exact-match", help="Also decode and compare final answers.")] = False,
+    max_length: LengthOption = 2048,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows.")] = None,
+    device: DeviceOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
+    from pkt.evaluation import evaluate as run
+    from pkt.injection import load_with_adapter
+    from pkt.models import load_tokenizer
+    from pkt.seeds import load_seeds
+
+    tokenizer = load_tokenizer(model)
+    rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit)
+    result = run(
+        load_with_adapter(model, adapter, device=_device(device)), rows, tokenizer=tokenizer, exact_match=exact_match
+    )
+    if json_:
+        _print_json(
+            {"rows": result.rows, "tokens": result.tokens, "nll": result.nll, "exact_match": result.exact_match}
+        )
+        return
+    text = f"{result.rows} rows, {result.tokens} answer tokens: NLL {result.nll:.4f} nats per token"
+    if result.exact_match is not None:
+        text += f", exact match {100 * result.exact_match:.1f}%"
+    out_console.print(text, highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Any folder pkt wrote, or a LoRA folder.", show_default=False)],
+    student: Annotated[str | None, typer.Option("--student", help="Also check that it fits this model.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Say what a folder is, where it came from, and what to do next."""
+    from pkt.reporting import inspect_folder
+
+    found = inspect_folder(folder, student)
+    if json_:
+        _print_json(found)
+        return
+    for key, value in found.items():
+        out_console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def report(
+    folder: Annotated[Path, typer.Argument(help="An extraction folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file; default: report.html in the folder.")] = None,
+) -> None:
+    """Write a page with the layers' sensitivity, the regions chosen and what they catch."""
+    from pkt.reporting import write_report
+
+    out_console.print(str(write_report(folder, out)), highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def env(json_: JsonFlag = False) -> None:
+    """Versions, devices, and which implementation each op will use and why."""
+    from pkt.reporting import environment
+
+    found = environment()
+    if json_:
+        _print_json(found)
+        return
+    for key, value in found["versions"].items():
+        out_console.print(f"{key:13} {value}", highlight=False)
+    table = Table("op", "device", "implementation", "why", box=None, header_style="bold")
+    for row in found["ops"]:
+        table.add_row(row["op"], row["device"], row["implementation"], row["why"])
+    out_console.print(table)
+
+
+@app.command(rich_help_panel="Start here")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for what the demo makes.")] = Path("pkt-demo"),
+    seeds: Annotated[int, typer.Option("--seeds", help="Training seeds per method.", min=1)] = 3,
+    force: Force = False,
+) -> None:
+    """Two minutes: measure a tiny teacher, cut, inject, train and compare with controls. Needs no network."""
+    from pkt.demonstration import run_demo
+
+    run_demo(out, seeds=seeds, force=force, console=out_console)
+
+
+def main() -> None:
+    """Entry point: one red line for what the user can mend, exit code 1; 130 for Ctrl-C."""
+    try:
+        app()
+    except PktError as error:
+        if _debug:
+            raise
+        err_console.print("error:", style="bold red", end=" ")
+        err_console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err_console.print("stopped", style="red")
+        sys.exit(130)

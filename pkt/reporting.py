@@ -1,0 +1,194 @@
+"""Pictures, the HTML page of a run, and what `pkt inspect` and `pkt env` say."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pkt import ops
+from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
+from pkt.errors import PktError
+from pkt.extraction import Extraction, read_manifest, versions
+from pkt.models import spec_of
+from pkt.planning import TransferPlan
+from pkt.storage import MANIFEST, atomic_file
+
+TAKEN, LEFT = "#0b7a75", "#c9d1d3"
+
+
+def new_figure(width: float, height: float, columns: int) -> Any:
+    """A matplotlib figure with a row of axes; no display is needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+
+
+def plot_layers(axes: Any, plan: TransferPlan) -> None:
+    """Sensitivity of each teacher layer; the chosen ones stand out."""
+    colors = [TAKEN if i in plan.layer_map else LEFT for i in range(len(plan.layer_scores))]
+    axes.bar(range(len(plan.layer_scores)), plan.layer_scores, color=colors)
+    axes.set_title("teacher layers: sensitivity\n(dark: feeds the student)", fontsize=9)
+    axes.set_xlabel("layer")
+
+
+def plot_window(axes: Any, score: torch.Tensor, plan: TransferPlan, source: str) -> None:
+    """The sensitivity map of one matrix, averaged down, with its chosen window."""
+    from matplotlib.patches import Rectangle
+
+    entry = next(e for e in plan.entries if e.source == source)
+    side = max(1, max(score.shape) // 128)
+    small = ops.tile_sums(score.float(), side).add(1e-12).log10().numpy()
+    axes.imshow(small, cmap="magma", aspect="auto", extent=(0, score.shape[1], score.shape[0], 0))
+    if len(entry.region.rows) == len(entry.region.cols) == 1:
+        (a, b), (c, d) = entry.region.rows[0], entry.region.cols[0]
+        axes.add_patch(Rectangle((c, a), d - c, b - a, fill=False, edgecolor="white", linewidth=1.5))
+    axes.set_title(f"log S of {source}\nwindow catches {100 * entry.share:.0f}%", fontsize=9)
+
+
+def png_bytes(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def page(title: str, sections: list[dict[str, Any]]) -> str:
+    """One self-contained HTML page. A section has a heading and text lines, a table (head, rows) or a picture (PNG bytes)."""
+    from jinja2 import Environment, PackageLoader
+
+    for section in sections:
+        if "picture" in section:
+            section["picture"] = base64.b64encode(section["picture"]).decode()
+    environment = Environment(loader=PackageLoader("pkt", "templates"), autoescape=True)
+    return environment.get_template("report.html").render(title=title, sections=sections)
+
+
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """The HTML page of an extraction folder. Raises `PktError` for a folder that is not one."""
+    ext = Extraction.load(folder)
+    plan = ext.plan
+    sections: list[dict[str, Any]] = []
+    facts = [
+        ("teacher", plan.teacher["name"]),
+        ("student", plan.student["name"]),
+        ("seeds", ext.provenance.get("seeds", {}).get("source", "")),
+        *plan.options.items(),
+        *ext.provenance.get("factorization", {}).items(),
+    ]
+    sections.append({"heading": "What was done", "head": ["", ""], "rows": facts})
+    if plan.layer_scores:
+        figure, (left, right) = new_figure(9, 3, 2)
+        plot_layers(left, plan)
+        right.hist([100 * e for e in ext.energies.values()], bins=20, color=TAKEN)
+        right.set_title("energy of each region caught by its factors (%)", fontsize=9)
+        sections.append({"heading": "Layers and energies", "picture": png_bytes(figure), "text": plan.summary()})
+    rows = [
+        (
+            e.source,
+            e.target,
+            e.region.describe(),
+            f"{100 * e.share:.1f}%",
+            ext.pairs[e.target].rank,
+            f"{100 * ext.energies[e.target]:.1f}%",
+        )
+        for e in plan.entries
+    ]
+    head = ["source", "target", "region", "share of S", "rank", "energy caught"]
+    sections.append({"heading": "Regions", "head": head, "rows": rows})
+    sections.append({"heading": "Versions", "head": ["", ""], "rows": list(ext.provenance.get("versions", {}).items())})
+    path = Path(out) if out is not None else Path(folder) / "report.html"
+    with atomic_file(path) as scratch:
+        scratch.write_text(page(f"pkt: {Path(folder).name}", sections), encoding="utf-8")
+    return path
+
+
+def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, Any]:
+    """What an adapter folder is, where it came from, whether it fits a student, and what to do next."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PktError(f"{folder} is not a folder; name one that pkt or PEFT wrote")
+    found: dict[str, Any] = {"folder": str(folder)}
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    kind = manifest.get("kind")
+    if kind is None and not (folder / CONFIG).is_file():
+        raise PktError(f"{folder} holds neither {MANIFEST} nor {CONFIG}; pkt knows nothing about it")
+    base = None
+    if kind == "extraction":
+        ext = Extraction.load(folder)
+        base = ext.plan.student["name"]
+        found |= {
+            "is": "an extraction: the start of a student's LoRA, not yet trained",
+            "teacher": ext.plan.teacher["name"],
+            "student": base,
+            "seeds": ext.provenance.get("seeds", {}).get("source"),
+            "holds": str(ext),
+            "next": f"pkt train {base} {folder} DATA.jsonl --out RUN",
+        }
+    elif kind == "run":
+        base = manifest["student"]
+        state = "finished" if manifest.get("finished") else "unfinished"
+        ready = manifest.get("finished") or not manifest["settings"].get("epochs")
+        found |= {
+            "is": f"a training run ({manifest['mode']}, {state})",
+            "student": base,
+            "next": f"pkt finalize {folder} --out ADAPTER" if ready else "the same pkt train command resumes it",
+        }
+    else:
+        what = "a plain LoRA finalized by pkt" if kind == "adapter" else "a LoRA adapter that pkt did not write"
+        base = read_adapter(folder)[0].base
+        found |= {
+            "is": what,
+            "student": base,
+            "next": "load it with PeftModel.from_pretrained, vLLM or any LoRA server",
+        }
+    if (folder / "adapter_model.safetensors").is_file():
+        adapter, _ = read_adapter(folder)
+        found["modules"] = len(adapter.pairs)
+        found["ranks"] = sorted({p.rank for p in adapter.pairs.values()})
+        if student is not None:
+            spec = spec_of(student)
+            check_fit(split_tied(adapter, spec.head if spec.tied else None).pairs, spec, str(folder))
+            found["fits"] = f"yes: every module has its place in {spec.name}"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, and the implementation of each op on each device here."""
+    import importlib.util
+
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = {d: torch.cuda.get_device_name(d) for d in devices if d != "cpu"}
+    found = {**versions(), "threads": str(torch.get_num_threads()), "GPU": ", ".join(names.values()) or "none"}
+    for module in ("triton", "bitsandbytes"):
+        found[module] = "installed" if importlib.util.find_spec(module) else "not installed"
+    table = []
+    for op in (
+        "abs_accumulate_",
+        "linear_sensitivity_",
+        "linear_sensitivity_tiles_",
+        "embedding_sensitivity_",
+        "best_window",
+        "rsvd",
+    ):
+        for device in devices:
+            used, why = ops.implementation(op, device)
+            table.append({"op": f"pkt::{op}", "device": device, "implementation": used, "why": why})
+    return {"versions": found, "ops": table}
+
+
+def plot_methods(axes: Any, results: dict[str, list[float]], reference: float, label: str) -> None:
+    """One point per training seed and a bar at the mean, per method; a dashed line for the untrained student."""
+    for row, values in enumerate(results.values()):
+        axes.plot(values, [row] * len(values), "o", color=TAKEN, alpha=0.6, markersize=5)
+        axes.plot([np.mean(values)] * 2, [row - 0.25, row + 0.25], color="black", linewidth=2)
+    axes.set_yticks(range(len(results)), list(results), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(f"{label}\n(points: training seeds; untrained student {reference:.2f})", fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
