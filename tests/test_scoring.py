@@ -1,0 +1,319 @@
+"""Sensitivity against plain autograd in fp64, whatever the batch; and the model left as it was found."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pkt
+from pkt.ops import tile_sums
+
+SAMPLES = oracle.token_samples(32)
+MODELS = {
+    "llama": lambda: oracle.llama(),
+    "llama-tied": lambda: oracle.llama(True),
+    "gpt2": lambda: oracle.gpt2(),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def scored(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Tensor]]:
+    model = MODELS[request.param]()
+    return model, oracle.sensitivity(model, oracle.batched(SAMPLES, 1))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "requires": {n: p.requires_grad for n, p in model.named_parameters()},
+        "modes": [m.training for m in model.modules()],
+        "forwards": ["forward" in m.__dict__ for m in model.modules()],
+        "attributes": [sorted(m.__dict__) for m in model.modules()],
+        "order": [list(m._parameters) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "parameter_hooks": [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
+    }
+
+
+def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
+    after = snapshot(model)
+    for key in ("requires", "modes", "forwards", "attributes", "order", "hooks", "parameter_hooks"):
+        assert before[key] == after[key], key
+    for name, weight in before["weights"].items():
+        assert torch.equal(weight, after["weights"][name])
+        grad, now = before["grads"][name], after["grads"][name]
+        assert (grad is None) == (now is None)
+        assert grad is None or torch.equal(grad, now)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_agrees_with_autograd_in_fp64_at_any_batch_size(scored: Any, batch: int) -> None:
+    model, truth = scored
+    order = torch.randperm(len(SAMPLES), generator=torch.Generator().manual_seed(batch)).tolist()
+    before = snapshot(model)
+    sens = pkt.sensitivity(model, oracle.batched([SAMPLES[i] for i in order], batch), progress=False)
+    assert set(sens) == set(truth)
+    for name in truth:
+        assert sens[name].dtype == torch.float32
+        assert sens[name].shape == truth[name].shape
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_keep_fp32_scores(scored: Any, dtype: torch.dtype) -> None:
+    model, truth = scored
+    half = copy.deepcopy(model).to(dtype)
+    sens = pkt.sensitivity(half, oracle.batched(SAMPLES, 8), progress=False)
+    rounded = oracle.sensitivity(half, oracle.batched(SAMPLES, 1))
+    for name in truth:
+        assert sens[name].dtype == torch.float32
+        assert oracle.relative_error(sens[name], rounded[name]) < oracle.FLOOR[dtype], name
+
+
+def test_fp16_gradients_that_would_underflow_are_kept() -> None:
+    model = oracle.llama().half()
+    with torch.no_grad():
+        model.lm_head.weight *= 2.0**-9  # gradients below fp16's smallest number without scaling
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:6], 1))
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 2 * oracle.FLOOR[torch.float16], name
+
+
+@pytest.mark.parametrize("tile", [1, 7, 16])
+def test_tile_sums_are_the_sums_of_the_elements(scored: Any, tile: int) -> None:
+    model, truth = scored
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:8], 4), tile=tile, progress=False)
+    elements = pkt.sensitivity(model, oracle.batched(SAMPLES[:8], 4), progress=False)
+    assert sens.tile == tile
+    for name in truth:
+        assert oracle.relative_error(sens[name], tile_sums(elements[name], tile)) < 1e-6, name
+    torch.testing.assert_close(sens.layer_scores(), elements.layer_scores(), rtol=1e-6, atol=0)
+
+
+def test_a_plain_mlp_with_and_without_a_loss_function() -> None:
+    model = oracle.MLP()
+    generator = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(9, 10, generator=generator), "labels": torch.randint(0, 5, (9,), generator=generator)}
+
+    def loss_fn(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b["x"]), b["labels"], reduction="none")
+
+    truth = oracle.sensitivity(model, [batch], loss_fn)
+    before = snapshot(model)
+    for given in (None, loss_fn):
+        sens = pkt.sensitivity(model, [batch], loss_fn=given, progress=False)
+        for name in truth:
+            assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    assert_unchanged(before, model)
+    with pytest.raises(pkt.PktError, match="no decoder layers"):
+        sens.layer_scores()
+
+
+class TimeFirst(nn.Module):
+    """Activations are [T, B, d]: nothing about a batch's rows can be taken for granted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(67, 16)
+        self.inner = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 67, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.table(input_ids).transpose(0, 1)
+        x = self.norm(x + torch.tanh(self.inner(x)))
+        logits: Tensor = self.head(x).transpose(0, 1)
+        return logits
+
+
+class Odd(nn.Module):
+    """A module called twice, a weight used past its module, a matrix nobody taps, a parameter nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(67, 16, padding_idx=3)
+        self.twice = nn.Linear(16, 16)
+        self.bypassed = nn.Linear(16, 16, bias=False)
+        self.experts = nn.Parameter(torch.randn(2, 16, 16) / 4)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(16, 67)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.table(input_ids)
+        x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
+        x = x + F.linear(self.bypassed(x), self.bypassed.weight)
+        x = x + torch.tanh(x @ self.experts[0]) @ self.experts[1]
+        logits: Tensor = self.head(x * self.scale)
+        return logits
+
+
+def plain_loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["input_ids"])[0, :-1], batch["labels"][0, 1:])[None]
+
+
+@pytest.mark.parametrize("make", [TimeFirst, Odd])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_cannot_be_batched_is_found_out_and_still_exact(make: Any, batch: int) -> None:
+    torch.manual_seed(1)
+    model = make()
+    samples = SAMPLES[:8]
+    truth = oracle.sensitivity(model, oracle.batched(samples, 1), plain_loss)
+    before = snapshot(model)
+    sens = pkt.sensitivity(model, oracle.batched(samples, batch), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    assert_unchanged(before, model)
+
+
+def test_mixture_of_experts_is_exact() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation("eager")
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:5], 1))
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:5], 5), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+
+
+class OnlyLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = oracle.llama()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
+        return loss
+
+
+def test_a_model_that_only_gives_a_scalar_loss_is_run_one_sample_at_a_time() -> None:
+    model = OnlyLoss()
+    truth = oracle.sensitivity(model.inner, oracle.batched(SAMPLES[:5], 1))
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:5], 5), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[f"inner.{name}"], truth[name]) < 1e-5, name
+    assert len(sens.losses) == 5
+
+
+def test_params_chooses_by_expression_and_by_list() -> None:
+    model = oracle.llama()
+    batches = oracle.batched(SAMPLES[:4], 4)
+    whole = pkt.sensitivity(model, batches, progress=False)
+    some = pkt.sensitivity(model, batches, params=r"layers\.1\..*_proj", progress=False)
+    assert len(some) == 7
+    for name in some:
+        assert oracle.relative_error(some[name], whole[name]) < 1e-6
+    one = pkt.sensitivity(model, batches, params=["model.norm.weight"], progress=False)
+    assert list(one) == ["model.norm.weight"]
+    assert oracle.relative_error(one["model.norm.weight"], whole["model.norm.weight"]) < 1e-6
+
+
+def test_the_model_is_restored_after_an_interrupt_and_keeps_its_gradients() -> None:
+    model = oracle.llama()
+    model.train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    before = snapshot(model)
+
+    def interrupted(m: nn.Module, batch: Any) -> Tensor:
+        m(input_ids=batch["input_ids"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 1), loss_fn=interrupted, progress=False)
+    assert_unchanged(before, model)
+    pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 2), progress=False)
+    assert_unchanged(before, model)
+
+
+def test_scores_survive_a_round_trip(tmp_path: Any) -> None:
+    sens = pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:4], 2), progress=False)
+    sens.save(tmp_path / "scores.safetensors")
+    again = pkt.Sensitivity.load(tmp_path / "scores.safetensors")
+    assert again.shapes == sens.shapes
+    assert again.losses == sens.losses
+    assert all(torch.equal(again[n], sens[n]) for n in sens)
+    assert torch.equal(again.layer_scores(), sens.layer_scores())
+
+
+class TestBadInput:
+    def test_a_sample_without_target_tokens_is_named(self) -> None:
+        batch = oracle.padded(SAMPLES[:4])
+        batch["labels"][2] = -100
+        with pytest.raises(pkt.PktError, match="sample 5 has no target token"):
+            pkt.sensitivity(oracle.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
+
+    def test_a_loss_that_is_not_finite_names_the_sample(self) -> None:
+        model = oracle.llama()
+        with torch.no_grad():
+            model.model.embed_tokens.weight[SAMPLES[2][0][0]] = float("nan")
+        bad = [i for i in range(4) if SAMPLES[2][0][0] in SAMPLES[i][0]]
+        with pytest.raises(pkt.PktError, match=f"loss of sample {bad[0]} is nan"):
+            pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 4), progress=False)
+
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_a_gradient_that_is_not_finite_names_sample_and_parameter(self, batch: int) -> None:
+        model = oracle.llama()
+        handles = []
+
+        def spoil(module: nn.Module, args: Any, out: Tensor) -> None:
+            def poison(grad: Tensor) -> Tensor:
+                grad = grad.clone()
+                grad[2 if batch == 4 else 0] = float("inf")
+                return grad
+
+            if batch == 4 and len(out) == 4 or batch == 1 and torch.equal(args[0], probe[: args[0].shape[1]][None]):
+                out.register_hook(poison)
+
+        probe = torch.tensor(SAMPLES[2][0])
+        target = model.model.embed_tokens if batch == 1 else model.model.layers[1].mlp.gate_proj
+        if batch == 1:
+            handles.append(target.register_forward_hook(spoil))
+            name = "model.embed_tokens.weight"
+        else:
+            handles.append(target.register_forward_hook(lambda m, a, out: spoil(m, a, out)))
+            name = "model.layers.1.mlp.gate_proj.weight"
+        with pytest.raises(pkt.PktError, match=rf"gradient of {name} is not finite for sample 2"):
+            pkt.sensitivity(model, oracle.batched(SAMPLES[:4], batch), progress=False)
+
+    def test_an_empty_loader(self) -> None:
+        with pytest.raises(pkt.PktError, match="no batches"):
+            pkt.sensitivity(oracle.llama(), [], progress=False)
+
+    def test_unknown_parameters(self) -> None:
+        with pytest.raises(pkt.PktError, match="no parameter nothing"):
+            pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:1], 1), params=["nothing"], progress=False)
+        with pytest.raises(pkt.PktError, match="no parameter to score"):
+            pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:1], 1), params="nothing", progress=False)
+
+    def test_a_loss_that_ignores_the_parameters(self) -> None:
+        with pytest.raises(pkt.PktError, match="does not depend on the parameters"):
+            pkt.sensitivity(
+                oracle.llama(),
+                oracle.batched(SAMPLES[:1], 1),
+                loss_fn=lambda m, b: torch.zeros(1),
+                progress=False,
+            )

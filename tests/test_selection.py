@@ -1,0 +1,251 @@
+"""Regions against brute force, layers, and plans."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import pkt
+from pkt import ops
+from pkt.models import spec_of
+from pkt.selection import Region, select_layers, select_region, window
+
+
+def brute_force(score: np.ndarray, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[int, int]:
+    """The first window in row-major order with the largest sum, in exact Python integers."""
+    best, where = None, (0, 0)
+    for r in range(0, score.shape[0] - rows + 1, row_step):
+        for c in range(0, score.shape[1] - cols + 1, col_step):
+            total = sum(int(v) for v in score[r : r + rows, c : c + cols].flat)
+            if best is None or total > best:
+                best, where = total, (r, c)
+    return where
+
+
+@pytest.mark.parametrize("values", [2, 7, 1000])
+def test_windows_equal_brute_force_on_random_matrices_ties_included(values: int) -> None:
+    rng = np.random.default_rng(values)
+    for case in range(70):
+        n, m = (int(i) for i in rng.integers(1, 14, 2))
+        rows, cols = int(rng.integers(1, n + 1)), int(rng.integers(1, m + 1))
+        steps = (1, 1) if case % 3 else tuple(int(i) for i in rng.integers(1, 4, 2))
+        score = rng.integers(0, values, (n, m))
+        offset, _ = ops.best_window(torch.from_numpy(score).float(), rows, cols, *steps)
+        assert tuple(offset.tolist()) == brute_force(score, rows, cols, *steps)
+
+
+def test_window_sums_are_exact_where_fp32_prefix_sums_are_not() -> None:
+    score = torch.full((300, 400), 1.0)
+    score[200, 300] = 1.0 + 2**-20
+    offset, total = ops.best_window(score, 100, 100)
+    assert offset.tolist() == [101, 201]
+    bits = ops.window_bits(100, 100)
+    assert total.item() == (10000 + 2**-20) * 2.0 ** (bits - 1)
+
+
+def test_window_search_survives_zeros_and_wide_ranges() -> None:
+    assert ops.best_window(torch.zeros(5, 6), 2, 3)[0].tolist() == [0, 0]
+    score = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-30
+    truth = max(itertools.product(range(31), range(31)), key=lambda rc: score.double()[rc[0] : rc[0] + 10, rc[1] : rc[1] + 20].sum())
+    assert tuple(ops.best_window(score, 10, 20)[0].tolist()) == truth
+    assert ops.window_bits(1 << 17, 1 << 13) == 32
+
+
+def test_rows_cols_and_weights_take_the_highest() -> None:
+    score = torch.rand(12, 17, generator=torch.Generator().manual_seed(0))
+    matrix = torch.arange(12 * 17.0).view(12, 17)
+    region = select_region(score, (12, 17), (5, 9), "rows_cols")
+    rows = score.double().sum(1).topk(5).indices.sort().values
+    cols = score.double().sum(0).topk(9).indices.sort().values
+    assert torch.equal(region.cut(matrix), matrix[rows][:, cols])
+    region = select_region(score, (12, 17), (5, 9), "weights")
+    kept = score.flatten().topk(45).indices.sort().values
+    assert torch.equal(region.cut(matrix), matrix.flatten()[kept].view(5, 9))
+
+
+def test_blocks_take_the_best_row_and_column_blocks() -> None:
+    score = torch.rand(24, 32, generator=torch.Generator().manual_seed(3))
+    region = select_region(score, (24, 32), (16, 8), "blocks")
+    row_sums, col_sums = score.double().view(3, 8, 32).sum((1, 2)), score.double().view(24, 4, 8).sum((0, 2))
+    rows = torch.cat([torch.arange(8) + 8 * i for i in row_sums.topk(2).indices.sort().values])
+    cols = torch.arange(8) + 8 * int(col_sums.argmax())
+    assert torch.equal(region.cut(score), score[rows][:, cols])
+
+
+def test_a_window_is_a_view_and_equal_shapes_are_the_identity() -> None:
+    matrix = torch.rand(10, 12)
+    part = window(2, 3, 4, 5).cut(matrix)
+    assert part.data_ptr() == matrix[2:, 3:].data_ptr()
+    for strategy in ("window", "rows_cols", "weights", "blocks", "random"):
+        assert select_region(matrix, (10, 12), (10, 12), strategy) == window(0, 0, 10, 12)
+
+
+def test_random_windows_depend_on_seed_and_name_only() -> None:
+    score = torch.rand(50, 60)
+    make = lambda seed, name: select_region(score, (50, 60), (20, 20), "random", seed=seed, name=name)  # noqa: E731
+    assert make(0, "a") == make(0, "a")
+    assert len({make(s, n) for s in range(3) for n in "abc"}) > 5
+
+
+def test_tile_sums_find_the_window_on_the_tile_grid() -> None:
+    score = torch.rand(48, 64, generator=torch.Generator().manual_seed(0))
+    score[16:40, 24:56] += 1
+    tiles = ops.tile_sums(score, 8)
+    region = select_region(tiles, (48, 64), (24, 32), "window", tile=8)
+    assert region == window(16, 24, 24, 32)
+    assert select_region(tiles, (48, 64), (24, 32), "blocks", tile=8) == Region((24, 32), ((16, 40),), ((24, 56),))
+    with pytest.raises(pkt.PktError, match="needs the scores' elements"):
+        select_region(tiles, (48, 64), (24, 32), "weights", tile=8)
+    with pytest.raises(pkt.PktError, match="cannot be cut"):
+        select_region(tiles, (48, 64), (20, 32), "window", tile=8)
+
+
+def test_layers_by_every_choice() -> None:
+    scores = torch.tensor([3.0, 9.0, 1.0, 9.0, 5.0])
+    assert select_layers("sensitivity", 5, 3, scores) == [1, 3, 4]
+    assert select_layers("first", 5, 2, None) == [0, 1]
+    assert select_layers("last", 5, 2, None) == [3, 4]
+    assert select_layers([4, 0], 5, 2, None) == [4, 0]
+    chosen = select_layers("random", 5, 3, None, seed=1)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 3
+    for bad, message in (([0], "lists 1"), ([0, 7], "do not exist"), ("best", "unknown")):
+        with pytest.raises(pkt.PktError, match=message):
+            select_layers(bad, 5, 2, scores)
+    with pytest.raises(pkt.PktError, match="fewer than"):
+        select_layers("sensitivity", 5, 6, scores)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any, pkt.Sensitivity]:
+    teacher = oracle.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96)
+    student = oracle.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64)
+    return teacher, student, pkt.sensitivity(teacher, oracle.batched(oracle.token_samples(6), 3), progress=False)
+
+
+def cut(plan: pkt.TransferPlan, teacher: Any, target: str) -> Tensor:
+    entry = next(e for e in plan.entries if e.target == target)
+    weight: Tensor = teacher.get_parameter(f"{entry.source}.weight")
+    return entry.region.cut(weight)
+
+
+@pytest.mark.parametrize("select", ["window", "rows_cols", "weights", "blocks", "random"])
+@pytest.mark.parametrize("layers", ["sensitivity", "first", "last", "random", [3, 1]])
+def test_plans_fit_print_and_round_trip(pair: Any, select: Any, layers: Any, tmp_path: Path) -> None:
+    teacher, student, sens = pair
+    plan = pkt.plan(sens, teacher, student, select=select, layers=layers)
+    places = spec_of(student).by_module()
+    assert {e.target for e in plan.entries} == set(places)
+    for entry in plan.entries:
+        assert tuple(cut(plan, teacher, entry.target).shape) == places[entry.target].shape
+        whole = sens[f"{entry.source}.weight"].double()
+        assert entry.share == pytest.approx(float(entry.region.cut(whole).sum() / whole.sum()), rel=1e-6)
+    plan.to_json(tmp_path / "plan.json")
+    assert pkt.TransferPlan.from_json(tmp_path / "plan.json").as_dict() == plan.as_dict()
+    text = str(plan)
+    assert "model.layers.1.mlp.up_proj" in text
+    assert "share of" in text
+
+
+def test_the_window_catches_more_than_any_other_window(pair: Any) -> None:
+    teacher, student, sens = pair
+    best, other = (pkt.plan(sens, teacher, student, select=s) for s in ("window", "random"))
+    assert all(a.share >= b.share - 1e-9 for a, b in zip(best.entries, other.entries, strict=True))
+
+
+def test_modules_choose_the_matrices(pair: Any) -> None:
+    teacher, student, sens = pair
+    count = lambda modules: len(pkt.plan(sens, teacher, student, modules=modules).entries)  # noqa: E731
+    assert count("all") == 16
+    assert count("attention") == 8
+    assert count("ffn") == 6
+    assert count("embedding") == 2
+    assert count(r"layers\.1\..*(gate|up)_proj") == 2
+
+
+def test_aligned_heads_start_at_a_head(pair: Any) -> None:
+    teacher, student, sens = pair
+    plan = pkt.plan(sens, teacher, student, align_heads=True)
+    for entry in plan.entries:
+        if entry.target.endswith(("q_proj", "k_proj", "v_proj")):
+            assert entry.region.rows[0][0] % 8 == 0
+        if entry.target.endswith("o_proj"):
+            assert entry.region.cols[0][0] % 8 == 0
+
+
+def test_plan_from_tile_sums(pair: Any) -> None:
+    teacher, student, _ = pair
+    sens = pkt.sensitivity(teacher, oracle.batched(oracle.token_samples(6), 3), tile=8, progress=False)
+    for select in ("window", "blocks"):
+        plan = pkt.plan(sens, teacher, student, select=select, modules="ffn|attention" if False else "ffn")
+        for entry in plan.entries:
+            assert all(a % 8 == 0 for a, _ in (*entry.region.rows, *entry.region.cols))
+            assert 0 < entry.share <= 1
+
+
+class TestBadInput:
+    def test_a_teacher_too_small_lists_every_module(self, pair: Any) -> None:
+        _, student, sens = pair
+        small = oracle.llama(hidden=32, layers=4, heads=4, kv=2, ffn=48)
+        with pytest.raises(pkt.PktError) as caught:
+            pkt.plan(sens, small, student)
+        text = str(caught.value)
+        for layer in (0, 1):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                assert f"model.layers.{layer}.mlp.{name}" in text
+        assert "48 < 64" in text
+        assert "q_proj" not in text
+
+    def test_a_teacher_too_shallow(self, pair: Any) -> None:
+        teacher, student, sens = pair
+        with pytest.raises(pkt.PktError, match="2 layers, fewer than the student's 4"):
+            pkt.plan(sens, student, teacher)
+
+    def test_another_architecture_names_the_modules_without_a_source(self, pair: Any) -> None:
+        _, student, sens = pair
+        with pytest.raises(pkt.PktError, match="no matrix in that place"):
+            pkt.plan(sens, oracle.gpt2(hidden=64, layers=4), student)
+
+    def test_different_vocabularies_leave_embeddings_out_and_say_so(self, pair: Any) -> None:
+        teacher, _, sens = pair
+        other = oracle.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=60)
+        plan = pkt.plan(sens, teacher, other)
+        assert len(plan.entries) == 14
+        assert "vocabularies differ (67 and 60 tokens)" in str(plan)
+
+    def test_scores_of_another_model(self, pair: Any) -> None:
+        _, student, sens = pair
+        other = oracle.llama(hidden=64, layers=4, heads=8, kv=4, ffn=128)
+        with pytest.raises(pkt.PktError, match="in the scores of another model"):
+            pkt.plan(sens, other, student)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"select": "best"}, "select='best' is unknown"),
+            ({"layers": "middle"}, "layers='middle' is unknown"),
+            ({"modules": "("}, "nor a regular expression"),
+            ({"modules": "nothing"}, "chooses none"),
+            ({"select": "blocks", "align_heads": True}, "align_heads concerns windows"),
+        ],
+    )
+    def test_unknown_options(self, pair: Any, options: Any, message: str) -> None:
+        teacher, student, sens = pair
+        with pytest.raises(pkt.PktError, match=message):
+            pkt.plan(sens, teacher, student, **options)
+
+    def test_a_plan_file_that_is_none(self, tmp_path: Path) -> None:
+        path = tmp_path / "plan.json"
+        path.write_text('{"format": "x"}')
+        with pytest.raises(pkt.PktError, match="not a plan"):
+            pkt.TransferPlan.from_json(path)
+        path.write_text('{\n "a": }')
+        with pytest.raises(pkt.PktError, match=r"plan\.json:2: not valid JSON"):
+            pkt.TransferPlan.from_json(path)
