@@ -234,7 +234,11 @@ def _encode(
     else:
         ids, counts = [], []
         for index, (piece, answer) in enumerate(pieces):
-            part = tokenizer(piece, add_special_tokens=special and index == 0)["input_ids"]
+            part = tokenizer(piece, add_special_tokens=False)["input_ids"]
+            if special and index == 0:
+                whole = tokenizer(piece)["input_ids"]
+                front = whole[: len(whole) - len(part)] if whole[-len(part) :] == part else []
+                ids, counts = list(front), [False] * len(front)
             ids += part
             counts += [answer] * len(part)
     start = counts.index(True) if True in counts else len(ids)

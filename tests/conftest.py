@@ -59,7 +59,9 @@ def seed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def extraction_dir(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path, seed_file: Path) -> Path:
+def extraction_dir(
+    tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path, seed_file: Path
+) -> Path:
     import pkt
 
     out = tmp_path_factory.mktemp("runs") / "extraction"
@@ -68,7 +70,9 @@ def extraction_dir(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, 
 
 
 def write_rows(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 

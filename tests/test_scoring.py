@@ -285,7 +285,7 @@ class TestBadInput:
                 grad[2 if batch == 4 else 0] = float("inf")
                 return grad
 
-            if batch == 4 and len(out) == 4 or batch == 1 and torch.equal(args[0], probe[: args[0].shape[1]][None]):
+            if (batch == 4 and len(out) == 4) or (batch == 1 and torch.equal(args[0], probe[: args[0].shape[1]][None])):
                 out.register_hook(poison)
 
         probe = torch.tensor(SAMPLES[2][0])

@@ -53,7 +53,10 @@ def test_window_sums_are_exact_where_fp32_prefix_sums_are_not() -> None:
 def test_window_search_survives_zeros_and_wide_ranges() -> None:
     assert ops.best_window(torch.zeros(5, 6), 2, 3)[0].tolist() == [0, 0]
     score = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-30
-    truth = max(itertools.product(range(31), range(31)), key=lambda rc: score.double()[rc[0] : rc[0] + 10, rc[1] : rc[1] + 20].sum())
+    truth = max(
+        itertools.product(range(31), range(31)),
+        key=lambda rc: score.double()[rc[0] : rc[0] + 10, rc[1] : rc[1] + 20].sum(),
+    )
     assert tuple(ops.best_window(score, 10, 20)[0].tolist()) == truth
     assert ops.window_bits(1 << 17, 1 << 13) == 32
 

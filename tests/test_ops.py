@@ -1,0 +1,163 @@
+"""The ops' torch implementations against the formula in fp64, their schemas, and what bad arguments get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import pkt
+from pkt import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def case(
+    lengths: list[int], n: int, m: int, dtype: torch.dtype, *, gap: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """w, x, dy, seq_starts, seq_lens; rows between the samples hold NaN, which must never be read."""
+    g = torch.Generator().manual_seed(seed)
+    starts, position = [], 0
+    for length in lengths:
+        starts.append(position)
+        position += length + gap
+    x, dy = torch.full((position, m), float("nan")), torch.full((position, n), float("nan"))
+    for start, length in zip(starts, lengths, strict=True):
+        x[start : start + length] = torch.randn(length, m, generator=g)
+        dy[start : start + length] = torch.randn(length, n, generator=g)
+    w = torch.randn(n, m, generator=g)
+    return (
+        w.to(dtype),
+        x.to(dtype),
+        dy.to(dtype),
+        torch.tensor(starts, dtype=torch.int64),
+        torch.tensor(lengths, dtype=torch.int64),
+    )
+
+
+def truth(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor) -> Tensor:
+    total = torch.zeros(w.shape, dtype=torch.float64)
+    for s, n in zip(starts.tolist(), lens.tolist(), strict=True):
+        total += (dy[s : s + n].double().t() @ x[s : s + n].double()).abs()
+    return total * w.double().abs()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "n", "m", "gap"), [([5, 1, 9], 17, 33, 0), ([4, 0, 3], 1, 7, 2), ([], 3, 5, 0), ([6], 601, 443, 3)]
+)
+def test_linear_sensitivity(dtype: torch.dtype, lengths: list[int], n: int, m: int, gap: int) -> None:
+    args = case(lengths, n, m, dtype, gap=gap)
+    expected = truth(*args)
+    acc = torch.ones(n, m)
+    ops.linear_sensitivity_(acc, *args)
+    assert oracle.relative_error(acc, expected + 1) < 1e-6
+    for tile in (1, 4, 64):
+        tiles = torch.zeros(-(-n // tile), -(-m // tile))
+        ops.linear_sensitivity_tiles_(tiles, *args, tile)
+        assert oracle.relative_error(tiles, ops.tile_sums(expected, tile)) < 1e-6
+
+
+def test_linear_sensitivity_of_strided_views() -> None:
+    w, x, dy, starts, lens = case([7, 5], 20, 24, torch.float32)
+    wide_x = torch.full((12, 50), float("nan"))
+    wide_x[:, 1:49:2] = x
+    acc = torch.zeros(24, 20).t()
+    ops.linear_sensitivity_(acc, w.t().contiguous().t(), wide_x[:, 1:49:2], dy, starts, lens)
+    assert oracle.relative_error(acc, truth(w, x, dy, starts, lens)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (37,), (129, 65), (3, 5, 7)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_abs_accumulate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    theta, grad, acc = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.rand(shape)
+    expected = acc.double() + (theta.double() * grad.double()).abs()
+    ops.abs_accumulate_(acc, theta, grad)
+    assert oracle.relative_error(acc, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_sensitivity_sums_duplicates_within_a_sample_first(dtype: torch.dtype) -> None:
+    ids = torch.tensor([4, 4, 2, 0, 4, 2, 9])
+    dy, w = torch.randn(7, 6).to(dtype), torch.randn(11, 6).to(dtype)
+    starts, lens = torch.tensor([0, 3]), torch.tensor([3, 4])
+    expected = torch.zeros(11, 6, dtype=torch.float64)
+    for s, n in ((0, 3), (3, 4)):
+        expected += torch.zeros(11, 6, dtype=torch.float64).index_add_(0, ids[s : s + n], dy[s : s + n].double()).abs()
+    expected *= w.double().abs()
+    acc = torch.zeros(11, 6)
+    ops.embedding_sensitivity_(acc, w, ids, dy, starts, lens)
+    assert oracle.relative_error(acc, expected) < 1e-6
+
+
+def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
+    w, x, dy, starts, lens = case([3, 4], 6, 5, torch.float32)
+    check = torch.library.opcheck
+    check(torch.ops.pkt.abs_accumulate_.default, (torch.zeros(6, 5), w, w))
+    check(torch.ops.pkt.linear_sensitivity_.default, (torch.zeros(6, 5), w, x, dy, starts, lens))
+    check(torch.ops.pkt.linear_sensitivity_tiles_.default, (torch.zeros(3, 3), w, x, dy, starts, lens, 2))
+    check(
+        torch.ops.pkt.embedding_sensitivity_.default,
+        (torch.zeros(6, 5), w, torch.zeros(7, dtype=torch.int64), x, starts, lens),
+    )
+    check(torch.ops.pkt.best_window.default, (torch.rand(6, 5), 3, 2))
+    check(torch.ops.pkt.rsvd.default, (torch.randn(12, 9), 3))
+
+
+def test_every_op_says_what_it_uses_and_why() -> None:
+    for op in ("abs_accumulate_", "linear_sensitivity_", "best_window", "rsvd"):
+        used, why = ops.implementation(op, "cpu")
+        assert used in ("torch", "C++")
+        assert why
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(8, 5)}, "rows"),
+        ({"w": torch.zeros(5, 6)}, r"\[out, in\]"),
+        ({"acc": torch.zeros(6, 4)}, "shape does not fit"),
+        ({"acc": torch.zeros(6, 5, dtype=torch.bfloat16)}, "must be fp32"),
+        ({"dy": torch.zeros(7, 6, dtype=torch.int64)}, "floating point"),
+        ({"w": torch.zeros(30)}, "2-D"),
+        ({"starts": torch.tensor([0, 2])}, "overlap"),
+        ({"lens": torch.tensor([3, 9])}, "run past"),
+        ({"lens": torch.tensor([3, -1])}, "run past"),
+        ({"lens": torch.tensor([3])}, "one length"),
+        ({"lens": torch.tensor([3.0, 4.0])}, "int64"),
+        ({"x": torch.zeros(7, 5, device="meta")}, "on cpu"),
+    ],
+)
+def test_bad_arguments_name_the_argument(change: dict[str, Any], message: str) -> None:
+    w, x, dy, starts, lens = case([3, 4], 6, 5, torch.float32)
+    given = {"acc": torch.zeros(6, 5), "w": w, "x": x, "dy": dy, "starts": starts, "lens": lens} | change
+    with pytest.raises(pkt.PktError, match=message):
+        ops.linear_sensitivity_(*given.values())
+
+
+def test_other_ops_refuse_bad_arguments() -> None:
+    with pytest.raises(pkt.PktError, match="shapes differ"):
+        ops.abs_accumulate_(torch.zeros(3), torch.zeros(3), torch.zeros(4))
+    with pytest.raises(pkt.PktError, match="does not fit in"):
+        ops.best_window(torch.rand(3, 4), 4, 4)
+    with pytest.raises(pkt.PktError, match="steps"):
+        ops.best_window(torch.rand(3, 4), 2, 2, 0, 1)
+    with pytest.raises(pkt.PktError, match="int64"):
+        ops.embedding_sensitivity_(
+            torch.zeros(3, 2),
+            torch.zeros(3, 2),
+            torch.zeros(4),
+            torch.zeros(4, 2),
+            torch.tensor([0]),
+            torch.tensor([4]),
+        )
+    with pytest.raises(pkt.PktError, match="tiles"):
+        ops.linear_sensitivity_tiles_(torch.zeros(2, 2), *case([3], 6, 5, torch.float32), 2)
+    for bad, message in ((torch.zeros(3), "matrix"), (torch.zeros(3, 3, dtype=torch.int64), "bf16, fp16 or fp32")):
+        with pytest.raises(pkt.PktError, match=message):
+            ops.rsvd(bad, 1)
+    with pytest.raises(pkt.PktError, match="rank 4"):
+        ops.rsvd(torch.zeros(3, 5), 4)
