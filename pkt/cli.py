@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pkt.errors import PktError
+from pkt.version import __version__
 
 app = typer.Typer(
     name="pkt",
@@ -103,18 +104,21 @@ DtypeOption = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pkt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
-    if version:
-        import pkt
-
-        out_console.print(f"pkt {pkt.__version__}")
-        raise typer.Exit
 
 
 def _layers(text: str) -> str | list[int]:
@@ -155,15 +159,6 @@ def _device(text: str | None) -> Any:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
-
-
-def _print_plan(plan: Any, console: Console) -> None:
-    table = Table("source", "target", "region", "share of S", box=None, header_style="bold")
-    for entry in plan.entries:
-        table.add_row(entry.source, entry.target, entry.region.describe(), f"{100 * entry.share:.1f}%")
-    console.print(table)
-    for line in plan.summary():
-        console.print(line, highlight=False)
 
 
 @app.command(rich_help_panel="The main path")
@@ -212,7 +207,7 @@ def transfer(
         force=force,
         device=_device(device),
         dtype=_dtype(dtype),
-        on_plan=None if json_ else lambda plan: _print_plan(plan, out_console),
+        on_plan=None if json_ else lambda plan: typer.echo(str(plan)),
     )
     if json_:
         _print_json(
@@ -289,7 +284,7 @@ def plan(
     if json_:
         typer.echo(made.to_json())
     else:
-        _print_plan(made, out_console)
+        typer.echo(str(made))
 
 
 @app.command(rich_help_panel="Step by step")

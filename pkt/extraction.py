@@ -52,7 +52,7 @@ class Extraction:
         Raises `PktError` when the folder holds something else, or the disk is full (nothing is left behind then).
         """
         with atomic_folder(folder, force=force) as scratch:
-            self.adapter().write(scratch, metadata={"pkt": FORMAT})
+            self.adapter().write(scratch)
             write_json(scratch / MANIFEST, self.manifest())
             (scratch / "README.md").write_text(model_card(self), encoding="utf-8", newline="\n")
 

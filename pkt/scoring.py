@@ -94,7 +94,7 @@ class Sensitivity(Mapping[str, Tensor]):
             "provenance": self.provenance,
         }
         with atomic_file(path) as scratch:
-            write_tensors(scratch, self.scores, {"pkt": json.dumps(meta)})
+            write_tensors(scratch, self.scores, ("pkt", json.dumps(meta)))
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
@@ -822,9 +822,7 @@ class Scorer:
             values = losses.detach().double().cpu().tolist()
             for j, value in enumerate(values):
                 if not math.isfinite(value):
-                    raise PktError(
-                        f"the loss of sample {done + j} is {value}; look at that sample, or load the model in fp32 or bf16"
-                    )
+                    raise PktError(f"the loss of sample {done + j} is {value}; {self._blame()}")
             if not losses.requires_grad:
                 raise PktError(
                     "the loss does not depend on the parameters to be scored (is it computed under no_grad?)"
@@ -835,6 +833,13 @@ class Scorer:
         self._check_finite(done)
         self._flush()
         return values
+
+    def _blame(self) -> str:
+        """What to do about a value that is not finite: a damaged parameter explains it, otherwise the sample or the type."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.detach().isfinite().all()):
+                return f"parameter {name} itself holds NaN or Inf: the checkpoint is damaged, copy it again"
+        return "every parameter is finite, so look at that sample, or load the model in fp32 or bf16"
 
     def _choose_scale(self, losses: Tensor) -> float:
         """A power of two that keeps fp16 gradients from underflow and overflow, found by a backward that only looks."""
@@ -875,8 +880,7 @@ class Scorer:
             f"sample {done + sample}" if len(total) == self.batch else f"one of samples {done}..{done + self.batch - 1}"
         )
         raise PktError(
-            f"the gradient of {name} is not finite for {which} (the first seen, from the output down); "
-            "look at that sample, or load the model in fp32 or bf16"
+            f"the gradient of {name} is not finite for {which} (the first seen, from the output down); {self._blame()}"
         )
 
     def finish(self) -> dict[str, Tensor]:

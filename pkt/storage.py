@@ -104,13 +104,16 @@ def _umask() -> int:
     return mask
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """safetensors, with the operating system's errors kept recognisable."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")) -> None:
+    """safetensors, with the operating system's errors kept recognisable.
+
+    One metadata entry only: safetensors writes several in random order, and the same result must be the same bytes.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, dict(metadata))
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, dict([metadata]))
     except SafetensorError as error:
         text = str(error)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):

@@ -1,0 +1,5 @@
+"""`python -m pkt`."""
+
+from pkt.cli import main
+
+main()

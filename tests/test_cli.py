@@ -1,0 +1,359 @@
+"""The commands as a user types them: the whole path, --json, exit codes, and one red line for every bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import ASSETS, save, write_rows
+from safetensors.torch import load_file, save_file
+
+import pkt
+from pkt.storage import MANIFEST, atomic_file, atomic_folder
+
+PKT = [sys.executable, "-m", "pkt"]
+
+
+def run(*args: Any, code: int = 0, **options: Any) -> str:
+    """Run pkt in this process and return what it prints; checks the exit code."""
+    from typer.testing import CliRunner
+
+    from pkt import cli
+
+    result = CliRunner().invoke(cli.app, [str(a) for a in args], **options)
+    if isinstance(result.exception, pkt.PktError):
+        assert code == 1, result.exception
+        return str(result.exception)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def fails(*args: Any) -> str:
+    """The one error of a command that must fail."""
+    return run(*args, code=1)
+
+
+def empty_beside(path: Path) -> bool:
+    """Nothing half-written is left where `path` would have been."""
+    return not path.exists() and not any(p.name.startswith(f".{path.name}") for p in path.parent.iterdir())
+
+
+def test_the_whole_path(teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path) -> None:
+    hashes = {p: p.read_bytes() for p in student_dir.iterdir()}
+    text = run("transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "ext", "--rank", 4)
+    assert "model.layers.1.mlp.up_proj" in text
+    assert "pkt train" in text
+    text = run(
+        *("train", student_dir, tmp_path / "ext", ASSETS / "data" / "train.jsonl", "--out", tmp_path / "run"),
+        *("--max-steps", 4, "--batch-size", 4, "--micro-batch", 2, "--save-steps", 2, "--lr", 1e-2),
+    )
+    assert "pkt finalize" in text
+    assert list((tmp_path / "run" / "logs").rglob("events*"))
+    for source, out in ((tmp_path / "run", "a"), (tmp_path / "run" / "checkpoint-4", "b")):
+        run("finalize", source, "--out", tmp_path / out)
+    one, two = (load_file(tmp_path / out / "adapter_model.safetensors") for out in "ab")
+    assert set(one) == set(two)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not any("base_layer" in k for k in one)
+    before, after = (
+        json.loads(run("evaluate", student_dir, ASSETS / "data" / "test.jsonl", "--limit", 8, "--json", *extra))["nll"]
+        for extra in ((), ("--adapter", tmp_path / "a"))
+    )
+    assert after < before
+    for folder, word in (("ext", "extraction"), ("run", "training run"), ("a", "plain LoRA")):
+        assert word in run("inspect", tmp_path / folder, "--student", student_dir)
+    assert run("report", tmp_path / "ext").strip() == str(tmp_path / "ext" / "report.html")
+    html = (tmp_path / "ext" / "report.html").read_text()
+    assert "data:image/png;base64," in html
+    assert "lm_head" in html
+    assert hashes == {p: p.read_bytes() for p in student_dir.iterdir()}
+
+
+def test_step_by_step_equals_transfer(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, extraction_dir: Path, tmp_path: Path
+) -> None:
+    run("sensitivity", teacher_dir, seed_file, "--out", tmp_path / "s.safetensors")
+    plan = json.loads(
+        run("plan", tmp_path / "s.safetensors", teacher_dir, student_dir, "--out", tmp_path / "plan.json", "--json")
+    )
+    assert plan == json.loads((tmp_path / "plan.json").read_text())
+    run("extract", teacher_dir, tmp_path / "plan.json", "--rank", 4, "--out", tmp_path / "ext")
+    one, two = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "ext", extraction_dir))
+    assert all(torch.allclose(one[k], two[k], atol=1e-6) for k in two)
+
+
+def test_transfer_is_deterministic_resumes_and_refuses_other_options(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, extraction_dir: Path, tmp_path: Path
+) -> None:
+    command = ("transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "ext", "--json")
+    first = json.loads(run(*command, "--rank", 4))
+    assert first["pairs"] == 16
+    weights = (tmp_path / "ext" / "adapter_model.safetensors").read_bytes()
+    assert weights == (extraction_dir / "adapter_model.safetensors").read_bytes()
+    stamp = (tmp_path / "ext" / MANIFEST).stat().st_mtime_ns
+    assert json.loads(run(*command, "--rank", 4)) == first
+    assert (tmp_path / "ext" / MANIFEST).stat().st_mtime_ns == stamp
+    message = fails(*command, "--rank", 3)
+    assert "another transfer" in message
+    assert "factorization" in message
+    run(*command, "--rank", 3, "--force")
+    assert json.loads((tmp_path / "ext" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_inject_writes_a_folder_for_other_trainers(student_dir: Path, extraction_dir: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from pkt.models import load_model
+
+    ids = torch.randint(0, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    reference = load_model(student_dir)(ids).logits
+    for mode in ("paired", "residual"):
+        out = tmp_path / mode
+        run("inject", student_dir, extraction_dir, "--out", out, "--mode", mode)
+        base = load_model(out / "base" if mode == "residual" else student_dir)
+        logits = PeftModel.from_pretrained(base, str(out)).eval()(ids).logits
+        torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
+        run("finalize", out, "--out", tmp_path / f"{mode}-plain", "--student", student_dir)
+
+
+def test_help_version_and_env() -> None:
+    text = run("--help")
+    for command in (
+        "transfer",
+        "sensitivity",
+        "plan",
+        "inject",
+        "train",
+        "finalize",
+        "inspect",
+        "report",
+        "env",
+        "demo",
+    ):
+        assert command in text
+        assert run(command, "--help")
+    assert pkt.__version__ in run("--version")
+    found = json.loads(run("env", "--json"))
+    assert {row["op"] for row in found["ops"]} >= {"pkt::linear_sensitivity_", "pkt::rsvd"}
+    assert "pkt::best_window" in run("env")
+
+
+def test_errors_are_one_line_and_the_traceback_comes_with_debug(tmp_path: Path) -> None:
+    for extra, traceback in ((), False), (("--debug",), True):
+        done = subprocess.run([*PKT, *extra, "inspect", str(tmp_path / "no")], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "is not a folder" in done.stderr
+        assert ("Traceback" in done.stderr) == traceback
+        assert done.stdout == ""
+    assert subprocess.run([*PKT, "inspect"], capture_output=True).returncode == 2
+
+
+def test_import_is_light() -> None:
+    code = "import sys, pkt; print([m for m in ('transformers', 'peft', 'triton', 'typer', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    for name in pkt.__all__:
+        assert getattr(pkt, name) is getattr(pkt, name)
+
+
+class TestBadInput:
+    """Each gets one `PktError`, and nothing half-written is left behind."""
+
+    @pytest.fixture
+    def transfer(self, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path) -> Any:
+        def failing(teacher: Any = teacher_dir, student: Any = student_dir, seeds: Any = seed_file, *extra: Any) -> str:
+            message = fails("transfer", teacher, student, seeds, "--out", tmp_path / "out", "--rank", 4, *extra)
+            assert empty_beside(tmp_path / "out")
+            return message
+
+        return failing
+
+    @pytest.fixture
+    def broken(self, teacher_dir: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(teacher_dir, tmp_path / "broken"))
+
+    def test_malformed_and_empty_seeds(self, transfer: Any, tmp_path: Path) -> None:
+        good = {"text": "one two"}
+        assert "s.jsonl:2: not valid JSON" in transfer(seeds=write_rows(tmp_path / "s.jsonl", good, "{oops"))
+        assert "has no rows" in transfer(seeds=write_rows(tmp_path / "e.jsonl"))
+        assert "does not exist" in transfer(seeds=tmp_path / "missing.jsonl")
+
+    def test_a_row_without_target_tokens(
+        self, transfer: Any, teacher_dir: Path, student_dir: Path, seed_file: Path
+    ) -> None:
+        message = transfer(teacher_dir, student_dir, seed_file, "--max-length", 4)
+        assert "seeds.jsonl:1: no target token is left after truncation" in message
+
+    def test_tokenizer_and_model_that_disagree(self, transfer: Any, tmp_path: Path, tokenizer: Any) -> None:
+        model = oracle.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96, vocab=100)
+        message = transfer(teacher=save(model, tmp_path / "small-vocabulary", tokenizer))
+        assert f"the tokenizer has {len(tokenizer)} tokens" in message
+        assert "embeds only 100" in message
+
+    def test_a_teacher_without_tokenizer(self, transfer: Any, broken: Path) -> None:
+        for file in broken.glob("tokenizer*"):
+            file.unlink()
+        assert "no usable tokenizer" in transfer(teacher=broken)
+
+    def test_a_teacher_smaller_than_the_student(
+        self, transfer: Any, student_dir: Path, tmp_path: Path, tokenizer: Any
+    ) -> None:
+        model = oracle.llama(hidden=32, layers=2, heads=4, kv=2, ffn=48, vocab=len(tokenizer))
+        message = transfer(teacher=save(model, tmp_path / "small", tokenizer))
+        assert "model.layers.0.mlp.gate_proj [64, 32]" in message
+        assert "48 < 64" in message
+
+    def test_truncated_missing_and_foreign_shards(self, transfer: Any, broken: Path) -> None:
+        weights = broken / "model.safetensors"
+        data = weights.read_bytes()
+        weights.write_bytes(data[: len(data) // 2])
+        assert "model.safetensors is truncated" in transfer(teacher=broken)
+        weights.write_bytes(b"not a checkpoint at all")
+        assert "truncated or not a safetensors file" in transfer(teacher=broken)
+        weights.unlink()
+        assert "has no model.safetensors" in transfer(teacher=broken)
+        (broken / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'
+        )
+        assert "model-1.safetensors is missing" in transfer(teacher=broken)
+
+    def test_an_incomplete_checkpoint(self, transfer: Any, broken: Path) -> None:
+        weights = load_file(broken / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        assert "model.layers.1.mlp.up_proj.weight" in transfer(teacher=broken)
+
+    def test_weights_that_are_not_finite(self, transfer: Any, broken: Path) -> None:
+        weights = load_file(broken / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        message = transfer(teacher=broken)
+        assert re.search(
+            r"seeds\.jsonl:\d is nan; parameter model.layers.1.mlp.up_proj.weight itself holds NaN", message
+        )
+
+    def test_pickles_only_when_they_load_safely(
+        self, broken: Path, transfer: Any, student_dir: Path, seed_file: Path, tmp_path: Path
+    ) -> None:
+        weights = load_file(broken / "model.safetensors")
+        (broken / "model.safetensors").unlink()
+
+        class Evil:
+            def __reduce__(self) -> Any:
+                return os.mkdir, (str(tmp_path / "was-here"),)
+
+        torch.save({"x": Evil()}, broken / "pytorch_model.bin")
+        assert "cannot be loaded safely" in transfer(teacher=broken)
+        assert not (tmp_path / "was-here").exists()
+        torch.save(weights, broken / "pytorch_model.bin")
+        run("transfer", broken, student_dir, seed_file, "--out", tmp_path / "out", "--rank", 4)
+
+    def test_output_folders_in_use(self, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+        for extra in ((), ("--force",)):
+            assert "pkt did not write" in fails(
+                "transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "mine", *extra
+            )
+        assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+        assert "is a file" in fails(
+            "transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "mine" / "thesis.tex"
+        )
+        assert "pkt did not write" in fails("finalize", tmp_path / "mine", "--out", tmp_path / "mine")
+
+    def test_models_that_are_none(self, transfer: Any, tmp_path: Path, seed_file: Path, extraction_dir: Path) -> None:
+        assert "does not exist" in transfer(teacher=tmp_path / "nowhere")
+        assert "is a file" in transfer(teacher=seed_file)
+        assert "config.json does not exist" in transfer(teacher=seed_file.parent)
+        assert "is an adapter folder" in transfer(student=extraction_dir)
+
+    def test_wrong_options(self, transfer: Any, teacher_dir: Path, student_dir: Path, seed_file: Path) -> None:
+        where = (teacher_dir, student_dir, seed_file)
+        assert "--layers 'middle'" in transfer(*where, "--layers", "middle")
+        assert "do not exist" in transfer(*where, "--layers", "0,9")
+        assert "is unknown" in transfer(*where, "--dtype", "int8")
+        assert "rank" in transfer(*where, "--rank", 0)
+        assert "above the smaller side" in transfer(*where, "--rank", 17)
+        assert "energy" in transfer(*where, "--energy", 2)
+        assert "batch_size" in transfer(*where, "--batch-size", 0)
+        assert "not a device" in transfer(*where, "--device", "toaster")
+
+    def test_folders_that_are_something_else(
+        self, student_dir: Path, extraction_dir: Path, tmp_path: Path, teacher_dir: Path
+    ) -> None:
+        data = ASSETS / "data" / "train.jsonl"
+        assert "no pkt.json" in fails("train", student_dir, student_dir, data, "--out", tmp_path / "run")
+        assert "does not fit" in fails("train", teacher_dir, extraction_dir, data, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        assert "is an extraction, not a trained adapter" in fails("finalize", extraction_dir, "--out", tmp_path / "a")
+        assert "cannot tell how this adapter was injected" in fails("finalize", student_dir, "--out", tmp_path / "a")
+        assert "does not fit" in fails("inspect", extraction_dir, "--student", teacher_dir)
+        assert "not a file of sensitivities" in fails(
+            "plan", student_dir / "model.safetensors", teacher_dir, student_dir
+        )
+        assert empty_beside(tmp_path / "a")
+
+    def test_a_finished_or_foreign_run_is_refused(
+        self, student_dir: Path, extraction_dir: Path, tmp_path: Path
+    ) -> None:
+        data = ASSETS / "data" / "train.jsonl"
+        command = (
+            "train",
+            student_dir,
+            extraction_dir,
+            data,
+            "--out",
+            tmp_path / "run",
+            "--max-steps",
+            1,
+            "--batch-size",
+            2,
+        )
+        run(*command)
+        assert "finished run" in fails(*command)
+        assert "another run (different: lr)" in fails(*command, "--lr", 1)
+
+    def test_a_full_disk_leaves_nothing(
+        self, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+    ) -> None:
+        def small_files() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+        command = [*PKT, "transfer", str(teacher_dir), str(student_dir), str(seed_file), "--rank", "4"]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=small_files
+        )
+        assert done.returncode == 1
+        assert "writing" in done.stderr
+        assert "limit" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert empty_beside(tmp_path / "out")
+
+    def test_no_space_is_named_and_an_earlier_result_survives(self, tmp_path: Path) -> None:
+        def full() -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with atomic_folder(tmp_path / "out") as scratch:
+            (scratch / MANIFEST).write_text("{}")
+        with (
+            pytest.raises(pkt.PktError, match="No space left on device; free some space"),
+            atomic_folder(tmp_path / "out", force=True),
+        ):
+            full()
+        assert (tmp_path / "out" / MANIFEST).read_text() == "{}"
+        with pytest.raises(pkt.PktError, match="No space left"), atomic_file(tmp_path / "file"):
+            full()
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
