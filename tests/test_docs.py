@@ -1,0 +1,42 @@
+"""The tutorial's commands, run in order in an empty folder; and figures that come from files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", ["tutorial.md"])
+def test_the_pages_commands_run(page: str, tmp_path: Path) -> None:
+    script = ["set -euo pipefail", f'export PATH="{Path(sys.executable).parent}:$PATH"', "export HF_HUB_OFFLINE=1"]
+    found = blocks(ROOT / "docs" / page)
+    assert len(found) > 5
+    for language, text in found:
+        script.append(text if language == "bash" else f"python - <<'END'\n{text}END")
+    done = subprocess.run(["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_links_in_the_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readmes_tables_come_from_committed_results() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "readme_tables.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
