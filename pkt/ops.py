@@ -223,13 +223,15 @@ def _cuda(name: str) -> Callable[..., Any]:
 
     def launch(first: Tensor, *args: Any) -> Any:
         reason = _no_triton(first.device.index or 0)
-        if reason is None:
+        if reason is not None:
+            _warn_once(reason)
+        elif not any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (first, *args)):
             kernel = getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
-            if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (first, *args)):
-                return _TORCH[name](first, *args)
-            with torch.cuda.device(first.device):
-                return kernel(first, *args)
-        _warn_once(reason)
+            try:
+                with torch.cuda.device(first.device):
+                    return kernel(first, *args)
+            except ValueError as error:  # a tile the fused kernel has no form for
+                _warn_once(str(error))
         return _TORCH[name](first, *args)
 
     return launch
@@ -317,12 +319,16 @@ def _check_samples(op: str, length: int, seq_starts: Tensor, seq_lens: Tensor) -
         seq_starts.dtype == torch.int64 and seq_lens.dtype == torch.int64, op, "seq_starts and seq_lens must be int64"
     )
     if seq_starts.device.type != "cpu":
-        # Read on the device, without waiting for it: a violation stops the stream with this message.
+        # Read on the device, without waiting for it: a violation stops the stream with this message. The same tensors
+        # come back for every layer of a batch; they are checked once.
+        if getattr(seq_lens, "_pkt_checked", None) == (length, id(seq_starts), seq_starts._version, seq_lens._version):
+            return
         order = seq_starts.argsort()
         ends = seq_starts + seq_lens
         good = (seq_lens >= 0).all() & (seq_starts >= 0).all() & (ends <= length).all()
         good &= (ends[order][:-1] <= seq_starts[order][1:]).all()
         torch._assert_async(good, f"pkt::{op}: seq_starts and seq_lens overlap or run past the {length} rows")
+        seq_lens._pkt_checked = (length, id(seq_starts), seq_starts._version, seq_lens._version)  # type: ignore[attr-defined]
         return
     end = 0
     for start, size in sorted(zip(seq_starts.tolist(), seq_lens.tolist(), strict=True)):

@@ -367,7 +367,8 @@ class Scorer:
         self.untapped: set[str] = set()
         self.one_by_one = False
         self.mode = "score"
-        self.batch, self.width, self.starts, self.lens = 1, 0, None, None  # type: int, int, Tensor | None, Tensor | None
+        self.batch, self.width = 1, 0
+        self.lens: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
         self._reset()
 
@@ -567,10 +568,13 @@ class Scorer:
             each, lens = self.width, self.lens
         else:
             return None
-        starts = torch.arange(self.batch, device=dy.device) * each
-        if lens is None:
-            lens = torch.full((self.batch,), each, device=dy.device)
-        return rows, starts, lens.to(dy.device)
+        key = (each, lens is None)
+        if key not in self.layouts:
+            starts = torch.arange(self.batch, device=dy.device) * each
+            if lens is None:
+                lens = torch.full((self.batch,), each, device=dy.device)
+            self.layouts[key] = (starts, lens.to(dy.device))
+        return rows, *self.layouts[key]
 
     def _probe(self, dy: Tensor) -> None:
         """Sample 0's loss must reach only sample 0's rows."""
@@ -758,6 +762,7 @@ class Scorer:
         self.batch = size
         self.width = first.shape[1] if first is not None else 1
         self.lens = None if lengths is None else torch.tensor(lengths, device=device)
+        self.layouts: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def _to_device(self, batch: Any) -> Any:
         device = self.anchor.device

@@ -1,0 +1,205 @@
+"""Every kernel compiles for every chip family with no GPU: on the tensor cores, without spills, within shared memory.
+
+The launchers themselves are called, on CPU tensors, with a driver that has a target but no device: what is compiled is
+what would be launched, specializations and block sizes included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets in this process", allow_module_level=True)
+
+from pkt_kernels import abs_accumulate, embedding_sensitivity, launch, linear_sensitivity, window_search  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import JITFunction, driver  # noqa: E402
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[Any]]:
+    """What the launchers called in the test compiled, for the test's `capability`."""
+    capability = request.getfixturevalue("capability")
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    active = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        # One "device" a capability keeps Triton's caches apart.
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launch, "capability", lambda device: divmod(capability, 10))
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: MULTIPROCESSORS[capability])
+    monkeypatch.setattr(driver, "_active", active)
+    yield kernels
+    assert kernels
+
+
+def cuobjdump(option: str, kernel: Any, tmp_path: Path) -> str:
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    return subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def disassembly(kernel: Any, tmp_path: Path) -> str:
+    return cuobjdump("-sass", kernel, tmp_path)
+
+
+def resources(kernel: Any, tmp_path: Path) -> dict[str, int]:
+    """Registers, stack and local memory as the assembler counted them."""
+    report = cuobjdump("-res-usage", kernel, tmp_path)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def check_resources(kernels: list[Any], capability: int, tmp_path: Path) -> None:
+    for kernel in kernels:
+        used = resources(kernel, tmp_path)
+        print(f"sm_{capability} {kernel.metadata.name}: {used} shared {kernel.metadata.shared}")
+        assert used["STACK"] == 0, kernel.metadata.name
+        assert used["LOCAL"] == 0, kernel.metadata.name
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
+
+
+def linear_inputs(n: int, m: int, dtype: torch.dtype, pad: int = 0) -> list[torch.Tensor]:
+    """w, x, dy, seq_starts, seq_lens; uninitialised, for nothing is run."""
+    rows = 64
+    return [
+        torch.empty(n, m, dtype=dtype),
+        torch.empty(rows, m + pad, dtype=dtype)[:, :m],
+        torch.empty(rows, n + pad, dtype=dtype)[:, :n],
+        torch.empty(2, dtype=torch.int64),
+        torch.empty(2, dtype=torch.int64),
+    ]
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("dtype", "small", "tile", "pad"),
+    [
+        pytest.param(BF16, False, 0, 0, id="bf16"),
+        pytest.param(BF16, True, 0, 0, id="bf16-small"),
+        pytest.param(BF16, False, 64, 0, id="bf16-tiles"),
+        pytest.param(BF16, False, 0, 1, id="bf16-unaligned"),
+        pytest.param(FP32, False, 0, 0, id="fp32"),
+        pytest.param(FP16, False, 0, 0, id="fp16", marks=pytest.mark.slow),
+        pytest.param(FP32, True, 0, 0, id="fp32-small", marks=pytest.mark.slow),
+        pytest.param(FP32, False, 32, 0, id="fp32-tiles", marks=pytest.mark.slow),
+        pytest.param(BF16, False, 1, 0, id="bf16-tiles-of-1", marks=pytest.mark.slow),
+        pytest.param(BF16, False, 128, 0, id="bf16-tiles-of-128", marks=pytest.mark.slow),
+        pytest.param(FP32, False, 0, 1, id="fp32-unaligned", marks=pytest.mark.slow),
+    ],
+)
+def test_linear_sensitivity(
+    compiled: list[Any], capability: int, dtype: torch.dtype, small: bool, tile: int, pad: int, tmp_path: Path
+) -> None:
+    size = 256 if small else 4096
+    inputs = linear_inputs(size, size, dtype, pad)
+    if tile:
+        tiles = torch.empty(-(-size // tile), -(-size // tile))
+        linear_sensitivity.linear_sensitivity_tiles(tiles, *inputs, tile)
+    else:
+        linear_sensitivity.linear_sensitivity(torch.empty(size, size), *inputs)
+    check_resources(compiled, capability, tmp_path)
+    (kernel,) = compiled
+    ptx = kernel.asm["ptx"]
+    assert TENSOR_CORES[capability] in ptx
+    blocks = linear_sensitivity.choose_blocks(
+        size, size, dtype, divmod(capability, 10), MULTIPROCESSORS[capability], tile
+    )
+    if pad == 0:
+        # The loads run ahead of the product: the copies before the loop, and those in it.
+        in_flight = "cp.async.commit_group" if capability == 80 else "cp.async.bulk.tensor"
+        per_step = 1 if capability == 80 else 2
+        assert ptx.count(in_flight) >= per_step * blocks.num_stages
+    if capability == 90 and dtype != FP32:
+        # A step's product is waited for one step later, except where a sample ends and at the very end; the assembler
+        # has not fallen back to waiting after every instruction.
+        assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx) == ["1", "0", "0"]
+        assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", disassembly(kernel, tmp_path))) == 2
+
+
+def accumulate_flat() -> None:
+    tensors = torch.empty(4096), torch.empty(4096, dtype=BF16), torch.empty(4096, dtype=BF16)
+    abs_accumulate.abs_accumulate(*tensors)
+
+
+def accumulate_strided() -> None:
+    abs_accumulate.abs_accumulate(torch.empty(64, 64), torch.empty(64, 64, dtype=BF16).T, torch.empty(64, 64))
+
+
+def accumulate_many() -> None:
+    abs_accumulate.abs_accumulate_many([torch.empty(64)], [torch.empty(64, dtype=BF16)], [torch.empty(64)])
+
+
+def embedding() -> None:
+    bounds = torch.zeros(2, dtype=torch.int64)
+    ids, dy = torch.zeros(64, dtype=torch.int64), torch.empty(64, 1024, dtype=BF16)
+    embedding_sensitivity.embedding_sensitivity(
+        torch.empty(100, 1024), torch.empty(100, 1024, dtype=BF16), ids, dy, bounds, bounds
+    )
+
+
+def window() -> None:
+    window_search.best_window(torch.zeros(256, 512), 100, 200, 1, 1)
+
+
+def axes() -> None:
+    window_search.axis_sums(torch.zeros(256, 512))
+
+
+def blocks() -> None:
+    window_search.block_sums(torch.zeros(256, 512), 64)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "launch_kernels",
+    [accumulate_flat, accumulate_strided, accumulate_many, embedding, window, axes, blocks],
+    ids=lambda function: function.__name__,
+)
+def test_memory_bound(compiled: list[Any], capability: int, launch_kernels: Callable[[], None], tmp_path: Path) -> None:
+    launch_kernels()
+    check_resources(compiled, capability, tmp_path)
+    if launch_kernels is accumulate_flat:
+        assert "ld.global.v4" in compiled[0].asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_sizes_of_one(compiled: list[Any], capability: int, tmp_path: Path) -> None:
+    """Triton makes a constant of every argument that is 1, which only compiling shows."""
+    one, row = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    linear_sensitivity.linear_sensitivity(one, one, one, one, row, row)
+    linear_sensitivity.linear_sensitivity_tiles(one, one, one, one, row, row, 1)
+    abs_accumulate.abs_accumulate(one, one, one)
+    abs_accumulate.abs_accumulate(torch.zeros(2, 1, 2)[:, :, :1], torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
+    abs_accumulate.abs_accumulate_many([one], [one], [one])
+    embedding_sensitivity.embedding_sensitivity(one, one, row, one, row, row)
+    window_search.best_window(one, 1, 1, 1, 1)
+    window_search.best_window(torch.zeros(2, 1), 1, 1, 1, 1)
+    window_search.axis_sums(one)
+    window_search.block_sums(one, 1)
+    check_resources(compiled, capability, tmp_path)
