@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import pkt
-from pkt.models import load_model, load_tokenizer, quiet
+from pkt.models import Weights, load_model, load_tokenizer, quiet
 
 OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
@@ -69,6 +69,23 @@ def random_student(folder: Path, teacher: Path) -> Path:
     return folder
 
 
+def check_spectra(teacher: Path, ext: pkt.Extraction) -> dict[str, float]:
+    """The factors' residual over the optimum (fp64 singular values) on one region of each role; at most 1.01."""
+    weights = Weights(teacher)
+    ratios = {}
+    for entry in ext.plan.entries[:8]:
+        region = entry.region.cut(weights[f"{entry.source}.weight"]).float()
+        pair = ext.pairs[entry.target]
+        product = pair.B @ pair.A
+        residual = float((region - (product.t() if entry.kind == "embedding" else product)).double().norm() ** 2)
+        gram = region.double().t() @ region.double()
+        best = float(torch.linalg.eigvalsh(gram)[: -pair.rank].clamp_min(0).sum())
+        ratios[entry.source] = residual / best
+    if max(ratios.values()) > 1.01:
+        raise pkt.PktError(f"a factorization is more than 1% above the optimum: {ratios}")
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", required=True, help="JSONL file with GSM8K rows")
@@ -92,6 +109,8 @@ def main() -> None:
         figures["pairs"], figures["layers"] = len(ext.pairs), ext.plan.layer_map
         figures["mean_energy"] = sum(ext.energies.values()) / len(ext.energies)
         print("\n".join(ext.plan.summary()), ext, sep="\n")
+
+        figures["rsvd"] = check_spectra(teacher, ext)
 
         from peft import PeftModel
 

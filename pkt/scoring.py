@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError
+from pkt.head_loss import Tokens, head_losses, probabilities
 from pkt.models import decoder_layers, kind_of, layer_of
 from pkt.seeds import IGNORE
 from pkt.storage import atomic_file, safetensors_header, write_tensors
@@ -37,6 +38,7 @@ from pkt.storage import atomic_file, safetensors_header, write_tensors
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 FORMAT = "pkt-sensitivity-1"
+_PROBE_TOKENS = 24
 
 
 class Sensitivity(Mapping[str, Tensor]):
@@ -236,13 +238,19 @@ def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits[:, :-1], labels[:, 1:]
     elif logits.ndim != labels.ndim + 1:
         raise PktError(f"logits {list(logits.shape)} and labels {list(labels.shape)} do not fit; pass loss_fn")
+    targets = _check_targets(labels)
+    work = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(work.reshape(-1, work.shape[-1]), labels.reshape(-1), reduction="none")
+    return losses.view(labels.shape[0], -1).sum(1) / targets
+
+
+def _check_targets(labels: Tensor) -> Tensor:
+    """Target tokens of each sample [B]; every sample must have one."""
     targets = (labels != IGNORE).reshape(labels.shape[0], -1).sum(1)
     if not bool(targets.all()):
         sample = int((targets == 0).nonzero()[0, 0])
         raise _SampleError(sample, "has no target token (every label is -100)")
-    work = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(work.reshape(-1, work.shape[-1]), labels.reshape(-1), reduction="none")
-    return losses.view(labels.shape[0], -1).sum(1) / targets
+    return targets
 
 
 class _SampleError(Exception):
@@ -367,6 +375,8 @@ class Scorer:
         self.untapped: set[str] = set()
         self.one_by_one = False
         self.mode = "score"
+        self.fused: tuple[str, nn.Module, nn.Module] | None = None  # weight's name, the head, the model below it
+        self.tokens: list[Tokens] = []  # what the fused head keeps of the batch
         self.batch, self.width = 1, 0
         self.lens: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
@@ -625,6 +635,9 @@ class Scorer:
     def _record_matrix(self, kind: str, name: str, saved: Tensor, dy: Tensor) -> None:
         if not self._watch(name, dy):
             return
+        if self.tokens and self.fused is not None and name == self.fused[0]:
+            self._join_tied(name, saved, dy)
+            return
         if dy.dtype == torch.float16 and saved.dtype != dy.dtype and kind != "embedding":
             saved = saved.to(dy.dtype)
         self._add_use(kind, name, saved, dy)
@@ -690,6 +703,90 @@ class Scorer:
                 self._add_abs(acc, parameter, self._whole_gradient(parameter, uses, sample))
         self.pending.clear()
 
+    # -- the head, whose logits need not exist
+
+    def _find_head(self, batch: Any) -> None:
+        """Use the fused head when the model's logits are nothing but its head's product with the model below it."""
+        model: Any = self.model
+        if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+            return
+        head, below = model.get_output_embeddings(), model.base_model
+        if below is model or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+            return
+        name = self._tapped(head.weight)
+        uses = sum(m._parameters.get("weight") is head.weight for m in self.model.modules())
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is head.weight]
+        if name is None or uses != 1 + len(tables) or len(tables) > 1:
+            return
+        seen: list[Tensor] = []
+        handle = head.register_forward_hook(lambda m, args, out: seen.extend((args[0].clone(), out.clone())))
+        try:
+            with torch.no_grad():
+                inputs = {k: v for k, v in batch.items() if k != "labels"}
+                logits = _field(model(**inputs, use_cache=False), "logits")
+                hidden = below(**inputs, use_cache=False)[0]
+        except (TypeError, IndexError, KeyError, RuntimeError):
+            return
+        finally:
+            handle.remove()
+        if (
+            len(seen) == 2
+            and logits is not None
+            and torch.equal(hidden, seen[0])
+            and torch.equal(logits, seen[1].to(logits))
+        ):
+            self.fused = (name, head, below)
+
+    def _head_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """`default_loss` without logits; the same checks, the same numbers."""
+        assert self.fused is not None
+        name, head, below = self.fused
+        labels = batch["labels"]
+        _check_targets(labels[:, 1:])
+        hidden = below(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)[0]
+        weight = head.weight
+        assert isinstance(weight, Tensor)
+
+        def record(first: int, p: Tensor) -> None:
+            if self.mode == "probe":
+                return
+            if not self._watch(name, p):
+                return
+            tokens = self.tokens[-1]
+            acc, rows = self._accumulator(name), weight.detach()[first : first + p.shape[1]]
+            starts, lens = tokens.spans()
+            if self.tile is None:
+                ops.linear_sensitivity_(acc[first : first + p.shape[1]], rows, tokens.hidden, p, starts, lens)
+                return
+            top, stop = first // self.tile, -(-(first + p.shape[1]) // self.tile)
+            ops.linear_sensitivity_tiles_(acc[top:stop], rows, tokens.hidden, p, starts, lens, self.tile)
+
+        return head_losses(self.anchor, hidden, weight.detach(), labels, record, self.tokens, self.tile or 1)
+
+    def _join_tied(self, name: str, ids: Tensor, dy: Tensor) -> None:
+        """The embedding's part of a tied table: only rows a sample touched change, |H + E| − |H| (DESIGN, section 5.6)."""
+        layout = self._rows(dy)
+        if layout is None:
+            raise _RestartError
+        rows, starts, lens = layout
+        tokens, parameter = self.tokens[-1], self.parameters[name].detach()
+        begin, count = (t.tolist() for t in tokens.spans())
+        flat_ids, flat = ids.reshape(rows), dy.reshape(rows, -1)
+        for sample in range(self.batch):
+            one = slice(sample, sample + 1)
+            touched, e = ops.embedding_rows(flat_ids, flat, starts[one], lens[one], parameter.shape[0])
+            part = slice(begin[sample], begin[sample] + count[sample])
+            table = parameter[touched]
+            p = probabilities(tokens, part, table, None, touched).to(parameter.dtype).to(e.dtype)
+            h = p.t() @ tokens.hidden[part].to(e.dtype)
+            change = ((h + e).abs_() - h.abs()) * table.to(e.dtype).abs()
+            acc = self._accumulator(name)
+            if self.tile is None:
+                acc.index_add_(0, touched, change.to(acc.dtype))
+            else:
+                columns = torch.stack([ops.tile_sums(row, self.tile) for row in change])
+                acc.index_add_(0, touched // self.tile, columns)
+
     def _whole_gradient(self, parameter: Tensor, uses: list[tuple[str, Tensor, Tensor]], sample: int) -> Tensor:
         work = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         grad = torch.zeros(parameter.shape, dtype=work, device=parameter.device)
@@ -731,6 +828,11 @@ class Scorer:
 
     def run(self, batches: list[Any], sizes: list[int], loss_fn: LossFn, advance: Callable[[int], None]) -> list[float]:
         """Score all batches; begins again, knowing more, when a parameter turns out to need another way."""
+        if loss_fn is default_loss:
+            if _real_lengths(batches[0]) is not None:
+                self._find_head(self._to_device(_slice(batches[0], slice(0, 1), _PROBE_TOKENS)))
+            if self.fused is not None:
+                loss_fn = self._head_loss
         if max(sizes) > 1:
             self._probe_layout(next(b for b, n in zip(batches, sizes, strict=True) if n > 1), loss_fn)
         while True:
@@ -779,8 +881,8 @@ class Scorer:
     def _probe_layout(self, batch: Any, loss_fn: LossFn) -> None:
         """Run two short samples and check that the gradients of the first stay in its own rows."""
         tokens = None
-        if loss_fn is default_loss and _real_lengths(batch) is not None:
-            tokens = 24
+        if loss_fn in (default_loss, self._head_loss) and _real_lengths(batch) is not None:
+            tokens = _PROBE_TOKENS
         try:
             small = self._to_device(_slice(batch, slice(0, 2), tokens))
         except (TypeError, IndexError):
@@ -814,6 +916,7 @@ class Scorer:
         batch = self._to_device(batch)
         self._set_layout(batch, size)
         self._begin_batch()
+        self.tokens.clear()
         with torch.enable_grad():
             try:
                 losses = loss_fn(self.model, batch)

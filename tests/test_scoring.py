@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import oracle
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pkt
+from pkt import head_loss
 from pkt.ops import tile_sums
+from pkt.scoring import default_loss
 
 SAMPLES = oracle.token_samples(32)
 MODELS = {
@@ -257,6 +260,85 @@ def test_scores_survive_a_round_trip(tmp_path: Any) -> None:
     assert again.losses == sens.losses
     assert all(torch.equal(again[n], sens[n]) for n in sens)
     assert torch.equal(again.layer_scores(), sens.layer_scores())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tile", [None, 16])
+def test_the_head_in_blocks_of_vocabulary(monkeypatch: pytest.MonkeyPatch, tied: bool, tile: int | None) -> None:
+    model = oracle.llama(tied)
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:6], 1))
+    monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 200})
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), tile=tile, progress=False)
+    for name in truth:
+        expected = truth[name] if tile is None else tile_sums(truth[name], tile)
+        assert oracle.relative_error(sens[name], expected) < 1e-5, name
+
+
+def test_a_head_with_capped_logits_is_scored_through_them() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=2.0,
+        sliding_window=8,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:5], 1))
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:5], 5), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_no_gradient_and_no_logits_are_ever_stored(monkeypatch: pytest.MonkeyPatch, tile: int | None) -> None:
+    """Besides S itself nothing as large as the gradient of an FFN matrix (4 MiB) or as the logits (2.2 MiB) is allocated."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = oracle.llama(hidden=512, layers=2, heads=8, kv=8, ffn=2048, vocab=6000)
+    batches = [oracle.padded([(ids[:12], 2) for ids, _ in oracle.token_samples(8, vocab=6000, longest=12)])]
+    monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 1 << 18})
+    threshold = 2 << 20
+    assert batches[0]["input_ids"].numel() * 6000 * 4 > threshold - (1 << 19)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        sens = pkt.sensitivity(model, batches, tile=tile, progress=False)
+    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len(sizes) > 100
+    scores = [s.numel() * 4 for s in sens.values()]
+    assert sorted(n for n in sizes if n > threshold) == sorted(n for n in scores if n > threshold)
+
+
+def test_under_activation_checkpointing_and_autocast() -> None:
+    model = oracle.llama()
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:6], 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 2 * oracle.FLOOR[torch.bfloat16], name
+
+    from torch.utils.checkpoint import checkpoint
+
+    def checkpointed(m: Any, batch: Any) -> Tensor:
+        inner = [layer.forward for layer in m.model.layers]
+        try:
+            for layer, forward in zip(m.model.layers, inner, strict=True):
+                layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+            return default_loss(m, batch)
+        finally:
+            for layer in m.model.layers:
+                del layer.forward
+
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), loss_fn=checkpointed, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
 
 
 class TestBadInput:

@@ -1,0 +1,131 @@
+"""The language-model head's loss and its gradient without its logits.
+
+losses[j] = mean over sample j's target tokens of  logsumexp(h Wᵀ) − (h Wᵀ)[target]
+
+A head of 128k tokens over 16k positions would need 8 GB of logits and as much again for their gradient. Here the forward
+pass keeps one number a token (the logsumexp), a block of tokens at a time; the backward pass forms the gradient of a block of
+vocabulary, P = (softmax − one-hot) · dloss / targets, for all tokens at once: a row of W gets its whole gradient from its own
+column of P, so S of those rows follows from (h, P) and is handed to `record` before the next block. Only target positions take
+part at all. What it costs: one more product h Wᵀ. Semantics are those of `pkt.scoring.per_sample_loss` (per-sample means, which
+fused losses elsewhere do not give).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of one block of logits: 256 MiB of fp32 on a GPU; on a CPU what its caches can use.
+BLOCK = {"cpu": 1 << 22}
+BLOCK_DEFAULT = 1 << 26
+
+Record = Callable[[int, Tensor], None]  # (first vocabulary row of the block, P [tokens, rows])
+
+
+@dataclass
+class Tokens:
+    """The target positions of a batch as rows, sample after sample."""
+
+    hidden: Tensor  # [N, d]
+    targets: Tensor  # [N] token ids
+    sample: Tensor  # [N]
+    counts: Tensor  # [B] targets of each sample
+    lse: Tensor  # [N], filled by the forward pass
+    scale: Tensor  # [N] dloss / targets, filled by the backward pass
+
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """seq_starts and seq_lens of the samples."""
+        return self.counts.cumsum(0) - self.counts, self.counts
+
+
+def block_rows(other: int, device: torch.device) -> int:
+    return max(1, BLOCK.get(device.type, BLOCK_DEFAULT) // max(1, other))
+
+
+def head_losses(
+    anchor: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    record: Record,
+    keep: list[Tokens],
+    multiple: int = 1,
+) -> Tensor:
+    """hidden [B, T, d], weight [V, d], labels [B, T] (shifted here) -> losses [B], fp32 (fp64 for fp64).
+
+    The batch's `Tokens` are appended to `keep`; `record` is called during the backward pass, for blocks of vocabulary that
+    start at multiples of `multiple`.
+    """
+    mask = labels[:, 1:] != -100
+    # Row-major order keeps each sample's tokens together.
+    rows = hidden[:, :-1][mask]
+    work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    tokens = Tokens(
+        hidden=rows.detach(),
+        targets=labels[:, 1:][mask],
+        sample=mask.nonzero()[:, 0],
+        counts=mask.sum(1),
+        lse=torch.empty(len(rows), dtype=work, device=rows.device),
+        scale=torch.empty(len(rows), dtype=work, device=rows.device),
+    )
+    keep.append(tokens)
+    return _head_loss(anchor, rows, weight, tokens, record, multiple)
+
+
+def probabilities(tokens: Tokens, part: slice, columns: Tensor, first: int | None, ids: Tensor | None) -> Tensor:
+    """P of some tokens for some vocabulary rows, in the working type.
+
+    columns: those rows of W [k, d]; they are the ids first .. first + k, or `ids` [k].
+    """
+    h = tokens.hidden[part]
+    p = (h @ columns.t()).to(tokens.lse.dtype)
+    p.sub_(tokens.lse[part, None]).exp_()
+    targets = tokens.targets[part]
+    if ids is None:
+        assert first is not None
+        inside = (targets >= first) & (targets < first + len(columns))
+        index = (targets - first).clamp(0, len(columns) - 1)[:, None]
+        p.scatter_add_(1, index, -inside[:, None].to(p.dtype))
+    else:
+        p -= (targets[:, None] == ids[None]).to(p.dtype)
+    return p.mul_(tokens.scale[part, None])
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, rows: Tensor, weight: Tensor, tokens: Tokens, record: Record, multiple: int
+    ) -> Tensor:
+        ctx.tokens, ctx.record, ctx.weight, ctx.multiple = tokens, record, weight, multiple
+        height = block_rows(weight.shape[0], rows.device)
+        work = tokens.lse.dtype
+        picked = torch.empty_like(tokens.lse)
+        for top in range(0, len(rows), height):
+            part = slice(top, top + height)
+            logits = (rows[part] @ weight.t()).to(work)
+            tokens.lse[part] = logits.logsumexp(1)
+            picked[part] = logits.gather(1, tokens.targets[part, None])[:, 0]
+        losses = torch.zeros(len(tokens.counts), dtype=work, device=rows.device)
+        return losses.index_add_(0, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        tokens, weight = ctx.tokens, ctx.weight
+        tokens.scale.copy_((grads[0] / tokens.counts)[tokens.sample])
+        everything = slice(0, len(tokens.hidden))
+        dh = torch.zeros(tokens.hidden.shape, dtype=tokens.lse.dtype, device=tokens.hidden.device)
+        height = -(-block_rows(len(tokens.hidden), weight.device) // ctx.multiple) * ctx.multiple
+        for first in range(0, weight.shape[0], height):
+            columns = weight[first : first + height]
+            p = probabilities(tokens, everything, columns, first, None).to(weight.dtype)
+            dh += p @ columns
+            ctx.record(first, p)
+        return None, dh.to(tokens.hidden.dtype), None, None, None, None
+
+
+# autograd.Function.apply has no types.
+_head_loss: Callable[..., Tensor] = _HeadLoss.apply
