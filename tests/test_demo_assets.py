@@ -1,0 +1,144 @@
+"""The models and data shipped for ``pkt demo``: whole, small, consistent, and made by the script in ``examples/``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "pkt" / "demo_assets"
+SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32}
+
+
+def rows(name: str, root: Path = ASSETS) -> list[dict[str, Any]]:
+    text = (root / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def texts(row: dict[str, Any]) -> list[str]:
+    return [row["text"]] if "text" in row else [m["content"] for m in row["messages"]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ASSETS / "teacher")
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_models_load_without_a_warning(name: str, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            model = AutoModelForCausalLM.from_pretrained(ASSETS / name)
+            tok = AutoTokenizer.from_pretrained(ASSETS / name)
+            ids = tok.apply_chat_template(
+                rows("test")[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt"
+            )
+            out = model.generate(**ids)
+    finally:
+        logging.enable_progress_bar()
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+    assert model.dtype == torch.bfloat16
+    assert model.config.vocab_size == len(tok) == model.lm_head.weight.shape[0]
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert out.shape[1] > ids["input_ids"].shape[1]
+
+
+def test_assets_fit_in_eight_megabytes() -> None:
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= 8_000_000
+
+
+def test_the_student_can_be_cut_from_the_teacher() -> None:
+    from safetensors import safe_open
+
+    shapes = {}
+    for name in ("teacher", "student"):
+        with safe_open(ASSETS / name / "model.safetensors", "pt") as f:
+            shapes[name] = {k: f.get_slice(k).get_shape() for k in f.keys()}  # noqa: SIM118
+    assert shapes["student"].keys() < shapes["teacher"].keys()
+    for key, small in shapes["student"].items():
+        assert all(s <= t for s, t in zip(small, shapes["teacher"][key], strict=True)), key
+    teacher, student = (json.loads((ASSETS / n / "config.json").read_text()) for n in ("teacher", "student"))
+    assert teacher["head_dim"] == student["head_dim"]
+    assert teacher["vocab_size"] == student["vocab_size"]
+
+
+def test_one_tokenizer_and_it_returns_every_text(tokenizer: Any) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (ASSETS / "teacher" / file).read_bytes() == (ASSETS / "student" / file).read_bytes()
+    every = [t for name in SPLITS for row in rows(name) for t in texts(row)]
+    encoded = tokenizer(every)["input_ids"]
+    assert tokenizer.batch_decode(encoded) == every
+    assert tokenizer.unk_token_id not in {i for ids in encoded for i in ids}
+    assert [len(tokenizer(str(d), add_special_tokens=False)["input_ids"]) for d in (0, 7, 42, 365)] == [1, 1, 2, 3]
+
+
+def test_chat_template_puts_the_answer_after_the_prompt(tokenizer: Any) -> None:
+    for row in rows("train"):
+        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        prompt = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
+        assert whole == f"{prompt}{row['messages'][1]['content']}{tokenizer.eos_token}"
+        assert len(tokenizer(whole)["input_ids"]) <= 80
+
+
+def test_splits_are_complete_and_disjoint() -> None:
+    seen: set[str] = set()
+    for name, count in SPLITS.items():
+        prompts = [texts(row)[0] for row in rows(name)]
+        assert len(prompts) == count
+        assert len(set(prompts)) == count
+        assert not seen & set(prompts)
+        seen |= set(prompts)
+
+
+def test_answers_are_right() -> None:
+    """Every step is a true equation, and the last one gives the marked result."""
+    for name in ("seeds", "train", "test"):
+        for row in rows(name):
+            steps, result = row["messages"][1]["content"].split(" #### ")
+            found = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)\.", steps)
+            assert len(found) >= 2
+            for a, op, b, c in found:
+                x, y, z = int(a), int(b), int(c)
+                assert {"+": x + y == z, "-": x - y == z, "*": x * y == z, "/": x == y * z}[op], steps
+            assert found[-1][3] == result
+
+
+def test_the_teacher_knows_the_task_and_the_student_does_not() -> None:
+    card = (ASSETS / "README.md").read_text(encoding="utf-8")
+    match = {n: float(re.search(rf"^\| {n} \|.*\| ([\d.]+)% \|$", card, re.M)[1]) for n in ("teacher", "student")}
+    assert match["teacher"] >= 60
+    assert match["student"] <= 1
+
+
+def test_the_script_runs(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "make_demo_models.py"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, script, "--out", tmp_path, "--quick", "--threads", "1"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "| student |" in run.stdout
+    here, there = ({str(p.relative_to(d)) for p in d.rglob("*") if p.is_file()} for d in (ASSETS, tmp_path))
+    assert here == there
+    # The small run draws the same problems first, so its seeds are the head of the shipped ones.
+    assert rows("seeds", tmp_path) == rows("seeds")[: len(rows("seeds", tmp_path))]
