@@ -4,20 +4,23 @@
 
 Block Krylov (Musco & Musco, 2015), on the side of `a` that has the smaller basis (n ≥ m below; otherwise aᵀ is meant):
 
-    Q₀ = orth(Ω), Ω [m, l] random signs, l = min(rank + oversample, m)
+    Q₀ = orth(Ω), Ω [m, l] random signs, l = min(rank + oversample rounded up to a multiple of 16, m)
     Qⱼ₊₁ = orth(aᵀ a Qⱼ, against Q₀ … Qⱼ)            `iters` times
     Y = a K, K = [Q₀ … Q_iters];  the r best directions of a inside span(K) come from the eigenvectors of YᵀY.
 
 One row block of `a` at a time is widened to fp32 and serves both products (Yⱼ = a Qⱼ and aᵀ Yⱼ), so an iteration reads
 `a` once; Y is kept, so choosing the directions reads it no more. Where K would be as wide as `a` itself
 (m ≤ l · (iters + 1)), K is the identity and the result exact.
+The CUDA extension iterates on the last block alone, K = Q_iters: the same readings, and an eigenproblem of l instead of
+l · (iters + 1), which on a GPU would take longer than the readings. It meets the same bounds with less to spare.
 Columns that turn out dependent (rank-deficient, zero or flat matrices) are replaced by new random ones: U and V are
 orthonormal always, and S is zero where there is nothing.
 
 `stats`, fp32 [4]:
 
     0  total energy ‖a‖²_F          1  captured energy Σ S²
-    2  relative error ‖a − U S Vᵀ‖_F / ‖a‖_F = √(1 − captured / total): 0 for a zero matrix; below 3e-4 it is rounding
+    2  relative error ‖a − U S Vᵀ‖_F / ‖a‖_F = √(1 − captured / total), 0 for a zero matrix; below 3e-4 it is rounding
+       (below 2e-3 for the half types in the CUDA extension)
     3  1 if every entry of `a` is finite, else 0, and then U, S, V and stats are all zero
 
 Same inputs, same device, same number of threads: same bytes. Nothing waits for the device.
@@ -64,7 +67,7 @@ def rsvd(
         V, S, U, stats = rsvd(a.T, rank, oversample, iters, seed)
         return U, S, V, stats
     m = a.shape[1]
-    width = min(rank + oversample, m)
+    width = min((rank + oversample + 15) // 16 * 16, m)
     energy, scale = _energy_and_scale(a)
     if m <= width * (iters + 1):
         K = torch.eye(m, device=a.device)

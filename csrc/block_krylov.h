@@ -1,0 +1,36 @@
+// The randomized SVD on the CPU, without torch: pkt/rsvd_reference.py says what it computes.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "cpu_kernels.h"
+
+namespace pkt {
+
+// A matrix with at least as many rows as columns, strides in entries; the caller transposes a wider one.
+struct Matrix {
+  const void* a;
+  Dtype dtype;
+  int64_t n, m, row_stride, col_stride;
+};
+
+struct Options {
+  int64_t rank, oversample, iters, seed;
+};
+
+// u [n, rank], s [rank], v [m, rank], stats [4], all contiguous.
+struct Factors {
+  float *u, *s, *v, *stats;
+};
+
+// How many threads there are, and a way to call f(0) … f(count − 1) on them.
+struct Threads {
+  int64_t count;
+  std::function<void(int64_t count, const std::function<void(int64_t)>& f)> run;
+};
+
+void block_krylov_svd(const Matrix& a, const Options& options, const Factors& out, const Threads& threads,
+                      const CpuKernels& kernels = cpu_kernels());
+
+}  // namespace pkt

@@ -1,0 +1,74 @@
+// pkt::rsvd and pkt::rsvd_batch for CPU tensors. The schemas are pkt/ops.py's.
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "block_krylov.h"
+#include "rsvd_check.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+pkt::Dtype dtype_of(const Tensor& a) {
+  if (a.scalar_type() == ScalarType::BFloat16) return pkt::Dtype::bf16;
+  return a.scalar_type() == ScalarType::Half ? pkt::Dtype::fp16 : pkt::Dtype::fp32;
+}
+
+// Fills `stats` [4]; returns U, S and V.
+std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options& options, float* stats) {
+  pkt::check(a, options.rank, options.oversample, options.iters);
+  const int64_t n = a.size(0), m = a.size(1), rank = options.rank;
+  Tensor u = torch::stable::empty({n, rank}, ScalarType::Float);
+  Tensor s = torch::stable::empty({rank}, ScalarType::Float);
+  Tensor v = torch::stable::empty({m, rank}, ScalarType::Float);
+  pkt::Matrix x{a.const_data_ptr(), dtype_of(a), n, m, a.stride(0), a.stride(1)};
+  pkt::Factors out{floats(u), floats(s), floats(v), stats};
+  if (n < m) {
+    std::swap(x.n, x.m);
+    std::swap(x.row_stride, x.col_stride);
+    std::swap(out.u, out.v);
+  }
+  const pkt::Threads threads{torch::stable::get_num_threads(), [](int64_t count, const std::function<void(int64_t)>& f) {
+                               torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+                                 for (int64_t i = begin; i < end; ++i) f(i);
+                               });
+                             }};
+  pkt::block_krylov_svd(x, options, out, threads);
+  return {u, s, v};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rsvd(const Tensor& a, int64_t rank, int64_t oversample, int64_t iters,
+                                                int64_t seed) {
+  Tensor stats = torch::stable::empty({4}, ScalarType::Float);
+  auto [u, s, v] = factorize(a, {rank, oversample, iters, seed}, floats(stats));
+  return {u, s, v, stats};
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> rsvd_batch(
+    const std::vector<Tensor>& a, int64_t rank, int64_t oversample, int64_t iters, int64_t seed) {
+  const auto count = static_cast<int64_t>(a.size());
+  Tensor stats = torch::stable::empty({count, 4}, ScalarType::Float);
+  std::vector<Tensor> us, ss, vs;
+  for (int64_t i = 0; i < count; ++i) {
+    auto [u, s, v] = factorize(a[i], {rank, oversample, iters, seed}, floats(stats) + 4 * i);
+    us.push_back(u), ss.push_back(s), vs.push_back(v);
+  }
+  return {us, ss, vs, stats};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pkt, CPU, m) {
+  m.impl("rsvd", TORCH_BOX(&rsvd));
+  m.impl("rsvd_batch", TORCH_BOX(&rsvd_batch));
+}

@@ -1,0 +1,401 @@
+// The kernels of the randomized SVD on CUDA: everything but the products with the big matrix, which are cuBLAS's.
+//
+// Subspace iteration on a [n, m], n ≥ m, for a basis q [m, l]; rsvd_pipeline.h strings it together. The half types know no
+// fp32 product, so a skinny fp32 factor travels as two halves side by side (x = high + low, columns j and l + j of an
+// `operand`), and the product's two halves are added where it is read: near-fp32 accuracy for one reading of a. What is
+// stored is scaled by a power of two that brings ‖a‖_F to [1, 2), so no intermediate leaves its type's range.
+//
+// Orthogonalization is CholeskyQR: `gram_kernel` forms xᵀx in fp64 (tensor cores), and its last block factorizes it, in
+// shared memory, so that nothing waits for the host; `apply_kernel` multiplies by R⁻¹. A dependent column becomes a random
+// one, and further rounds make it orthogonal. The problems of a batch are the y dimension of every grid.
+
+#pragma once
+
+#include "cuda_portable.h"
+#include "dense.h"
+#include "philox.h"
+
+namespace pkt {
+
+constexpr int kBatch = 16;          // problems a launch: their description travels as a kernel argument
+constexpr int kGramBlocks = 64;     // at most, a problem; each leaves one partial sum
+constexpr int kEnergyBlocks = 264;  // at most, a problem
+constexpr int kGramRows = 64, kApplyRows = 32;
+constexpr double kDependent = 1e-7;  // a column that keeps less than this of its reference is rounding noise
+
+constexpr double kNothing = 1e-60;   // the square of a column too short for fp32 to normalize
+
+struct Problem {
+  const void* a;
+  int64_t row_stride, col_stride;
+  int n, m, l, rank;
+  int64_t seed;
+  float* product;           // of the last big product: [n or m, parts · l]
+  void *operand_m, *operand_n;  // [m, parts · l] and [n, parts · l] in a's type
+  float *q, *y;             // [m, l], [n, l]
+  double* partial;          // max(kGramBlocks · l8², kEnergyBlocks), l8 = l rounded up to 8
+  double* small;            // `small_doubles(l)`, where it is not in shared memory
+  double* total;            // [2, l, l]: the R of y's rounds so far, and room for the next
+  float *apply, *apply_v;   // [l, l]: what rows are multiplied by next
+  int* counter;             // of blocks that have finished; zero between kernels
+  float* scale;             // {the power of two, 1 if a is finite else 0}
+  double* energy;           // ‖a‖²_F
+  float *u, *s, *v, *stats;
+};
+
+struct Batch {
+  Problem problem[kBatch];
+};
+
+enum class Side { m, n };            // the rows of q, or of y
+enum class Source { product, basis };  // what is orthogonalized: the last big product, or q or y itself
+enum class Last { round, svd };      // what gram_kernel's last block does after the factorization
+
+template <class T>
+struct Type;  // parts: columns of an operand for one of the factor; unit: what its columns' norms are multiplied by
+template <>
+struct Type<float> {
+  static constexpr int parts = 1;
+  static constexpr float unit = 1;
+  PKT_DEVICE_MEMBER static float narrowed(float x) { return x; }
+};
+template <>
+struct Type<Bf16> {
+  static constexpr int parts = 2;
+  static constexpr float unit = 1;
+  PKT_DEVICE_MEMBER static Bf16 narrowed(float x) {
+    const uint32_t bits = bits_of(x);
+    return {static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
+  }
+};
+template <>
+struct Type<Fp16> {
+  static constexpr int parts = 2;
+  static constexpr float unit = 64;  // keeps the low parts above fp16's smallest numbers
+  PKT_DEVICE_MEMBER static Fp16 narrowed(float x) { return {narrowed_fp16(x)}; }
+};
+
+// Writes x, scaled, as entry j of an operand's row.
+template <class T>
+PKT_DEVICE void store_operand(T* row, int l, int j, float x) {
+  x *= Type<T>::unit;
+  const T high = Type<T>::narrowed(x);
+  row[j] = high;
+  if (Type<T>::parts == 2) row[l + j] = Type<T>::narrowed(x - widened(high));
+}
+
+// Entry j of a row of a big product, scaled.
+template <class T>
+PKT_DEVICE float load_product(const float* row, int l, int j, float scale) {
+  const float x = Type<T>::parts == 2 ? row[j] + row[l + j] : row[j];
+  return x * (scale / Type<T>::unit);
+}
+
+// True in every thread of the last of this problem's blocks to come here; what the others wrote before is visible to it.
+PKT_DEVICE bool last_block(int* counter) {
+  PKT_STATIC_SHARED(bool, last);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1) == static_cast<int>(gridDim.x) - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T entry[size];
+};
+
+// energy, and scale = {2^-⌊log₂ ‖a‖_F⌋, finite}: one reading of a. 256 threads.
+template <class T>
+__global__ void __launch_bounds__(256) energy_kernel(const PKT_GRID_CONSTANT Batch batch) {
+  const Problem& p = batch.problem[blockIdx.y];
+  const Block team;
+  const T* a = static_cast<const T*>(p.a);
+  const bool by_rows = p.col_stride == 1 || p.row_stride != 1;
+  const int64_t rows = by_rows ? p.n : p.m, cols = by_rows ? p.m : p.n;
+  const int64_t row_stride = by_rows ? p.row_stride : p.col_stride, col_stride = by_rows ? p.col_stride : p.row_stride;
+  constexpr int pack = Pack<T>::size;
+  constexpr int64_t segment = 4096;  // columns of a work item
+  const bool packed = col_stride == 1 && row_stride % pack == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
+  const int64_t segments = (cols + segment - 1) / segment;
+  double sum = 0;
+  for (int64_t item = blockIdx.x * team.workers() + team.worker(); item < rows * segments;
+       item += static_cast<int64_t>(gridDim.x) * team.workers()) {
+    const int64_t first = item % segments * segment, end = first + segment < cols ? first + segment : cols;
+    const T* row = a + item / segments * row_stride;
+    int64_t c = first;
+    if (packed) {
+#pragma unroll 4
+      for (; c + 32 * pack <= end; c += 32 * pack) {
+        const Pack<T> x = *reinterpret_cast<const Pack<T>*>(row + c + team.lane() * pack);
+#pragma unroll
+        for (int i = 0; i < pack; ++i) {
+          const double entry = widened(x.entry[i]);
+          sum += entry * entry;
+        }
+      }
+    }
+#pragma unroll 8
+    for (int64_t i = c + team.lane(); i < end; i += 32) {
+      const double entry = widened(row[i * col_stride]);
+      sum += entry * entry;
+    }
+  }
+  PKT_STATIC_SHARED_ARRAY(double, warp_sum, 8);
+  sum = team.sum(sum);
+  if (team.lane() == 0) warp_sum[team.worker()] = sum;
+  team.sync();
+  if (team.thread() == 0) {
+    double total = 0;
+    for (int i = 0; i < team.workers(); ++i) total += warp_sum[i];
+    p.partial[blockIdx.x] = total;
+  }
+  if (!last_block(p.counter) || team.worker() != 0) return;
+  double total = 0;
+  for (int i = team.lane(); i < static_cast<int>(gridDim.x); i += 32) total += p.partial[i];
+  total = team.sum(total);
+  if (team.lane() != 0) return;
+  const bool finite = total - total == 0;
+  int exponent = 0;
+  if (finite && total > 0) {
+    exponent = ilogb(total) / 2;
+    exponent = exponent > 120 ? 120 : exponent < -120 ? -120 : exponent;
+  }
+  *p.energy = total;
+  p.scale[0] = ldexpf(1.0f, -exponent);
+  p.scale[1] = finite ? 1.0f : 0.0f;
+}
+
+// q and its operand ← random signs of unit norm.
+template <class T>
+__global__ void __launch_bounds__(256) sketch_kernel(const PKT_GRID_CONSTANT Batch batch) {
+  const Problem& p = batch.problem[blockIdx.y];
+  const float size = 1 / sqrtf(static_cast<float>(p.m));
+  const int64_t count = static_cast<int64_t>(p.m) * p.l;
+  for (int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; e < count;
+       e += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t i = e / p.l;
+    const int j = static_cast<int>(e % p.l);
+    const float x = philox_sign(p.seed, i, 0, j) * size;
+    p.q[e] = x;
+    store_operand(static_cast<T*>(p.operand_m) + i * p.l * Type<T>::parts, p.l, j, x);
+  }
+}
+
+PKT_HOST_DEVICE constexpr int rounded_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Doubles that gram_kernel's last block works in: g and x [l, l], and floor, s, overlap, order and rotated.
+PKT_HOST_DEVICE constexpr int64_t small_doubles(int64_t l) { return 2 * l * l + 4 * l + kMaxSweeps; }
+// Shared doubles of its other blocks: a tile of rows, its pitch free of bank conflicts.
+PKT_HOST_DEVICE constexpr int gram_pitch(int l) { return rounded_up(l, 16) + 8; }
+PKT_HOST_DEVICE constexpr int64_t tile_doubles(int l) { return int64_t{kGramRows} * gram_pitch(l); }
+
+// This block's share of xᵀx [l8, l8] (l8 = l rounded up to 8), its upper 8×8 tiles, into `out`.
+template <class T>
+PKT_DEVICE void partial_gram(const Block& team, const Problem& p, Side side, Source source, double* tile, double* out) {
+  const int rows = side == Side::m ? p.m : p.n, l = p.l, l8 = rounded_up(l, 8), pitch = gram_pitch(l), tiles = l8 / 8;
+  const float* basis = side == Side::m ? p.q : p.y;
+  const float scale = p.scale[0];
+  const int blocks = gridDim.x, share = rounded_up((rows + blocks - 1) / blocks, kGramRows);
+  const int begin = static_cast<int>(blockIdx.x) * share, end = begin + share < rows ? begin + share : rows;
+  for (int e = team.thread(); e < l8 * l8; e += team.threads()) out[e] = 0;
+  for (int row = begin; row < end; row += kGramRows) {
+    team.sync();
+    for (int e = team.thread(); e < kGramRows * l8; e += team.threads()) {
+      const int i = e / l8, j = e % l8;
+      const int64_t at = row + i;
+      double x = 0;
+      if (at < end && j < l) {
+        x = source == Source::basis ? basis[at * l + j]
+                                    : load_product<T>(p.product + at * l * Type<T>::parts, l, j, scale);
+      }
+      tile[i * pitch + j] = x;
+    }
+    team.sync();
+    for (int t = team.worker(); t < tiles * tiles; t += team.workers()) {
+      const int i0 = t / tiles * 8, j0 = t % tiles * 8;
+      if (i0 > j0) continue;
+      double sum[2] = {0, 0};
+      const double* from = tile + team.lane() % 4 * pitch + team.lane() / 4;
+#pragma unroll
+      for (int k = 0; k < kGramRows; k += 4) multiply_8x8x4(sum, from[k * pitch + i0], from[k * pitch + j0]);
+      double* to = out + (i0 + team.lane() / 4) * l8 + j0 + team.lane() % 4 * 2;
+      to[0] += sum[0];
+      to[1] += sum[1];
+    }
+  }
+}
+
+// total ← g · total for upper [l, l] matrices, the first time g itself.
+template <class Team>
+PKT_DEVICE void accumulate_total(const Team& team, const double* g, double* total, int l, bool first) {
+  double* next = total + static_cast<int64_t>(l) * l;
+  for (int e = team.thread(); e < l * l; e += team.threads()) {
+    const int i = e / l, j = e % l;
+    double sum = 0;
+    for (int k = i; k <= j; ++k) sum += g[i * l + k] * (first ? (k == j ? 1.0 : 0.0) : total[k * l + j]);
+    next[e] = sum;
+  }
+  team.sync();
+  for (int e = team.thread(); e < l * l; e += team.threads()) total[e] = next[e];
+  team.sync();
+}
+
+// s, stats, and the two rotations: apply = R⁻¹ · left (x holds R⁻ᵀ), apply_v = right.
+template <class Team>
+PKT_DEVICE void finish(const Team& team, const Problem& p, double* x, float* left, float* s, float* overlap, int* order,
+                       int* rotated) {
+  const int l = p.l;
+  float* right = left + static_cast<int64_t>(l) * l;
+  float* scratch = reinterpret_cast<float*>(p.partial);  // its sums are used up
+  small_svd(team, p.total, l, left, right, s, overlap, order, rotated, scratch, 6e-8f, p.seed);
+  for (int e = team.thread(); e < l * l; e += team.threads()) {
+    const int i = e / l, j = e % l;
+    double sum = 0;
+    for (int k = i; k < l; ++k) sum += x[k * l + i] * left[order[j] * l + k];
+    p.apply[e] = static_cast<float>(sum);
+    p.apply_v[e] = right[order[j] * l + i];
+  }
+  const bool finite = p.scale[1] != 0;
+  for (int j = team.thread(); j < p.rank; j += team.threads()) p.s[j] = finite ? s[order[j]] / p.scale[0] : 0;
+  if (team.thread() != 0) return;
+  double captured = 0;
+  for (int j = 0; j < p.rank; ++j) captured += static_cast<double>(s[order[j]]) * s[order[j]];
+  const double total = *p.energy;
+  captured /= static_cast<double>(p.scale[0]) * p.scale[0];
+  const double missed = total > captured ? 1 - captured / total : 0;
+  p.stats[0] = finite ? static_cast<float>(total) : 0;
+  p.stats[1] = finite ? static_cast<float>(captured) : 0;
+  p.stats[2] = finite ? static_cast<float>(sqrt(missed)) : 0;
+  p.stats[3] = finite ? 1 : 0;
+}
+
+// apply ← R⁻¹ for the R of x = Q R; 512 threads. In y's rounds R is accumulated, and after the last one comes its SVD.
+template <class T>
+__global__ void __launch_bounds__(512) gram_kernel(const PKT_GRID_CONSTANT Batch batch, Side side, Source source, Last last,
+                                                   bool small_is_shared) {
+  PKT_SHARED(double, shared);
+  const Problem& p = batch.problem[blockIdx.y];
+  const Block team;
+  const int l = p.l, l8 = rounded_up(l, 8);
+  partial_gram<T>(team, p, side, source, shared, p.partial + static_cast<int64_t>(blockIdx.x) * l8 * l8);
+  if (!last_block(p.counter)) return;
+
+  double* g = small_is_shared ? shared : p.small;
+  double* x = g + static_cast<int64_t>(l) * l;
+  double* floor = x + static_cast<int64_t>(l) * l;
+  for (int e = team.thread(); e < l * l; e += team.threads()) {
+    const int i = e / l, j = e % l;
+    if (i / 8 > j / 8) continue;
+    double sum = 0;
+#pragma unroll 8
+    for (int b = 0; b < static_cast<int>(gridDim.x); ++b) sum += p.partial[(static_cast<int64_t>(b) * l8 + i) * l8 + j];
+    g[e] = sum;
+  }
+  team.sync();
+  // The block's columns first come as a power of aᵀa made them, and are measured by the largest; later, each by itself.
+  const bool first = source == Source::product, by_largest = first && side == Side::m;
+  double largest = 0;
+  for (int j = 0; j < l; ++j) largest = g[j * l + j] > largest ? g[j * l + j] : largest;
+  for (int j = team.thread(); j < l; j += team.threads()) {
+    const double reference = kDependent * kDependent * (by_largest ? largest : g[j * l + j]);
+    floor[j] = reference > kNothing ? reference : kNothing;
+  }
+  team.sync();
+  cholesky(team, g, x, l, floor);
+  if (side == Side::n) accumulate_total(team, g, p.total, l, first);
+  if (last == Last::svd) {
+    float* s = reinterpret_cast<float*>(floor);
+    finish(team, p, x, reinterpret_cast<float*>(g), s, s + l, reinterpret_cast<int*>(s + 2 * l),
+           reinterpret_cast<int*>(s + 3 * l));
+    return;
+  }
+  for (int e = team.thread(); e < l * l; e += team.threads()) p.apply[e] = static_cast<float>(x[e % l * l + e / l]);
+}
+
+// q or y, and its operand if wanted ← rows · apply; columns without a pivot become random ones. 256 threads.
+template <class T>
+__global__ void __launch_bounds__(256, 4) apply_kernel(const PKT_GRID_CONSTANT Batch batch, Side side, Source source,
+                                                    bool with_operand, uint32_t stream) {
+  PKT_SHARED(float, tile);
+  const Problem& p = batch.problem[blockIdx.y];
+  const Block team;
+  const int rows = side == Side::m ? p.m : p.n, l = p.l;
+  float* basis = side == Side::m ? p.q : p.y;
+  T* operand = static_cast<T*>(side == Side::m ? p.operand_m : p.operand_n);
+  const float scale = p.scale[0], random_size = sqrtf(3.0f / rows);
+  constexpr int height = kApplyRows / 8;  // rows of a warp
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kApplyRows; first < rows;
+       first += static_cast<int64_t>(gridDim.x) * kApplyRows) {
+    team.sync();
+    for (int e = team.thread(); e < kApplyRows * l; e += team.threads()) {
+      const int64_t at = first + e / l;
+      const int j = e % l;
+      if (at >= rows) continue;
+      tile[e] = source == Source::basis ? basis[at * l + j]
+                                        : load_product<T>(p.product + at * l * Type<T>::parts, l, j, scale);
+    }
+    team.sync();
+    for (int j = team.lane(); j < l; j += 32) {
+      const float* row = tile + team.worker() * height * l;
+      float sum[height] = {};
+      for (int k = 0; k < l; ++k) {
+        const float factor = p.apply[k * l + j];
+#pragma unroll
+        for (int i = 0; i < height; ++i) sum[i] += row[i * l + k] * factor;
+      }
+      const bool dependent = p.apply[j * l + j] == 0;
+#pragma unroll
+      for (int i = 0; i < height; ++i) {
+        const int64_t at = first + team.worker() * height + i;
+        if (at >= rows) continue;
+        const float x = dependent ? random_size * philox_uniform(p.seed, at, stream, j) : sum[i];
+        basis[at * l + j] = x;
+        if (with_operand) store_operand(operand + at * l * Type<T>::parts, l, j, x);
+      }
+    }
+  }
+}
+
+// v = q · apply_v and u = y · apply, their first `rank` columns; zero where a is not finite. 256 threads.
+__global__ void __launch_bounds__(256) write_kernel(const PKT_GRID_CONSTANT Batch batch, Side side) {
+  PKT_SHARED(float, tile);
+  const Problem& p = batch.problem[blockIdx.y];
+  const Block team;
+  const int rows = side == Side::m ? p.m : p.n, l = p.l, rank = p.rank;
+  const float* basis = side == Side::m ? p.q : p.y;
+  const float* by = side == Side::m ? p.apply_v : p.apply;
+  float* to = side == Side::m ? p.v : p.u;
+  const bool finite = p.scale[1] != 0;
+  constexpr int height = kApplyRows / 8;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kApplyRows; first < rows;
+       first += static_cast<int64_t>(gridDim.x) * kApplyRows) {
+    team.sync();
+    for (int e = team.thread(); e < kApplyRows * l; e += team.threads()) {
+      if (first + e / l < rows) tile[e] = basis[first * l + e];
+    }
+    team.sync();
+    for (int j = team.lane(); j < rank; j += 32) {
+      const float* row = tile + team.worker() * height * l;
+      float sum[height] = {};
+      for (int k = 0; k < l; ++k) {
+        const float factor = by[k * l + j];
+#pragma unroll
+        for (int i = 0; i < height; ++i) sum[i] += row[i * l + k] * factor;
+      }
+#pragma unroll
+      for (int i = 0; i < height; ++i) {
+        const int64_t at = first + team.worker() * height + i;
+        if (at < rows) to[at * rank + j] = finite ? sum[i] : 0;
+      }
+    }
+  }
+}
+
+}  // namespace pkt

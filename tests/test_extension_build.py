@@ -1,0 +1,169 @@
+"""setup.py builds what the machine can and says what it did; the CUDA code compiles for every target without a spill."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = (80, 90, 100)
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+
+NO_TORCH = "import sys; sys.modules['torch'] = None; "
+RUN_SETUP = "import runpy, sys; sys.argv = ['setup.py', *sys.argv[1:]]; runpy.run_path('setup.py', run_name='__main__')"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, so that building leaves nothing in the checkout."""
+    copy = tmp_path / "pkt"
+    copy.mkdir()
+    for name in ("csrc", "kernels", "pkt"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def setup(tree: Path, *arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", before + RUN_SETUP, *arguments],
+        cwd=tree,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def said(run: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in run.stderr.splitlines() if line.startswith("pkt:")]
+    assert len(lines) == 1, run.stderr
+    return lines[0]
+
+
+def test_without_torch_nothing_is_built_and_nothing_fails(tree: Path) -> None:
+    run = setup(tree, "build_ext", "--inplace", before=NO_TORCH, PKT_BUILD_EXT="auto")
+    assert run.returncode == 0, run.stderr
+    assert "not built: torch is not importable (use --no-build-isolation)" in said(run)
+    assert not list(tree.glob("pkt/*.so"))
+
+
+def test_without_a_compiler_nothing_is_built_and_nothing_fails(tree: Path) -> None:
+    run = setup(tree, "build_ext", "--inplace", CXX="no-such-compiler")
+    assert run.returncode == 0, run.stderr
+    assert "not built: there is no C++ compiler" in said(run)
+
+
+def test_zero_builds_nothing(tree: Path) -> None:
+    run = setup(tree, "build_ext", "--inplace", PKT_BUILD_EXT="0")
+    assert run.returncode == 0, run.stderr
+    assert "not built: PKT_BUILD_EXT=0" in said(run)
+
+
+@pytest.mark.parametrize(("mode", "message"), [("1", "cannot be built: torch"), ("yes", "must be one of auto, 0, 1")])
+def test_what_cannot_be_done_is_an_error_when_asked_for(tree: Path, mode: str, message: str) -> None:
+    run = setup(tree, "build_ext", "--inplace", before=NO_TORCH, PKT_BUILD_EXT=mode)
+    assert run.returncode != 0
+    assert message in run.stderr
+
+
+@needs_compiler
+def test_a_failed_compilation_is_told_and_survived_unless_forced(tree: Path) -> None:
+    (tree / "csrc" / "extension.cpp").write_text("#error deliberately\n")
+    for name in ("rsvd_cpu", "block_krylov", "cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"):
+        (tree / "csrc" / f"{name}.cpp").write_text("")
+    run = setup(tree, "build_ext", "--inplace")
+    assert run.returncode == 0, run.stderr
+    assert "pkt: pkt._C was not built, the torch implementation serves instead" in run.stderr
+    assert setup(tree, "build_ext", "--inplace", PKT_BUILD_EXT="1").returncode != 0
+
+
+def test_the_sdist_holds_every_source(tree: Path, tmp_path: Path) -> None:
+    run = setup(tree, "sdist", "-d", str(tmp_path / "dist"), PKT_BUILD_EXT="0")
+    assert run.returncode == 0, run.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    expected = {f"csrc/{path.name}" for path in CSRC.iterdir() if path.is_file()}
+    assert expected | {"setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+
+
+@needs_nvcc
+def test_the_cuda_kernels_compile_for_every_target_without_a_spill(tmp_path: Path) -> None:
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        '#include "rsvd_pipeline.h"\n'
+        "namespace pkt {\n"
+        "template <class T> cudaError_t all(Launches& l) { return subspace_iteration<T>(l, 1, [](int, bool) {}); }\n"
+        "template cudaError_t all<float>(Launches&);\n"
+        "template cudaError_t all<Bf16>(Launches&);\n"
+        "template cudaError_t all<Fp16>(Launches&);\n"
+        "}\n"
+    )
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    run = subprocess.run(
+        [str(NVCC), "-O3", "-std=c++20", f"-I{CSRC}", *targets, "-Xptxas=-v", "-c", str(source), "-o", "kernels.o"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    kernels = 4 * 3 + 1  # energy, sketch, gram and apply for three types; write for none
+    assert len(frames) == kernels * len(ARCHITECTURES)
+    assert set(frames) == {("0", "0", "0")}, run.stderr
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_cuda_extension_compiles_against_torch_s_stable_abi(tmp_path: Path) -> None:
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-O1", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90"]
+    command = [str(NVCC), *flags, f"-I{include}", "-Xcompiler=-fPIC", "-c", str(CSRC / "rsvd_cuda.cu")]
+    run = subprocess.run([*command, "-o", str(tmp_path / "rsvd_cuda.o")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    symbols = subprocess.run(["nm", "-u", str(tmp_path / "rsvd_cuda.o")], capture_output=True, text=True).stdout
+    assert not re.search(r"_ZN(3c10|2at)", symbols), "only the stable ABI's C functions may be needed"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_built_wheel_works_from_an_empty_folder(tree: Path, tmp_path: Path) -> None:
+    run = setup(tree, "bdist_wheel", "-d", str(tmp_path / "dist"), PKT_BUILD_EXT="1")
+    assert run.returncode == 0, run.stderr[-4000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert re.search(r"-cp310-abi3-", wheel.name)
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    symbols = subprocess.run(["nm", "-u", str(installed / "pkt" / "_C.abi3.so")], capture_output=True, text=True).stdout
+    assert not re.search(r"_ZN(3c10|2at)", symbols), "only the stable ABI's C functions may be needed"
+    script = (
+        "import torch, pkt; from pkt import ops; assert 'installed' in pkt.__file__;"
+        "assert ops.implementation('rsvd', 'cpu')[0] == 'C++';"
+        "a = torch.randn(60, 40); U, S, V, stats = ops.rsvd(a, 40);"
+        "torch.testing.assert_close((U * S) @ V.T, a, rtol=1e-4, atol=1e-4); print('works')"
+    )
+    (tmp_path / "empty").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == "works", run.stderr

@@ -1,0 +1,258 @@
+"""The C++ behind pkt::rsvd without torch: each instruction set, several threads, sanitizers; and the CUDA kernels, executed.
+
+`csrc/rsvd_emulated.cpp` runs the kernels of `rsvd_kernels.cuh` on the CPU (fibers for threads, NaN in fresh shared memory),
+so what a GPU computes is checked here too; how fast it is, is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from test_rsvd import SPECTRA, check, gaussian, one_thread, with_spectrum
+from torch import Tensor
+
+CSRC = Path(__file__).parent.parent / "csrc"
+SOURCES = ["rsvd_emulated", "block_krylov", "cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TWO_HALVES = 2.0**-17  # what a factor that travels as two bf16 numbers is rounded by
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C++ compiler on Linux"),
+    pytest.mark.usefixtures(one_thread.__name__),
+]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("n", "m", "row_stride", "col_stride")),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rank", "oversample", "iters", "seed")]
+
+
+class _Factors(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("u", "s", "v", "stats")]
+
+
+Results = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def compile_library(to: Path, *flags: str) -> Path:
+    common = [
+        "-std=c++20",
+        "-ffp-contract=fast",
+        "-fopenmp-simd",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    sources = [str(CSRC / f"{name}.cpp") for name in SOURCES]
+    subprocess.run(
+        [str(COMPILER), *common, *flags, "-shared", "-fPIC", "-pthread", *sources, "-o", str(to)], check=True
+    )
+    return to
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(compile_library(tmp_path_factory.mktemp("csrc") / "rsvd.so", "-O1")))
+    loaded.pkt_cpu.restype = ctypes.c_char_p
+    return loaded
+
+
+def marshal(matrices: Sequence[Tensor], rank: int) -> tuple[ctypes.Array[_Matrix], ctypes.Array[_Factors], Results]:
+    inputs, outputs = (_Matrix * len(matrices))(), (_Factors * len(matrices))()
+    results = []
+    for i, a in enumerate(matrices):
+        (n, m), (row_stride, col_stride) = a.shape, a.stride()
+        result = U, S, V, stats = tuple(torch.full(s, math.nan) for s in ((n, rank), (rank,), (m, rank), (4,)))
+        results.append(result)
+        pointers = [x.data_ptr() for x in (U, S, V, stats)]
+        if n < m:
+            n, m, row_stride, col_stride = m, n, col_stride, row_stride
+            pointers = [pointers[j] for j in (2, 1, 0, 3)]
+        inputs[i] = _Matrix(a.data_ptr(), DTYPES.index(a.dtype), n, m, row_stride, col_stride)
+        outputs[i] = _Factors(*pointers)
+    return inputs, outputs, results
+
+
+def on_cpu(library: ctypes.CDLL, a: Tensor, rank: int, threads: int = 1, level: int = 2, iters: int = 4) -> Results:
+    inputs, outputs, results = marshal([a], rank)
+    options = _Options(rank, 16, iters, 0)
+    library.pkt_cpu(inputs, outputs, ctypes.byref(options), ctypes.c_int64(threads), level)
+    return results
+
+
+def on_emulated_cuda(
+    library: ctypes.CDLL,
+    matrices: Sequence[Tensor],
+    rank: int,
+    *,
+    iters: int = 4,
+    shared_limit: int = 160 * 1024,
+    backwards: bool = False,
+) -> Results:
+    inputs, outputs, results = marshal(matrices, rank)
+    options = _Options(rank, 0, iters, 0)
+    limit = ctypes.c_int64(shared_limit)
+    assert library.pkt_emulated_cuda(inputs, outputs, len(matrices), ctypes.byref(options), limit, backwards) == 0
+    return results
+
+
+# --- the CPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(library: ctypes.CDLL, dtype: torch.dtype, level: int) -> None:
+    for shape in ((401, 243), (243, 401), (97, 61)):
+        a = gaussian(*shape).to(dtype)
+        for view in (a, a.T, a[::2, 1::3]):
+            check(view, on_cpu(library, view, 9, level=level)[0], 9)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_share_the_rows(library: ctypes.CDLL, threads: int) -> None:
+    a = with_spectrum(1301, 300, SPECTRA["1/i"]).to(torch.bfloat16)
+    first, second = (on_cpu(library, a, 16, threads)[0] for _ in range(2))
+    check(a, first, 16)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+# Runs without torch, which the sanitizers' runtime would slow down or trip over.
+SANITIZED = """
+import ctypes, random, struct, sys
+class M(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_void_p), ("dtype", ctypes.c_int)] + [(k, ctypes.c_int64) for k in "nmrc"]
+class O(ctypes.Structure):
+    _fields_ = [(k, ctypes.c_int64) for k in ("rank", "oversample", "iters", "seed")]
+class F(ctypes.Structure):
+    _fields_ = [(k, ctypes.c_void_p) for k in "usvt"]
+library = ctypes.CDLL(sys.argv[1])
+random.seed(0)
+for n, m, rank, oversample, iters, dtype, order, threads, level in [
+    (1, 1, 1, 0, 0, 0, "rows", 1, 2), (7, 1, 1, 16, 4, 2, "rows", 1, 2), (300, 100, 5, 3, 2, 0, "rows", 1, 2),
+    (300, 100, 5, 3, 2, 1, "columns", 1, 1), (601, 245, 16, 16, 4, 0, "columns", 2, 2), (601, 245, 4, 0, 1, 2, "rows", 2, 0),
+    (300, 241, 33, 16, 1, 1, "rows", 1, 2), (97, 96, 96, 16, 0, 0, "rows", 1, 1), (300, 100, 5, 3, 2, 3, "rows", 1, 2),
+]:
+    zero, dtype = dtype == 3, dtype % 3
+    count = n * m
+    if dtype == 2:
+        data = (ctypes.c_float * count)(*(random.gauss(0, 1) for _ in range(count)))
+    else:
+        pack = (lambda x: struct.unpack("<H", struct.pack("<e", x))[0]) if dtype else (
+            lambda x: struct.unpack("<I", struct.pack("<f", x))[0] >> 16)
+        data = (ctypes.c_uint16 * count)(*(0 if zero else pack(random.gauss(0, 1)) for _ in range(count)))
+    strides = (m, 1) if order == "rows" else (1, n)
+    out = [(ctypes.c_float * k)() for k in (n * rank, rank, m * rank, 4)]
+    factors = F(*(ctypes.addressof(x) for x in out))
+    matrix, options = M(ctypes.addressof(data), dtype, n, m, *strides), O(rank, oversample, iters, 7)
+    library.pkt_cpu(ctypes.byref(matrix), ctypes.byref(factors), ctypes.byref(options), ctypes.c_int64(threads), level)
+    assert out[3][3] == 1.0 and abs(sum(x * x for x in out[0]) - rank) < 1e-3, (n, m)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_the_cpu_part_is_clean_under_sanitizers(tmp_path: Path, sanitizer: str) -> None:
+    flags = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    built = compile_library(tmp_path / "rsvd.so", *flags)
+    runtime_name = "libtsan.so" if sanitizer == "thread" else "libasan.so"
+    runtime = subprocess.run([str(COMPILER), f"-print-file-name={runtime_name}"], capture_output=True, text=True)
+    environment = {**os.environ, "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(built)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.strip() == "clean"
+
+
+# --- the CUDA kernels, emulated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_emulated_cuda_in_every_dtype(library: ctypes.CDLL, dtype: torch.dtype, transposed: bool) -> None:
+    a = gaussian(150, 90).to(dtype)[3:133, 5:85]
+    a = a.T if transposed else a
+    check(a, on_emulated_cuda(library, [a], 8)[0], 8)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_emulated_cuda_on_every_spectrum(library: ctypes.CDLL, spectrum: str) -> None:
+    a = with_spectrum(120, 90, SPECTRA[spectrum]).float()
+    check(a, on_emulated_cuda(library, [a], 8)[0], 8)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (9, 1), (3, 5), (16, 16), (17, 40)])
+def test_emulated_cuda_on_tiny_shapes(library: ctypes.CDLL, n: int, m: int) -> None:
+    a = gaussian(n, m).float()
+    rank = min(n, m, 4)
+    check(a, on_emulated_cuda(library, [a], rank)[0], rank)
+    check(a, on_emulated_cuda(library, [a], rank, iters=0)[0], rank, worst=5.0)
+
+
+@pytest.mark.parametrize("true_rank", [0, 1, 5])
+def test_emulated_cuda_on_deficient_matrices(library: ctypes.CDLL, true_rank: int) -> None:
+    a = (gaussian(60, true_rank) @ gaussian(true_rank, 50, seed=1)).float()
+    result = on_emulated_cuda(library, [a], 8)[0]
+    check(a, result, 8)
+    assert (result[1][true_rank:] <= 1e-5 * max(result[1][0], 1e-30)).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_emulated_cuda_flags_what_is_not_finite(library: ctypes.CDLL, bad: float) -> None:
+    a = gaussian(70, 50).to(torch.bfloat16)
+    a[69, 49] = bad
+    assert all((x == 0).all() for x in on_emulated_cuda(library, [a], 4)[0])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12, 1e18])
+def test_emulated_cuda_at_any_magnitude(library: ctypes.CDLL, scale: float) -> None:
+    a = gaussian(70, 50).float()
+    plain, scaled = (on_emulated_cuda(library, [x], 4)[0] for x in (a, a * scale))
+    torch.testing.assert_close(scaled[1] / scale, plain[1], rtol=1e-4, atol=0)
+
+
+def test_emulated_cuda_batches_unequal_shapes(library: ctypes.CDLL) -> None:
+    batch = [gaussian(n, m, seed=n).to(torch.bfloat16) for n, m in ((90, 40), (33, 70), (5, 3), (64, 64))]
+    for a, result in zip(batch, on_emulated_cuda(library, batch, 3), strict=True):
+        check(a, result, 3, floor=TWO_HALVES)
+        alone = on_emulated_cuda(library, [a], 3)[0]
+        torch.testing.assert_close(result[1], alone[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shared_limit", [160 * 1024, 0], ids=["shared", "global"])
+def test_emulated_cuda_has_no_race(library: ctypes.CDLL, shared_limit: int) -> None:
+    """Threads that take turns backwards give the same bytes, with the small matrices in shared and in global memory."""
+    a = gaussian(100, 45).to(torch.bfloat16)
+    a[:, 7] = a[:, 3]
+    forwards, backwards = (
+        on_emulated_cuda(library, [a], 20, shared_limit=shared_limit, backwards=flag)[0] for flag in (False, True)
+    )
+    check(a, forwards, 20)
+    assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
+
+
+def test_emulated_cuda_and_the_cpu_agree(library: ctypes.CDLL) -> None:
+    a = with_spectrum(200, 150, lambda i: 2.0**-i if i <= 8 else 1e-3).to(torch.bfloat16)
+    ours, theirs = on_emulated_cuda(library, [a], 8)[0], on_cpu(library, a, 8)[0]
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=0)
+    cosines = ((ours[0] * theirs[0]).sum(0) * (ours[2] * theirs[2]).sum(0))[:6]
+    assert (cosines >= 1 - 1e-4).all()
