@@ -21,8 +21,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# The clients (TRL, lm-eval, bitsandbytes) are large, so only the slow tests install them.
 test-slow: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[clients]"
+	$(PIP) --no-build-isolation --no-deps -e .
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest tests/test_injection.py -k quantized
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,9 +27,8 @@ def demo_table() -> str:
         lines.append(f"| {name} | | {found[key]['nll']:.3f} | {100 * found[key]['exact_match']:.1f}% |")
     for name, r in found["methods"].items():
         matches = [100 * m for m in r["exact_match"]]
-        lines.append(
-            f"| {name} | {r['lr']:g} | {mean(r['nll']):.3f} ± {spread(r['nll']):.3f} | {mean(matches):.1f}% ± {spread(matches):.1f} |"
-        )
+        nll, match = (f"{mean(v):.{d}f}{u} ± {spread(v):.{d}f}" for v, d, u in ((r["nll"], 3, ""), (matches, 1, "%")))
+        lines.append(f"| {name} | {r['lr']:g} | {nll} | {match} |")
     return "\n".join([*lines, "", *(f"- {line}" for line in found["verdict"])])
 
 
@@ -38,7 +37,8 @@ def bench_table() -> str:
     if found is None:
         return "(no run is committed yet)"
     lines = [
-        f"On {found['threads']} CPU cores, {found['what']}, against the straightforward algorithm (`bench/naive.py`), same windows:",
+        f"On {found['threads']} CPU cores, {found['what']},",
+        "against the straightforward algorithm (`bench/naive.py`), with the same windows:",
         "",
         "| stage | straightforward | pkt | ratio |",
         "|---|---|---|---|",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pkt.extraction import extract as extract
     from pkt.factorization import factorize as factorize
     from pkt.finalization import finalize as finalize
+    from pkt.injection import initialize_lora_weights as initialize_lora_weights
     from pkt.injection import inject as inject
     from pkt.planning import TransferPlan as TransferPlan
     from pkt.planning import plan as plan
@@ -40,6 +41,7 @@ _HOME = {
     "extract": "extraction",
     "factorize": "factorization",
     "finalize": "finalization",
+    "initialize_lora_weights": "injection",
     "inject": "injection",
     "load_seeds": "seeds",
     "plan": "planning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,29 @@ from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.models import Kind, ModelSpec
-from pkt.storage import read_json, safetensors_header, write_json, write_tensors
+from pkt.storage import read_json, safetensors_header, sha256, write_json, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+RECORD = "pkt"  # key of pkt's record in the configuration's auto_mapping
+PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")  # the tables that PEFT knows by name
+
+# Fields of LoraConfig that make an adapter more than a low-rank change of whole matrices.
+NOT_PLAIN = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases in LoRA",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "target_parameters",
+    "layer_replication": "layer replication",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "velora_config": "VeLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
 
 
 @dataclass(frozen=True)
@@ -64,32 +83,76 @@ class Adapter:
                 out[f"{PREFIX}{module}.lora_B.weight"] = pair.B
         return out
 
-    def config(self, *, scale: float = 1.0, dropout: float = 0.0, multiple: int = 1) -> dict[str, Any]:
-        """The fields of PEFT's LoraConfig for these pairs, `multiple` times as wide (2 for paired injection)."""
+    def config(
+        self,
+        *,
+        dropout: float = 0.0,
+        multiple: int = 1,
+        alpha: float | None = None,
+        rslora: bool = False,
+    ) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig for these pairs, `multiple` times as wide (2 for paired injection).
+
+        alpha: of every module at the pairs' own rank; None makes every scale 1.
+        """
         ranks = {module: pair.rank * multiple for module, pair in self.pairs.items()}
+        embedding = next((m for m, p in self.pairs.items() if p.kind == "embedding"), None)
+        tied = self.tied_head if embedding is not None else None
         rank = max(ranks.values())
         others = {m: r for m, r in ranks.items() if r != rank}
-        tied = self.tied_head is not None and any(p.kind == "embedding" for p in self.pairs.values())
+        if tied is not None and embedding in others:
+            others[tied] = others[embedding]
+
+        def alpha_of(r: int) -> float:
+            if alpha is None:
+                return r**0.5 if rslora else r
+            return alpha * (multiple**0.5 if rslora else multiple)
+
+        targets: list[str] | str = sorted(ranks)
+        if tied is not None and embedding is not None and embedding.split(".")[-1] not in PEFT_EMBEDDINGS:
+            # PEFT finds such a table tied only through the head, and forgets the head when a list of names is saved.
+            targets = "|".join(re.escape(m) for m in [*sorted(ranks), tied])
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base,
+            "base_model_name_or_path": self.base or None,
             "r": rank,
-            "lora_alpha": scale * rank if scale != 1.0 else rank,
+            "lora_alpha": alpha_of(rank),
             "lora_dropout": dropout,
-            "target_modules": sorted(ranks),
+            "use_rslora": rslora,
+            "target_modules": targets,
             "rank_pattern": others,
-            "alpha_pattern": {m: r * scale for m, r in others.items()},
+            "alpha_pattern": {m: alpha_of(r) for m, r in others.items()} if alpha is None else {},
             "fan_in_fan_out": self.fan_in_fan_out,
             "bias": "none",
             "inference_mode": True,
             "init_lora_weights": True,
-            "ensure_weight_tying": tied,
+            "ensure_weight_tying": tied is not None,
         }
 
-    def write(self, folder: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    def padded(self) -> Adapter:
+        """Every pair at the largest rank, filled up with zeros: the same adapter without rank or alpha patterns."""
+        rank = max(p.rank for p in self.pairs.values())
+        pairs = {}
+        for module, pair in self.pairs.items():
+            a = pair.A.new_zeros(rank, pair.A.shape[1])
+            b = pair.B.new_zeros(pair.B.shape[0], rank)
+            a[: pair.rank], b[:, : pair.rank] = pair.A, pair.B
+            pairs[module] = Pair(a, b, pair.kind)
+        return Adapter(pairs, self.base, self.tied_head)
+
+    def fingerprint(self) -> str:
+        """A hash of every factor, in the order of the modules' names."""
+        return sha256(*(t.cpu().contiguous().numpy().tobytes() for t in self._flat()))
+
+    def _flat(self) -> Iterator[Tensor]:
+        for module in sorted(self.pairs):
+            yield self.pairs[module].A
+            yield self.pairs[module].B
+
+    def write(self, folder: Path) -> None:
         """Write the two files PEFT reads. The caller makes the folder atomic."""
-        write_tensors(folder / WEIGHTS, self.tensors(), {"format": "pt", **(metadata or {})})
+        write_tensors(folder / WEIGHTS, self.tensors())
         write_json(folder / CONFIG, self.config())
 
 
@@ -130,6 +193,8 @@ def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[
     if not (folder / CONFIG).is_file():
         raise PktError(f"{folder} has no {CONFIG}; name an adapter folder{where}")
     config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise PktError(f"{folder / CONFIG} is not an adapter's configuration; copy the folder again")
     safetensors_header(folder / WEIGHTS)
     return adapter_from_state(load_file(str(folder / WEIGHTS)), config, str(folder)), config
 
@@ -138,7 +203,7 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
     """The adapter in a PEFT state dict (adapter names removed), with the configuration's scales folded into B."""
     if config.get("peft_type") != "LORA":
         raise PktError(f"{what} is a {config.get('peft_type')} adapter; pkt handles LoRA")
-    for key, name in (("use_dora", "DoRA"), ("lora_bias", "biases in LoRA"), ("modules_to_save", "modules_to_save")):
+    for key, name in NOT_PLAIN.items():
         if config.get(key):
             raise PktError(f"{what} uses {name}, which plain LoRA factors cannot represent; train without it")
     if config.get("bias", "none") != "none":
@@ -178,14 +243,22 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
+def product_norm(b: Tensor, a: Tensor) -> float:
+    """The Frobenius norm of b a for thin b [n, r] and a [r, m], in fp64 and without the product."""
+    r_b = torch.linalg.qr(b.double(), mode="r")[1]
+    r_a = torch.linalg.qr(a.double().t(), mode="r")[1]
+    return float((r_b @ r_a.t()).norm())
+
+
 def split_tied(adapter: Adapter, head: str | None) -> Adapter:
     """Drop a tied head's copy of the embedding's pair; refuse one that training moved away from it."""
     embedding = next((p for p in adapter.pairs.values() if p.kind == "embedding"), None)
     if head is None or embedding is None or head not in adapter.pairs:
         return adapter
     copy = adapter.pairs[head]
-    ours, theirs = embedding.B @ embedding.A, (copy.B @ copy.A).t()
-    if (ours - theirs).norm() > 1e-5 * max(float(ours.norm()), 1e-30):
+    # The difference as one product, so that nothing of the table's size is made.
+    apart = product_norm(torch.cat([embedding.B, -copy.A.t()], 1), torch.cat([embedding.A, copy.B.t()]))
+    if apart > 1e-5 * max(product_norm(embedding.B, embedding.A), 1e-30):
         raise PktError(
             f"the adapters of the tied embedding and {head} have moved apart, so no adapter of the tied student equals this "
             "one; train a model made by pkt.inject, which keeps them one"

@@ -30,6 +30,12 @@ err_console = Console(stderr=True)
 _debug = False
 
 
+class KeepScores(str, enum.Enum):
+    none = "none"
+    tiles = "tiles"
+    full = "full"
+
+
 class Layers(str, enum.Enum):
     sensitivity = "sensitivity"
     first = "first"
@@ -165,8 +171,17 @@ def _print_json(value: Any) -> None:
 def transfer(
     teacher: Teacher,
     student: Student,
-    seeds: SeedFile,
     out: OutDir,
+    seeds: Annotated[
+        Path | None,
+        typer.Argument(help='JSONL rows of {"messages"}, {"prompt", "completion"} or {"text"}.', show_default=False),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--seeds", help="NAME=FILE, once for each task: one extraction each, in OUT/NAME.", show_default=False
+        ),
+    ] = None,
     layers: LayersOption = "sensitivity",
     select: SelectOption = Select.window,
     modules: ModulesOption = "all",
@@ -181,16 +196,38 @@ def transfer(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option("--device-memory", help="Use at most this much there, such as 16GB; default: what is free."),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", help="Use at most this much of the host's; default: what is free.")
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option("--scratch", help="Folder for activations that fit in no memory; default: beside OUT."),
+    ] = None,
+    keep_scores: Annotated[
+        KeepScores, typer.Option("--keep-scores", help="Keep the scores in OUT, for pkt plan with other options.")
+    ] = KeepScores.none,
     force: Force = False,
-    json_: JsonFlag = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout, and one line per layer on stderr.")
+    ] = False,
 ) -> None:
-    """Score the teacher on the seeds, cut out what matters in the student's shape, write it as a LoRA folder."""
+    """Score the teacher on the seeds, cut out what matters in the student's shape, write it as a LoRA folder.
+
+    The teacher may be larger than the memory: it is read one layer at a time. The same command continues an interrupted run.
+    """
+    import dataclasses
+
     import pkt
 
-    ext = pkt.transfer(
+    given = _seed_sets(seeds, tasks)
+    found = pkt.transfer(
         teacher,
         student,
-        seeds,
+        given,
         out=out,
         layers=_layers(layers),
         select=select.value,
@@ -207,21 +244,49 @@ def transfer(
         force=force,
         device=_device(device),
         dtype=_dtype(dtype),
+        device_memory=device_memory,
+        host_memory=host_memory,
+        scratch=scratch,
+        keep_scores=keep_scores.value,
+        progress=not json_,
+        on_memory=None if json_ else lambda memory: err_console.print(*memory.lines(), sep="\n", highlight=False),
         on_plan=None if json_ else lambda plan: typer.echo(str(plan)),
+        on_tick=(lambda tick: typer.echo(json.dumps(dataclasses.asdict(tick)), err=True)) if json_ else None,
     )
+    results = {str(out / name): ext for name, ext in found.items()} if isinstance(found, dict) else {str(out): found}
     if json_:
-        _print_json(
+        rows = [
             {
-                "out": str(out),
+                "out": folder,
                 "pairs": len(ext.pairs),
                 "rank": ext.rank,
                 "layers": ext.plan.layer_map,
                 "energies": ext.energies,
             }
-        )
+            for folder, ext in results.items()
+        ]
+        _print_json(rows if isinstance(found, dict) else rows[0])
         return
-    out_console.print(f"{out}: {ext}", highlight=False)
-    out_console.print(f"next: pkt train {student} {out} DATA.jsonl --out RUN", highlight=False)
+    for folder, ext in results.items():
+        out_console.print(f"{folder}: {ext}", highlight=False)
+        out_console.print(f"next: pkt train {student} {folder} DATA.jsonl --out RUN", highlight=False)
+
+
+def _seed_sets(seeds: Path | None, tasks: list[str] | None) -> Any:
+    """The one file, or the files by task name."""
+    if (seeds is None) == (not tasks):
+        raise PktError("name the seeds once: SEEDS.jsonl, or --seeds NAME=FILE for each of several tasks")
+    if seeds is not None:
+        return seeds
+    named: dict[str, Path] = {}
+    for text in tasks or ():
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise PktError(f"--seeds {text!r}: write NAME=FILE, such as math=math.jsonl")
+        if name in named:
+            raise PktError(f"--seeds names {name!r} twice; give each task its own name")
+        named[name] = Path(file)
+    return named
 
 
 @app.command(rich_help_panel="Step by step")
@@ -317,13 +382,30 @@ def inject(
     out: OutDir,
     mode: Annotated[Mode, typer.Option("--mode", help="How step 0 stays the student.")] = Mode.paired,
     dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout of the written configuration.")] = 0.05,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="lora_alpha at the extraction's rank; default: every scale is 1.")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r) instead of alpha / r.")] = False,
+    save_residual: Annotated[
+        Path | None,
+        typer.Option("--save-residual", help="Folder for the complete base of --mode residual; default: OUT/base."),
+    ] = None,
 ) -> None:
-    """Write the injected adapter as a folder that any trainer can start from (residual: its base too, under OUT/base)."""
+    """Write the injected adapter as a folder that any trainer can start from (residual: its base too)."""
     from pkt.training import write_injected
 
-    written = write_injected(student, extraction, out, mode=mode.value, dropout=dropout)
+    written = write_injected(
+        student,
+        extraction,
+        out,
+        mode=mode.value,
+        dropout=dropout,
+        alpha=alpha,
+        rslora=rslora,
+        save_residual=save_residual,
+    )
     for line in written:
-        out_console.print(line, highlight=False)
+        out_console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="The main path")
@@ -370,26 +452,60 @@ def train(
 
 @app.command(rich_help_panel="The main path")
 def finalize(
-    run: Annotated[Path, typer.Argument(help="Run folder or one of its checkpoints.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Run folder, or any trainer's output folder or checkpoint.", show_default=False)
+    ],
     out: OutDir,
     student: Annotated[
         str | None, typer.Option("--student", help="The original student, if the run does not say.")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Recompress to this rank; default: exact.")] = None,
+    no_embeddings: Annotated[
+        bool, typer.Option("--no-embeddings", help="Leave embedding and head out, for servers that refuse them.")
+    ] = False,
+    merge: Annotated[
+        Path | None, typer.Option("--merge", help="Also write the whole student with the adapter merged in.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the factors: float32, bfloat16 or float16.")] = "float32",
+    extraction: Annotated[
+        Path | None, typer.Option("--extraction", help="What a residual adapter started from, if its folder lacks it.")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="JSONL rows to check the logits on; default: random tokens.")
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not load the student to check the logits.")] = False,
     force: Force = False,
     json_: JsonFlag = False,
 ) -> None:
-    """Write one plain LoRA folder for the original student."""
+    """Write one plain LoRA folder for the original student, and check it against the trained model."""
+    import dataclasses
+
     import pkt
 
-    adapter = pkt.finalize(run, out, student=student, rank=rank, force=force)
-    ranks = sorted({p.rank for p in adapter.pairs.values()})
-    if json_:
-        _print_json({"out": str(out), "modules": len(adapter.pairs), "ranks": ranks, "base": adapter.base})
-        return
-    out_console.print(
-        f"{out}: a plain LoRA of {len(adapter.pairs)} modules, rank {ranks[-1]}, for {adapter.base}", highlight=False
+    done = pkt.finalize(
+        run,
+        out,
+        student=student,
+        rank=rank,
+        embeddings=not no_embeddings,
+        merge=merge,
+        dtype=_dtype(dtype),
+        extraction=extraction,
+        samples=samples,
+        check=not no_check,
+        force=force,
     )
+    ranks = sorted({p.rank for p in done.pairs.values()})
+    if json_:
+        check = None if done.check is None else dataclasses.asdict(done.check)
+        found = {"out": str(out), "modules": len(done.pairs), "ranks": ranks, "base": done.base, "mode": done.mode}
+        _print_json({**found, "check": check, "lost": done.lost, "left_out": done.dropped})
+        return
+    lines = [f"{out}: a plain LoRA of {len(done.pairs)} modules, rank {ranks[-1]}, for {done.base}", *done.report()]
+    if merge is not None:
+        lines.append(f"{merge}: the whole model, the adapter merged in")
+    for line in lines:
+        out_console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="The main path")
@@ -439,7 +555,8 @@ def inspect(
         _print_json(found)
         return
     for key, value in found.items():
-        out_console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+        out_console.print(f"[bold]{key}[/bold]:", end=" ")
+        out_console.print(str(value), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Look")

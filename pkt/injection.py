@@ -5,72 +5,310 @@ paired    one adapter of twice the rank, A = [A₀; A₀], B = [B₀, −B₀]: 
           checkpoint is a LoRA of the original student.
 residual  the paper's and PiSSA's way: W − B₀A₀ in the base, computed in fp32 and rounded once.
 add       no counterweight: the student is changed at once.
+
+What was done is recorded twice: in the adapter's own configuration (PEFT saves it, so any trainer's checkpoint says how to
+read it), and, for `residual`, in the configuration of the base whose weights were shifted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pkt.adapters import Pair, check_fit, read_adapter, split_tied
-from pkt.errors import PktError
+from pkt.adapters import RECORD, Adapter, Pair, check_fit, read_adapter, split_tied
+from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
-from pkt.models import load_model, quiet, spec_of_model
+from pkt.models import ModelSpec, Weights, load_model, quiet, spec_of_model
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")
 ADAPTER = "default"
+SHIFTED = "pkt_residual"  # in the configuration of a base whose weights are W − B₀A₀
+# Relative movement of the second half that rounding to bf16 cannot explain.
+MOVED = 2.0**-7
 
 
-def inject(student: Any, ext: Extraction | str | Path, *, mode: Mode = "paired", dropout: float = 0.0) -> Any:
-    """Wrap `student` (a model or a checkpoint directory) with the extraction's LoRA. Returns a PeftModel to train.
+def inject(
+    student: Any,
+    ext: Extraction | str | Path,
+    *,
+    mode: Mode = "paired",
+    adapter_name: str = ADAPTER,
+    dropout: float = 0.0,
+    alpha: float | None = None,
+    rslora: bool = False,
+) -> Any:
+    """Wrap `student` (a model, a checkpoint directory or a PeftModel) with the extraction's LoRA. Returns a PeftModel to train.
 
     In `paired` and `residual` the model's function is the student's at step 0 (paired: to 1e-5 in fp32, dropout included).
-    A model given in memory is wrapped in place, as PEFT does; only `residual` changes its weights. The second half of
-    `paired` gets no gradient; weight decay, or training without pkt, moves it, which is harmless.
+    A model given in memory is wrapped in place, as PEFT does; only `residual` changes its weights. A PeftModel gets one more
+    adapter, `adapter_name`, made the active one (not in `residual`, which would shift the base under the others). A PeftModel
+    that has the adapter already, such as a reloaded checkpoint, is armed again: gradient masks of `paired`, the shifted base
+    of `residual`; nothing else changes. alpha: as in LoraConfig, of every module at the extraction's rank; None makes every
+    scale 1.
 
-    Raises `PktError` listing every module of the extraction that the student does not have in that shape.
+    The second half of `paired` gets no gradient; weight decay, or training without pkt, moves it. That is harmless, and a
+    `PktWarning` says so when the checkpoint is armed again. Raises `PktError` listing every module of the extraction that the
+    student does not have in that shape, and for a base that another injection has shifted.
     """
     if mode not in MODES:
         raise PktError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
     if not 0 <= dropout < 1:
         raise PktError(f"dropout={dropout} must be in [0, 1)")
+    if alpha is not None and alpha <= 0:
+        raise PktError(f"alpha={alpha} must be positive; leave it out for a scale of 1")
     if not isinstance(ext, Extraction):
         ext = Extraction.load(ext)
     if not isinstance(student, nn.Module):
         student = load_model(student)
-    if hasattr(student, "peft_config"):
-        raise PktError("the student already carries a PEFT adapter; inject into the plain model (get_base_model())")
-    spec = spec_of_model(student)
+    wrapped = hasattr(student, "peft_config")
+    if wrapped and adapter_name in student.peft_config:
+        return _arm_again(student, ext, mode, adapter_name)
+    if wrapped and mode == "residual":
+        others = ", ".join(student.peft_config)
+        raise PktError(
+            f"mode='residual' would shift the base under the other adapters of this model ({others}); use mode='paired'"
+        )
+    spec = spec_of_base(student) if wrapped else spec_of_model(student)
     check_fit(ext.pairs, spec, "the extraction")
-    adapter = ext.adapter()
-    adapter.base, adapter.tied_head = spec.name, spec.head if spec.tied else None
-    if mode == "residual":
-        _subtract(student, ext.pairs)
-    model = wrap(student, adapter.config(dropout=dropout, multiple=2 if mode == "paired" else 1))
-    _fill(model, ext.pairs, paired=mode == "paired")
-    model.pkt_injection = {"mode": mode, "initial": dict(ext.pairs)}
+    _check_unshifted(student)
+    base = student.get_base_model() if wrapped else student
+    adapter = Adapter(ext.pairs, name_of(base), spec.head if spec.tied else None)
+    config = adapter.config(dropout=dropout, multiple=2 if mode == "paired" else 1, alpha=alpha, rslora=rslora)
+    model = _add_adapter(student, config, adapter_name) if wrapped else wrap(student, config, adapter_name)
+    initialize_lora_weights(model, ext, mode=mode, adapter_name=adapter_name)
     return model
 
 
-def wrap(student: nn.Module, config: dict[str, Any]) -> Any:
-    """get_peft_model with the adapter of a tied head made one with the embedding's."""
-    from peft import LoraConfig, get_peft_model
+def initialize_lora_weights(
+    peft_model: Any, extraction: Extraction | str | Path, *, mode: Mode = "paired", adapter_name: str = ADAPTER
+) -> None:
+    """Start an adapter of your own LoraConfig with the extraction's factors, in place.
 
-    known = {k: v for k, v in config.items() if k != "peft_type"}
-    with quiet(), warnings.catch_warnings():
+    `paired` needs r = twice the extraction's rank for each module, the other modes r = its rank; lora_alpha, rslora, patterns
+    and dropout are yours (the scale is divided out of B). Modules the extraction does not have keep PEFT's start, and a
+    `PktWarning` names what of the extraction is not used. Raises `PktError` listing every module whose rank does not fit.
+    """
+    if mode not in MODES:
+        raise PktError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
+    ext = extraction if isinstance(extraction, Extraction) else Extraction.load(extraction)
+    config = _config(peft_model, adapter_name)
+    spec = spec_of_base(peft_model)
+    check_fit(ext.pairs, spec, "the extraction")
+    _check_unshifted(peft_model)
+    _tie(peft_model)
+    pairs = {m: p for m, p in ext.pairs.items() if _lora_parameters(peft_model, m, p, adapter_name) is not None}
+    unused = [m for m in ext.pairs if m not in pairs]
+    if not pairs:
+        raise PktError(
+            f"the adapter {adapter_name!r} targets none of the extraction's modules; they are like {unused[0]}"
+        )
+    if unused:
+        warnings.warn(f"not used, because the adapter does not target them: {_few(unused)}", PktWarning, stacklevel=2)
+    multiple = 2 if mode == "paired" else 1
+    faults = []
+    for module, pair in pairs.items():
+        rank = _layer(peft_model, module).r[adapter_name]
+        if rank != pair.rank * multiple:
+            faults.append(f"{module}: r={rank}, needed {pair.rank * multiple}")
+        if pair.kind == "embedding" and spec.tied and not _is_tied(peft_model, adapter_name):
+            faults.append(f"{module}: tied to {spec.head}; target both, with ensure_weight_tying=True")
+    if faults:
+        raise PktError(
+            f"mode={mode!r} cannot fill the adapter {adapter_name!r}; set r and rank_pattern:\n  " + "\n  ".join(faults)
+        )
+    adapter = Adapter(pairs, name_of(peft_model.get_base_model()), spec.head if spec.tied else None)
+    record = make_record(peft_model.get_base_model(), adapter, mode)
+    # auto_mapping is saved as it is, but only for adapters with a task type; without one PEFT writes its own.
+    config.task_type = config.task_type or "CAUSAL_LM"
+    config.auto_mapping = {**(config.auto_mapping or {}), RECORD: record}
+    if mode == "residual":
+        _shift(peft_model, pairs, record)
+    _fill(peft_model, pairs, adapter_name, paired=mode == "paired")
+    injected = getattr(peft_model, "pkt_injection", {})
+    peft_model.pkt_injection = {**injected, adapter_name: {"mode": mode, "initial": pairs}}
+
+
+def wrap(student: nn.Module, config: dict[str, Any], adapter_name: str = ADAPTER) -> Any:
+    """get_peft_model with the adapter of a tied head made one with the embedding's."""
+    from peft import get_peft_model
+
+    with quiet(), _expected_warnings():
+        model = get_peft_model(student, _lora_config(config), adapter_name=adapter_name)
+    _tie(model)
+    return model
+
+
+def _add_adapter(model: Any, config: dict[str, Any], adapter_name: str) -> Any:
+    lora = _lora_config(config)
+    with quiet(), _expected_warnings():
+        model.add_adapter(adapter_name, lora)
+        base = model.get_base_model()
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if config["ensure_weight_tying"] and adapter_name not in getattr(head, "lora_A", {adapter_name: None}):
+            # PEFT no longer finds a tied head once another adapter wraps it.
+            rank, alpha = embedding.r[adapter_name], embedding.lora_alpha[adapter_name]
+            head.update_layer(adapter_name, rank, lora_alpha=alpha, config=lora)
+        _tie(model)
+        model.set_adapter(adapter_name)
+    return model
+
+
+def _lora_config(config: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(**{k: v for k, v in {**config, "inference_mode": False}.items() if k != "peft_type"})
+
+
+@contextlib.contextmanager
+def _expected_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
         # fan_in_fan_out is one flag for the whole model; PEFT corrects it per module and says so.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", message="You have requested `ensure_weight_tying`")
-        model = get_peft_model(student, LoraConfig(**{**known, "inference_mode": False}))
-    if config["ensure_weight_tying"]:
-        _tie(model)
+        yield
+
+
+def record_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """pkt's record in an adapter's configuration, or None."""
+    record = (config.get("auto_mapping") or {}).get(RECORD)
+    return record if isinstance(record, dict) and record.get("mode") in MODES else None
+
+
+def make_record(base: nn.Module, adapter: Adapter, mode: Mode) -> dict[str, Any]:
+    """What must be known to finalize an adapter: how it was injected, into which weights, from which factors."""
+    return {"mode": mode, "student": adapter.base, "initial": adapter.fingerprint(), "sketch": sketch(base, adapter)}
+
+
+def sketch(student: Any, adapter: Adapter) -> dict[str, list[float]]:
+    """Eight weights of a few modules: enough to tell the original student from a shifted one, or another.
+
+    student: a model (its layers may be wrapped by PEFT) or `Weights`. The tables are always among the modules, since PEFT saves
+    and loads their base weights with an adapter. Quantized matrices are left out.
+    """
+    inside = sorted(m for m in adapter.pairs if any(part.isdigit() for part in m.split(".")))
+    outside = sorted(m for m in adapter.pairs if m not in inside)
+    chosen = {*outside[:3], *inside[:1], *inside[len(inside) // 2 :][:1], *inside[-1:]}
+    values = {m: w.flatten()[_places(w)] for m in sorted(chosen) if (w := _weight(student, m)) is not None}
+    return {m: v.float().tolist() for m, v in values.items()}
+
+
+def compare_sketch(
+    recorded: Mapping[str, list[float]], student: Any, pairs: Mapping[str, Pair] | None = None
+) -> dict[str, str]:
+    """Per module of the sketch that can be compared: "same", "other", or, given the initial pairs, "shifted" by −B₀A₀.
+
+    Weights are the same up to rounding to bf16.
+    """
+    found = {}
+    for module, values in recorded.items():
+        weight = _weight(student, module)
+        if weight is None:
+            continue
+        then, now = torch.tensor(values), weight.flatten()[_places(weight)].float().cpu()
+        found[module] = "same" if _like(then, now) else "other"
+        if found[module] == "other" and pairs is not None and module in pairs:
+            rows, cols = _places(weight).cpu() // weight.shape[1], _places(weight).cpu() % weight.shape[1]
+            pair = pairs[module]
+            rows, cols = (rows, cols) if pair.kind == "linear" else (cols, rows)
+            shift = (pair.B.cpu().float()[rows] * pair.A.cpu().float()[:, cols].t()).sum(1)
+            found[module] = "shifted" if _like(then - shift, now, then) else "other"
+    return found
+
+
+def _like(then: Tensor, now: Tensor, size: Tensor | None = None) -> bool:
+    size = (then if size is None else size).abs()
+    bound = 2.0**-8 * torch.maximum(size, then.abs()) + 1e-6 * size.max()
+    return not bool(((then - now).abs() > bound).any())
+
+
+def _places(weight: Tensor) -> Tensor:
+    return torch.linspace(0, weight.numel() - 1, 8, dtype=torch.float64).long().to(weight.device)
+
+
+def _weight(student: Any, module: str) -> Tensor | None:
+    if isinstance(student, Weights):
+        return student[f"{module}.weight"]
+    layer = student.get_submodule(module)
+    weight = getattr(layer, "base_layer", layer).weight.detach()
+    return weight if weight.is_floating_point() and weight.ndim == 2 and not weight.is_meta else None
+
+
+def spec_of_base(model: Any) -> ModelSpec:
+    """The spec of the plain student inside a PeftModel: wrapped layers are read as the layers they wrap."""
+    spec = spec_of_model(getattr(model, "_orig_mod", model).get_base_model())
+    targets = []
+    for target in spec.targets:
+        module = target.module.removesuffix(".base_layer")
+        if ".lora_" not in module and not (spec.tied and module == spec.head):
+            targets.append(dataclasses.replace(target, module=module))
+    return dataclasses.replace(spec, targets=tuple(targets))
+
+
+def name_of(base: nn.Module) -> str:
+    """Where a model in memory was loaded from; empty when it does not say."""
+    return str(getattr(getattr(base, "config", None), "name_or_path", "") or "")
+
+
+def _check_unshifted(student: Any) -> None:
+    shifted = getattr(getattr(student, "config", None), SHIFTED, None)
+    if shifted:
+        raise PktError(
+            "this base was already shifted by mode='residual' (its weights are W − B₀A₀); "
+            f"inject into the original student, {shifted.get('student') or 'from which it was made'}"
+        )
+
+
+def _arm_again(model: Any, ext: Extraction, mode: Mode, name: str) -> Any:
+    """Masks on a reloaded `paired` adapter, the shifted base under a reloaded `residual` one."""
+    record = record_of(_config(model, name).to_dict())
+    if record is None:
+        raise PktError(
+            f"the adapter {name!r} of this model was not made by pkt; inject under another adapter_name, or start your own "
+            "adapter with pkt.initialize_lora_weights"
+        )
+    if record["mode"] != mode:
+        raise PktError(f"the adapter {name!r} was injected with mode={record['mode']!r}, not {mode!r}; pass that mode")
+    pairs = {m: p for m, p in ext.pairs.items() if _lora_parameters(model, m, p, name) is not None}
+    if record["initial"] != Adapter(pairs, "").fingerprint():
+        raise PktError(f"the adapter {name!r} was started from another extraction; pass the one it was made from")
+    _tie(model)
+    model.set_adapter(name)
+    model.peft_config[name].inference_mode = False
+    if mode == "residual" and not getattr(getattr(model.get_base_model(), "config", None), SHIFTED, None):
+        state = compare_sketch(record["sketch"], model.get_base_model(), pairs)
+        if "other" in state.values():
+            raise PktError(
+                f"this base is neither the student the adapter {name!r} was injected into nor its shifted base; "
+                f"load {record['student'] or 'that student'}"
+            )
+        # PEFT has loaded the tables' shifted weights already where a trainer saved them with the adapter.
+        _shift(model, {m: p for m, p in pairs.items() if state.get(m) != "shifted"}, record)
+    if mode == "paired":
+        moved = max(_arm_pair(model, m, p, name) for m, p in pairs.items())
+        if moved > MOVED:
+            warnings.warn(
+                f"the second half of the adapter {name!r} has moved by up to {100 * moved:.1f}% (weight decay, or training "
+                "without pkt); harmless: it still is a LoRA of the original student",
+                PktWarning,
+                stacklevel=3,
+            )
+    injected = getattr(model, "pkt_injection", {})
+    model.pkt_injection = {**injected, name: {"mode": mode, "initial": pairs}}
     return model
+
+
+def _config(model: Any, name: str) -> Any:
+    if not hasattr(model, "peft_config") or name not in model.peft_config:
+        raise PktError(f"this model has no adapter {name!r}; make it with peft.get_peft_model or pkt.inject")
+    return model.peft_config[name]
 
 
 class _Transposed(nn.Module):
@@ -101,32 +339,87 @@ class _Transposed(nn.Module):
 
 
 def _tie(model: Any) -> None:
+    """Make each adapter of a tied head one with the embedding's, in training and in merging."""
     base = model.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if not hasattr(head, "lora_A") or not hasattr(embedding, "lora_embedding_A"):
         return
-    for adapter in list(head.lora_A):
-        head.lora_A[adapter] = _Transposed(embedding, "lora_embedding_B", adapter)
-        head.lora_B[adapter] = _Transposed(embedding, "lora_embedding_A", adapter)
+    if head.weight is not embedding.weight:
+        return
+    for name in list(head.lora_A):
+        if name in embedding.lora_embedding_A and model.peft_config[name].ensure_weight_tying:
+            head.lora_A[name] = _Transposed(embedding, "lora_embedding_B", name)
+            head.lora_B[name] = _Transposed(embedding, "lora_embedding_A", name)
+    head.merge = types.MethodType(_merge_tied, head)
+    head.unmerge = types.MethodType(_unmerge_tied, head)
 
 
-def _lora_parameters(model: Any, module: str, kind: str) -> tuple[Tensor, Tensor]:
-    layer = model.get_base_model().get_submodule(module)
-    if kind == "embedding":
-        return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+def _is_tied(model: Any, name: str) -> bool:
+    head = model.get_base_model().get_output_embeddings()
+    return name in getattr(head, "lora_A", {}) and isinstance(head.lora_A[name], _Transposed)
+
+
+def _merge_tied(head: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Merge what the embedding does not merge into the weight they share: adding a tied change here would add it twice."""
+    wanted = head.active_adapters if adapter_names is None else adapter_names
+    tied = [n for n in wanted if n in head.lora_A and isinstance(head.lora_A[n], _Transposed)]
+    type(head).merge(head, safe_merge=safe_merge, adapter_names=[n for n in wanted if n not in tied])
+    head.merged_adapters.extend(n for n in tied if n not in head.merged_adapters)
+
+
+def _unmerge_tied(head: Any) -> None:
+    head.merged_adapters = [n for n in head.merged_adapters if not isinstance(head.lora_A[n], _Transposed)]
+    if head.merged_adapters:
+        type(head).unmerge(head)
+
+
+def _layer(model: Any, module: str) -> Any:
+    return model.get_base_model().get_submodule(module)
+
+
+def _lora_parameters(model: Any, module: str, pair: Pair, name: str) -> tuple[Tensor, Tensor] | None:
+    layer = _layer(model, module)
+    if pair.kind == "embedding" and name in getattr(layer, "lora_embedding_A", {}):
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    if name in getattr(layer, "lora_A", {}):
+        return layer.lora_A[name].weight, layer.lora_B[name].weight
+    return None
+
+
+def _start(model: Any, module: str, pair: Pair, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adapter's parameters of a module, and the extraction's factors in their dtype, the scale divided out of B."""
+    found = _lora_parameters(model, module, pair, name)
+    assert found is not None
+    a, b = found
+    return a, b, pair.A.to(a), (pair.B / _layer(model, module).scaling[name]).to(b)
 
 
 @torch.no_grad()
-def _fill(model: Any, pairs: dict[str, Pair], *, paired: bool) -> None:
+def _fill(model: Any, pairs: Mapping[str, Pair], name: str, *, paired: bool) -> None:
     for module, pair in pairs.items():
-        a, b = _lora_parameters(model, module, pair.kind)
-        first_a, first_b = pair.A.to(a), pair.B.to(b)
+        a, b, first_a, first_b = _start(model, module, pair, name)
         a.copy_(torch.cat([first_a, first_a]) if paired else first_a)
         b.copy_(torch.cat([first_b, -first_b], 1) if paired else first_b)
         if paired:
-            a.register_hook(_keep_first_half(0))
-            b.register_hook(_keep_first_half(1))
+            _mask(a, 0)
+            _mask(b, 1)
+
+
+@torch.no_grad()
+def _arm_pair(model: Any, module: str, pair: Pair, name: str) -> float:
+    """Mask a module's second half; returns how far it is from [A₀], [−B₀], relative to them."""
+    a, b, first_a, first_b = _start(model, module, pair, name)
+    if len(a) != 2 * pair.rank:
+        raise PktError(f"{module} has rank {len(a)} in the adapter {name!r}, not twice the extraction's {pair.rank}")
+    _mask(a, 0)
+    _mask(b, 1)
+    gap_a = (a[pair.rank :] - first_a).norm() / first_a.norm().clamp_min(1e-30)
+    gap_b = (b[:, pair.rank :] + first_b).norm() / first_b.norm().clamp_min(1e-30)
+    return float(max(gap_a, gap_b))
+
+
+def _mask(parameter: Tensor, dim: int) -> None:
+    parameter.register_hook(_keep_first_half(dim))
 
 
 def _keep_first_half(dim: int) -> Callable[[Tensor], Tensor]:
@@ -138,27 +431,47 @@ def _keep_first_half(dim: int) -> Callable[[Tensor], Tensor]:
     return mask
 
 
+def _shift(model: Any, pairs: Mapping[str, Pair], record: dict[str, Any]) -> None:
+    base = model.get_base_model()
+    subtract(base, pairs)
+    if hasattr(base, "config"):
+        setattr(base.config, SHIFTED, {k: record[k] for k in ("student", "initial")})
+
+
 @torch.no_grad()
-def _subtract(student: nn.Module, pairs: dict[str, Pair]) -> None:
-    """W − B₀A₀ in fp32, rounded once."""
+def subtract(student: Any, pairs: Mapping[str, Pair]) -> None:
+    """W − B₀A₀ in fp32, rounded once, in place. Raises `PktError`, before anything is changed, for a quantized matrix."""
+    quantized = [m for m in pairs if _weight(student, m) is None]
+    if quantized:
+        raise PktError(
+            f"mode='residual' changes the weights, which are quantized here ({_few(quantized)}); use mode='paired'"
+        )
     for module, pair in pairs.items():
-        weight = student.get_submodule(module).weight
-        assert isinstance(weight, Tensor)
+        weight = _weight(student, module)
+        assert weight is not None
         delta = Pair(pair.A.to(weight.device), pair.B.to(weight.device), pair.kind).delta()
         weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))
+
+
+def _few(names: list[str]) -> str:
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest
 
 
 def load_with_adapter(
     student: str | Path, adapter: str | Path | None, *, device: Any = "cpu", dtype: Any = None
 ) -> Any:
     """The student with a LoRA folder on it by plain PEFT, in eval mode."""
+    model = load_model(student, device=device, dtype=dtype)
+    return model if adapter is None else put_adapter(model, adapter)
+
+
+def put_adapter(model: Any, adapter: str | Path) -> Any:
+    """A LoRA folder on a plain model in memory, by plain PEFT, in eval mode; checked to fit first."""
     from peft import PeftModel
 
-    model = load_model(student, device=device, dtype=dtype)
-    if adapter is None:
-        return model
     pairs, _ = read_adapter(adapter)
     spec = spec_of_model(model)
     check_fit(split_tied(pairs, spec.head if spec.tied else None).pairs, spec, str(adapter))
-    with quiet():
+    with quiet(), _expected_warnings():
         return PeftModel.from_pretrained(model, str(adapter)).eval()

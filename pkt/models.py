@@ -159,6 +159,9 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         weight = module.weight
         assert isinstance(weight, Tensor)
         rows, cols = weight.shape if kind != "conv1d" else weight.t().shape
+        if kind == "linear":
+            # A 4-bit layer packs its weight, so its shape says nothing.
+            rows, cols = int(module.out_features), int(module.in_features)
         layer = layer_of(module_name, layers)
         suffix = module_name
         if layer is not None:
@@ -228,6 +231,29 @@ def skeleton(config: Any) -> nn.Module:
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+    return model
+
+
+def hollow_model(config: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """The model of a configuration with its parameters on meta, in `dtype`, and its computed buffers on `device`.
+
+    Buffers that no checkpoint holds (rotary frequencies) are made as transformers makes them after loading.
+    """
+    model: Any = skeleton(config)
+    for module in model.modules():
+        missing = [k for k, b in module._buffers.items() if b is not None and k in module._non_persistent_buffers_set]
+        for key in missing:
+            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
+        if missing:
+            with torch.no_grad():
+                model._init_weights(module)
+        for key in missing:
+            module._buffers[key] = module._buffers[key].to(device)
+        for parameter in module._parameters.values():
+            if parameter is not None and dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    model.eval()
+    assert isinstance(model, nn.Module)
     return model
 
 

@@ -14,6 +14,7 @@ from pkt import ops
 from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.extraction import Extraction, read_manifest, versions
+from pkt.finalization import read_source
 from pkt.models import spec_of
 from pkt.planning import TransferPlan
 from pkt.storage import MANIFEST, atomic_file
@@ -114,41 +115,12 @@ def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, 
     folder = Path(folder)
     if not folder.is_dir():
         raise PktError(f"{folder} is not a folder; name one that pkt or PEFT wrote")
-    found: dict[str, Any] = {"folder": str(folder)}
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     kind = manifest.get("kind")
     if kind is None and not (folder / CONFIG).is_file():
         raise PktError(f"{folder} holds neither {MANIFEST} nor {CONFIG}; pkt knows nothing about it")
-    base = None
-    if kind == "extraction":
-        ext = Extraction.load(folder)
-        base = ext.plan.student["name"]
-        found |= {
-            "is": "an extraction: the start of a student's LoRA, not yet trained",
-            "teacher": ext.plan.teacher["name"],
-            "student": base,
-            "seeds": ext.provenance.get("seeds", {}).get("source"),
-            "holds": str(ext),
-            "next": f"pkt train {base} {folder} DATA.jsonl --out RUN",
-        }
-    elif kind == "run":
-        base = manifest["student"]
-        state = "finished" if manifest.get("finished") else "unfinished"
-        ready = manifest.get("finished") or not manifest["settings"].get("epochs")
-        found |= {
-            "is": f"a training run ({manifest['mode']}, {state})",
-            "student": base,
-            "next": f"pkt finalize {folder} --out ADAPTER" if ready else "the same pkt train command resumes it",
-        }
-    else:
-        what = "a plain LoRA finalized by pkt" if kind == "adapter" else "a LoRA adapter that pkt did not write"
-        base = read_adapter(folder)[0].base
-        found |= {
-            "is": what,
-            "student": base,
-            "next": "load it with PeftModel.from_pretrained, vLLM or any LoRA server",
-        }
-    if (folder / "adapter_model.safetensors").is_file():
+    found = {"folder": str(folder), **_describe(folder, kind, manifest)}
+    if (folder / CONFIG).is_file():
         adapter, _ = read_adapter(folder)
         found["modules"] = len(adapter.pairs)
         found["ranks"] = sorted({p.rank for p in adapter.pairs.values()})
@@ -157,6 +129,59 @@ def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, 
             check_fit(split_tied(adapter, spec.head if spec.tied else None).pairs, spec, str(folder))
             found["fits"] = f"yes: every module has its place in {spec.name}"
     return found
+
+
+def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[str, Any]:
+    """is, student and next of a folder; for an extraction also where it came from."""
+    if kind == "extraction":
+        ext = Extraction.load(folder)
+        base = ext.plan.student["name"]
+        return {
+            "is": "an extraction: the start of a student's LoRA, not yet trained",
+            "teacher": ext.plan.teacher["name"],
+            "student": base,
+            "seeds": ext.provenance.get("seeds", {}).get("source"),
+            "holds": str(ext),
+            "next": f"pkt train {base} {folder} DATA.jsonl --out RUN",
+        }
+    if kind == "run" and manifest["settings"].get("epochs"):
+        finished = manifest.get("finished")
+        return {
+            "is": f"a training run ({manifest['mode']}, {'finished' if finished else 'unfinished'})",
+            "student": manifest["student"],
+            "next": f"pkt finalize {folder} --out ADAPTER" if finished else "the same pkt train command resumes it",
+        }
+    if kind == "run":
+        return {
+            "is": f"an adapter injected by pkt ({manifest['mode']}), to be trained by any PEFT trainer",
+            "student": manifest["student"],
+            "next": "train it, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
+        }
+    if kind == "adapter":
+        return {
+            "is": f"a plain LoRA finalized by pkt (it was injected as {manifest['mode']})",
+            "student": manifest["base"],
+            "next": "load it with PeftModel.from_pretrained, vLLM or any LoRA server",
+        }
+    if kind in ("residual-base", "model"):
+        what = {
+            "residual-base": "the shifted base (W − B₀A₀) of a residual injection; only its own adapter makes it the student",
+            "model": "a whole model: a student with a finalized adapter merged in",
+        }[kind]
+        student = str(manifest.get("student") or manifest.get("base"))
+        return {"is": what, "student": student, "next": "load it with AutoModelForCausalLM.from_pretrained"}
+    if kind is not None and not (folder / CONFIG).is_file():
+        return {"is": f"a folder of pkt's ({kind})", "next": "look at the files in it"}
+    try:
+        source = read_source(folder)
+    except PktError as error:
+        base = read_adapter(folder)[0].base
+        return {"is": "a LoRA adapter that pkt did not write", "student": base, "next": str(error)}
+    return {
+        "is": f"a trained adapter, injected by pkt as {source.mode} (known from {source.how})",
+        "student": source.student,
+        "next": f"pkt finalize {folder} --out ADAPTER",
+    }
 
 
 def environment() -> dict[str, Any]:

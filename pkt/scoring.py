@@ -718,6 +718,9 @@ class Scorer:
         tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is head.weight]
         if name is None or uses != 1 + len(tables) or len(tables) > 1:
             return
+        if tables and type(tables[0]).forward is not nn.Embedding.forward:
+            # No tap on this table's other use (Gemma scales it): the two uses could not be joined.
+            return
         seen: list[Tensor] = []
         handle = head.register_forward_hook(lambda m, args, out: seen.extend((args[0].clone(), out.clone())))
         try:

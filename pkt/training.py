@@ -14,10 +14,11 @@ from pkt.adapters import Adapter
 from pkt.errors import PktError
 from pkt.extraction import Extraction, read_manifest, versions
 from pkt.finalization import INITIAL
-from pkt.injection import MODES, Mode, inject
+from pkt.injection import ADAPTER, MODES, Mode, inject
 from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import Seeds, collate, load_seeds
-from pkt.storage import MANIFEST, atomic_folder, check_output_folder, os_errors, sha256, write_json
+from pkt.storage import MANIFEST, atomic_folder, check_output_folder, os_errors, write_json
+from pkt.version import __version__
 
 FORMAT = "pkt-run-1"
 
@@ -73,7 +74,7 @@ def train(
         "max_steps": max_steps,
         "seed": seed,
         "data": examples.fingerprint,
-        "extraction": sha256(*(t.numpy().tobytes() for t in _flat(ext))),
+        "extraction": ext.adapter().fingerprint(),
         "student": fingerprint(student),
     }
     checkpoint = _start_run(out, settings)
@@ -152,25 +153,19 @@ def fit(
         label_names=["labels"],
         seed=seed,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(examples),
-        data_collator=lambda rows: collate(rows, examples.pad_id),
-        processing_class=tokenizer,
-    )
-    if quietly:
-        from transformers import PrinterCallback
-
-        trainer.remove_callback(PrinterCallback)
     with _run_environment(out), os_errors(f"training in {out}"):
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(examples),
+            data_collator=lambda rows: collate(rows, examples.pad_id),
+            processing_class=tokenizer,
+        )
+        if quietly:
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)
         return float(trainer.train(resume_from_checkpoint=resume_from).training_loss)
-
-
-def _flat(ext: Extraction) -> Iterator[torch.Tensor]:
-    for pair in ext.pairs.values():
-        yield pair.A
-        yield pair.B
 
 
 def _start_run(out: Path, settings: dict[str, Any]) -> str | None:
@@ -194,8 +189,7 @@ def _write_run(out: Path, ext: Extraction, model: Any, settings: dict[str, Any],
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         if settings["mode"] == "residual":
-            (out / INITIAL).mkdir(exist_ok=True)
-            Adapter(model.pkt_injection["initial"], student).write(out / INITIAL)
+            _write_initial(out, ext, student)
         manifest = {
             "format": FORMAT,
             "kind": "run",
@@ -228,24 +222,82 @@ def _run_environment(out: Path) -> Iterator[None]:
             os.environ["TENSORBOARD_LOGGING_DIR"] = before
 
 
+def _write_initial(folder: Path, ext: Extraction, student: str) -> None:
+    (folder / INITIAL).mkdir(parents=True, exist_ok=True)
+    Adapter(ext.pairs, student).write(folder / INITIAL)
+
+
 def write_injected(
-    student: str | Path, extraction: str | Path, out: str | Path, *, mode: Mode = "paired", dropout: float = 0.05
+    student: str | Path,
+    extraction: str | Path,
+    out: str | Path,
+    *,
+    mode: Mode = "paired",
+    dropout: float = 0.05,
+    alpha: float | None = None,
+    rslora: bool = False,
+    save_residual: str | Path | None = None,
 ) -> list[str]:
-    """Write the injected adapter (and for `residual` its base) for a trainer that is not ours. Returns what to do next."""
+    """Write the injected adapter for a trainer that is not ours, and what to do next.
+
+    `residual` also needs its base: a complete student of W − B₀A₀, written to `save_residual` (default: OUT/base).
+    """
+    if save_residual is not None and mode != "residual":
+        raise PktError(
+            f"--save-residual writes the base of mode='residual'; with mode={mode!r} the base is the student itself"
+        )
     out = check_output_folder(out)
+    base_path = Path(save_residual) if save_residual is not None else out / "base"
+    if mode == "residual":
+        check_output_folder(base_path)
     ext = Extraction.load(extraction)
-    model = inject(student, ext, mode=mode, dropout=dropout)
+    model = inject(student, ext, mode=mode, dropout=dropout, alpha=alpha, rslora=rslora)
     settings = {"mode": mode, "dropout": dropout, "student": fingerprint(student)}
     with atomic_folder(out) as scratch:
         _write_run(scratch, ext, model, settings, str(student))
-        model.save_pretrained(str(scratch), save_embedding_layers=False)
         if mode == "residual":
-            base = model.unload()
-            with quiet():
-                base.save_pretrained(str(scratch / "base"))
-                load_tokenizer(student).save_pretrained(str(scratch / "base"))
-    base_path = out / "base" if mode == "residual" else student
+            model.peft_config[ADAPTER].base_model_name_or_path = str(base_path)
+        model.save_pretrained(str(scratch), save_embedding_layers=False)
+        (scratch / "README.md").write_text(_card(mode, student, base_path if mode == "residual" else student), "utf-8")
+        if mode == "residual" and save_residual is None:
+            _write_base(scratch / "base", model, ext, student)
+    if mode == "residual" and save_residual is not None:
+        with atomic_folder(base_path) as scratch:
+            _write_base(scratch, model, ext, student)
+    if mode != "residual":
+        base_path = Path(student)
     return [
         f"{out}: the {mode} adapter, to be trained on {base_path}",
-        f"next: train it with any PEFT trainer, save into {out} or a checkpoint-N folder in it, then pkt finalize it",
+        f"next: train it with any PEFT trainer on {base_path}, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
     ]
+
+
+def _write_base(folder: Path, model: Any, ext: Extraction, student: str | Path) -> None:
+    """The shifted student as a complete checkpoint that says what it is."""
+    base = model.unload()
+    with quiet():
+        base.save_pretrained(str(folder))
+        if (Path(student) / "tokenizer_config.json").is_file():
+            load_tokenizer(student).save_pretrained(str(folder))
+    _write_initial(folder, ext, str(student))
+    write_json(
+        folder / MANIFEST, {"format": FORMAT, "kind": "residual-base", "student": str(student), "versions": versions()}
+    )
+
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [lora, peft, pkt]
+---
+
+# An injected LoRA, ready to be trained
+
+Made by [pkt](https://pypi.org/project/pkt-transfer/) {version}, mode `{mode}`, for {student}. Train it with any PEFT trainer on
+`{base}` (`PeftModel.from_pretrained(model, DIR, is_trainable=True)`), then `pkt finalize OUTPUT --out ADAPTER` gives a plain
+LoRA for the original student.
+"""
+
+
+def _card(mode: str, student: Any, base: Any) -> str:
+    return CARD.format(mode=mode, student=student, base=base, version=__version__)

@@ -84,7 +84,14 @@ def test_what_cannot_be_done_is_an_error_when_asked_for(tree: Path, mode: str, m
 @needs_compiler
 def test_a_failed_compilation_is_told_and_survived_unless_forced(tree: Path) -> None:
     (tree / "csrc" / "extension.cpp").write_text("#error deliberately\n")
-    for name in ("rsvd_cpu", "block_krylov", "cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"):
+    for name in (
+        "rsvd_cpu",
+        "block_krylov",
+        "orthonormalize",
+        "cpu_kernels_baseline",
+        "cpu_kernels_avx2",
+        "cpu_kernels_avx512",
+    ):
         (tree / "csrc" / f"{name}.cpp").write_text("")
     run = setup(tree, "build_ext", "--inplace")
     assert run.returncode == 0, run.stderr

@@ -21,7 +21,7 @@ from test_rsvd import SPECTRA, check, gaussian, one_thread, with_spectrum
 from torch import Tensor
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ["rsvd_emulated", "block_krylov", "cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
+SOURCES = ["rsvd_emulated", "block_krylov", "orthonormalize", "cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TWO_HALVES = 2.0**-17  # what a factor that travels as two bf16 numbers is rounded by
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))

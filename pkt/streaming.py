@@ -1,0 +1,1501 @@
+"""The layer-major engine: exact sensitivity of a teacher of any depth with one decoder layer in memory (DESIGN, section 5).
+
+How it works. The model runs once with its decoder layers replaced by recorders, which yields every layer's own arguments
+(masks, rotary embeddings) for any architecture. Layers then run forward one at a time, keeping only the hidden states at
+their boundaries; the head gives the gradient at the last boundary; and from the last layer down each one is loaded again,
+recomputed with a graph, scored by the taps of `pkt.scoring`, handed to the caller, and forgotten.
+
+What it trades: weights are read twice and the forward pass is computed twice, for a memory that does not grow with depth.
+A model that is not a plain chain of layers (its layers share parameters, or later ones use earlier hidden states) is found
+out in the recorder pass and refused with `NotLayeredError`; the caller then scores it whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pkt import ops
+from pkt.errors import PktError
+from pkt.models import check_checkpoint, hollow_model, layer_of, load_config, load_model, unwrap
+from pkt.scoring import Scorer, _real_lengths, _RestartError, _SampleError, default_loss
+from pkt.storage import os_errors, safetensors_header
+
+Place: TypeAlias = Literal["device", "host", "disk"]
+Key: TypeAlias = int | Literal["head", "front"]  # a decoder layer, what follows them, what precedes them
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+_ALIGN = 64
+_PROBE_TOKENS = 24
+
+
+class NotLayeredError(Exception):
+    """The model is not a chain of decoder layers that can be scored one at a time; the message says why."""
+
+
+class _OneByOneError(Exception):
+    """Samples cannot share a batch in this model; begin again with one sample a micro-batch."""
+
+
+# --- where weights come from ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint: its file, its place there, its type and shape."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class CheckpointFiles:
+    """Tensors of a safetensors checkpoint, read with pread into buffers that are used again."""
+
+    def __init__(self, folder: Path) -> None:
+        check_checkpoint(folder)
+        self.tensors: dict[str, Stored] = {}
+        self.handles: dict[Path, int] = {}
+        self.stamps: dict[Path, tuple[int, int]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            header = safetensors_header(file)
+            with open(file, "rb") as opened:
+                base = 8 + int.from_bytes(opened.read(8), "little")
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] not in _DTYPES:
+                    raise NotLayeredError(f"{file} stores {name} as {entry['dtype']}")
+                begin, end = entry["data_offsets"]
+                self.tensors[name] = Stored(
+                    file, base + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
+                )
+            self.stamps[file] = _stamp(os.stat(file))
+
+    def check(self, file: Path) -> int:
+        """A handle on a shard that is still the file it was. Raises `PktError` naming it."""
+        with os_errors(f"reading {file}"):
+            if file not in self.handles:
+                self.handles[file] = os.open(file, os.O_RDONLY)
+            now = _stamp(os.fstat(self.handles[file]))
+        if now != self.stamps[file]:
+            raise PktError(
+                f"{file} changed while it was read ({self.stamps[file][0]} bytes before, {now[0]} now); the scores of two "
+                "different checkpoints cannot be mixed: restore it and run the same command again, or start over with --force"
+            )
+        return self.handles[file]
+
+    def fill(self, name: str, target: memoryview) -> None:
+        stored = self.tensors[name]
+        handle, done = self.check(stored.file), 0
+        with os_errors(f"reading {stored.file}"):
+            while done < stored.nbytes:
+                count = os.preadv(handle, [target[done : stored.nbytes]], stored.offset + done)
+                if count == 0:
+                    raise PktError(f"{stored.file} ends inside {name}; copy the checkpoint again")
+                done += count
+        self.check(stored.file)
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+        self.handles.clear()
+
+
+class HostTensors:
+    """Tensors of a model that lives on another device than the one that computes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: tensor.detach() for name, tensor in _all_tensors(model)}
+        self.tensors = {
+            name: Stored(Path(), 0, t.numel() * t.element_size(), t.dtype, tuple(t.shape))
+            for name, t in self.values.items()
+        }
+
+    def fill(self, name: str, target: memoryview) -> None:
+        tensor = self.values[name].cpu().contiguous().reshape(-1)
+        into = torch.frombuffer(target, dtype=torch.uint8, count=tensor.numel() * tensor.element_size())
+        into.copy_(tensor.view(torch.uint8))
+
+    def close(self) -> None:
+        pass
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    view: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(view)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones under each of their names) and persistent buffers."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + key, parameter
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield dot + key, buffer
+
+
+class Loader:
+    """Brings groups of tensors to the device, the next group while one computes, into buffers that are used again.
+
+    With `resident`, what was loaded stays. `waited` and `bytes_read` are for the progress report.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointFiles | HostTensors,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        prefetch: bool,
+        resident: bool,
+    ) -> None:
+        self.source, self.device, self.dtype, self.resident = source, device, dtype, resident
+        self.thread = ThreadPoolExecutor(1, "pkt-weights") if prefetch else None
+        self.free: list[Tensor] = []
+        self.in_use: dict[tuple[str, ...], Tensor] = {}
+        self.kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self.coming: dict[tuple[str, ...], Future[dict[str, Tensor]]] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waited, self.bytes_read = 0.0, 0
+
+    def get(self, names: tuple[str, ...], then: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """The tensors of `names` on the device; `then` begins to be read while the caller computes."""
+        begin = time.perf_counter()
+        if names in self.kept:
+            tensors = self.kept[names]
+        else:
+            future = self.coming.pop(names, None)
+            tensors = future.result() if future is not None else self._load(names)
+            if self.resident:
+                self.kept[names] = tensors
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.waited += time.perf_counter() - begin
+        self.expect(then)
+        return tensors
+
+    def expect(self, names: tuple[str, ...] | None) -> None:
+        """Begin to read what will be wanted next."""
+        if names and self.thread is not None and names not in self.coming and names not in self.kept:
+            self.coming[names] = self.thread.submit(self._load, names)
+
+    def release(self, names: tuple[str, ...]) -> None:
+        if not self.resident and names in self.in_use:
+            self.free.append(self.in_use.pop(names))
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+        self.source.close()
+        self.free.clear()
+        self.in_use.clear()
+        self.kept.clear()
+
+    def _load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        offsets, total = {}, 0
+        for name in sorted(names, key=lambda n: (self.source.tensors[n].file, self.source.tensors[n].offset)):
+            offsets[name] = total
+            total += -(-self.source.tensors[name].nbytes // _ALIGN) * _ALIGN
+        slot = self._slot(total)
+        # Pinned and pageable buffers alike are plain memory to pread.
+        view = _bytes_of(slot)
+        for name, offset in offsets.items():
+            nbytes = self.source.tensors[name].nbytes
+            if nbytes:
+                self.source.fill(name, view[offset : offset + nbytes])
+            self.bytes_read += nbytes
+        on_device = slot
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                on_device = torch.empty(total, dtype=torch.uint8, device=self.device)
+                on_device.copy_(slot[:total], non_blocking=True)
+            self.stream.synchronize()
+            on_device.record_stream(torch.cuda.current_stream(self.device))
+            self.free.append(slot)
+        else:
+            self.in_use[names] = slot
+        tensors = {}
+        for name, offset in offsets.items():
+            stored = self.source.tensors[name]
+            tensor = on_device[offset : offset + stored.nbytes].view(stored.dtype).view(stored.shape)
+            cast = self.dtype is not None and tensor.is_floating_point() and tensor.dtype != self.dtype
+            tensors[name] = tensor.to(self.dtype) if cast else tensor
+        return tensors
+
+    def _slot(self, size: int) -> Tensor:
+        fitting = [slot for slot in self.free if size <= slot.numel() <= 2 * size]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self.free = [slot for slot in self.free if slot is not best]
+            return best
+        # A buffer of another size will not be needed again: parts of one size follow each other.
+        self.free = []
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+
+
+@dataclass
+class Teacher:
+    """A model whose tensors are put into its modules when needed; `source` is None when they are all there already."""
+
+    model: nn.Module
+    source: CheckpointFiles | HostTensors | None
+    dtype: torch.dtype | None = None
+    stored_as: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the source
+    note: str = ""
+
+
+def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
+    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time."""
+    if isinstance(teacher, nn.Module):
+        model = unwrap(teacher)
+        if all(t.device == device for _, t in _all_tensors(model)):
+            return Teacher(model, None)
+        hollow = copy.deepcopy(model, {id(t): _emptied(t) for _, t in _all_tensors(model)})
+        for module in hollow.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(device)
+        names = {name: name for name, _ in _all_tensors(hollow)}
+        return Teacher(hollow, HostTensors(model), None, names)
+    note = ""
+    if Path(teacher).is_dir():
+        config = load_config(teacher)
+        try:
+            files = CheckpointFiles(Path(teacher))
+            wanted = dtype or _stored_dtype(config, files)
+            model = hollow_model(config, wanted, device)
+            return Teacher(model, files, wanted, _match_names(model, files))
+        except NotLayeredError as error:
+            note = f"{teacher} is loaded whole, not layer by layer: {error}"
+    loaded = load_model(teacher, dtype=dtype)
+    return Teacher(**{**vars(open_teacher(loaded, device)), "note": note})
+
+
+def _emptied(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
+    """What transformers' dtype="auto" takes: the configuration's, or that of the first weights."""
+    if getattr(config, "quantization_config", None):
+        raise NotLayeredError("its weights are quantized")
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
+
+
+def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+    """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
+    half = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    if half:
+        raise NotLayeredError("some of its modules must stay in fp32")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    by_tensor: dict[int, str] = {}
+    for name, tensor in _all_tensors(model):
+        for stored in (name, name.removeprefix(prefix)):
+            if stored in files.tensors:
+                if files.tensors[stored].shape != tuple(tensor.shape):
+                    raise NotLayeredError(
+                        f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
+                    )
+                found[name] = stored
+                by_tensor.setdefault(id(tensor), stored)
+                break
+    for name, tensor in _all_tensors(model):
+        if name not in found and id(tensor) in by_tensor:
+            found[name] = by_tensor[id(tensor)]
+        if name not in found:
+            raise NotLayeredError(f"its files do not name {name}; transformers has to map them")
+    return found
+
+
+# --- hidden states at layer boundaries ------------------------------------------------------------------------------
+
+
+class Boundaries:
+    """Hidden states by (boundary, chunk): on the device, in host memory, or in files written behind the computation."""
+
+    def __init__(self, device: torch.device, places: Sequence[Place], folder: Path | None, *, behind: bool) -> None:
+        self.device, self.places, self.folder = device, places, folder
+        self.held: dict[tuple[int, int], Tensor] = {}
+        self.shapes: dict[tuple[int, int], tuple[torch.Size, torch.dtype]] = {}
+        self.writing: dict[tuple[int, int], Future[None]] = {}
+        self.thread = ThreadPoolExecutor(1, "pkt-activations") if behind and "disk" in places else None
+
+    def put(self, boundary: int, chunk: int, hidden: Tensor) -> None:
+        key, place = (boundary, chunk), self.places[boundary]
+        if place == "device":
+            self.held[key] = hidden
+            return
+        hidden = hidden.cpu().contiguous()
+        if place == "host":
+            self.held[key] = hidden
+            return
+        self.shapes[key] = (hidden.shape, hidden.dtype)
+        if self.thread is None:
+            self._write(key, hidden)
+            return
+        # Two unwritten boundaries at most: what waits to be written is memory too.
+        while len(self.writing) > 1:
+            self._settle(next(iter(self.writing)))
+        self.writing[key] = self.thread.submit(self._write, key, hidden)
+
+    def get(self, boundary: int, chunk: int) -> Tensor:
+        key = (boundary, chunk)
+        if key in self.held:
+            return self.held[key].to(self.device, non_blocking=True)
+        self._settle(key)
+        shape, dtype = self.shapes[key]
+        hidden = torch.empty(shape, dtype=dtype)
+        with os_errors(f"reading {self._file(key)}"), open(self._file(key), "rb") as file:
+            if file.readinto(_bytes_of(hidden)) != hidden.numel() * hidden.element_size():
+                raise PktError(f"{self._file(key)} was cut short while it was in use; run the same command again")
+        return hidden.to(self.device)
+
+    def drop(self, boundary: int, chunk: int) -> None:
+        key = (boundary, chunk)
+        self.held.pop(key, None)
+        if self.shapes.pop(key, None) is not None:
+            self._settle(key)
+            self._file(key).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+        for key in list(self.shapes):
+            self._file(key).unlink(missing_ok=True)
+        self.held.clear()
+
+    def _settle(self, key: tuple[int, int]) -> None:
+        future = self.writing.pop(key, None)
+        if future is not None:
+            future.result()
+
+    def _file(self, key: tuple[int, int]) -> Path:
+        assert self.folder is not None
+        return self.folder / f"boundary-{key[0]}-{key[1]}.bin"
+
+    def _write(self, key: tuple[int, int], hidden: Tensor) -> None:
+        with os_errors(f"writing activations to {self.folder}"), open(self._file(key), "wb", buffering=0) as file:
+            data = _bytes_of(hidden)
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
+
+
+# --- scoring one part of the model ----------------------------------------------------------------------------------
+
+
+class _PartScorer(Scorer):
+    """A `Scorer` of some parameters of a model, driven one forward and backward at a time by the engine."""
+
+    blame: Callable[[], str | None]
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, tied: str | None = None) -> None:
+        super().__init__(model, names)
+        self.tied = tied
+        if tied is not None:
+            # Only one of its two uses runs in this part; the other's share is joined in the front (`_FrontScorer`).
+            self.shared.discard(tied)
+
+    @contextlib.contextmanager
+    def samples(self, batch: dict[str, Tensor], first: int) -> Iterator[None]:
+        """What backward passes inside deliver belongs to these samples, number `first` onwards of their task."""
+        self._set_layout(batch, len(batch["input_ids"]))
+        self._begin_batch()
+        self.first = first
+        with torch.enable_grad():
+            yield
+        self._check_finite(first)
+        self._flush()
+
+    def backward(self, losses: Tensor, leaf: Tensor | None) -> Tensor | None:
+        """Backward from [B] losses, scaled where fp16 needs it; the gradient of `leaf`, its scale divided out."""
+        scale = self._choose_scale(losses) if self.half else 1.0
+        self._set_scale(scale)
+        if leaf is not None:
+            leaf.grad = None
+        (losses * scale).sum().backward()
+        if leaf is None or leaf.grad is None:
+            return None
+        return leaf.grad.float() / scale if self.half else leaf.grad
+
+    def backward_from(self, out: Tensor, grad: Tensor, leaf: Tensor | None) -> Tensor | None:
+        """Backward from the gradient at a part's output."""
+        if self.half:
+            return self.backward((out.float() * grad).flatten(1).sum(1), leaf)
+        torch.autograd.backward(out, grad.to(out.dtype))
+        return None if leaf is None else leaf.grad
+
+    def _blame(self) -> str:
+        name = self.blame()
+        if name is not None:
+            return f"parameter {name} itself holds NaN or Inf: the checkpoint is damaged, copy it again"
+        return "every parameter is finite, so look at that sample, or load the model in fp32 or bf16"
+
+    def spans(self, dy: Tensor) -> list[tuple[int, int]]:
+        layout = self._rows(dy)
+        if layout is None:
+            raise _RestartError
+        return [(s, s + n) for s, n in zip(layout[1].tolist(), layout[2].tolist(), strict=True)]
+
+
+class _HeadScorer(_PartScorer):
+    """Keeps, for a tied table, the rows of each sample's gradient that the embedding will touch: (ids, rows) by sample."""
+
+    ids: Tensor  # of the samples being scored
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, tied: str | None = None) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        super().__init__(model, names, tied=tied)
+
+    def _accumulate(self, kind: str, name: str, saved: Tensor, dy: Tensor) -> None:
+        super()._accumulate(kind, name, saved, dy)
+        if name != self.tied:
+            return
+        rows, x = dy.reshape(-1, dy.shape[-1]), saved.reshape(-1, saved.shape[-1])
+        work = torch.float64 if dy.dtype == torch.float64 else torch.float32
+        for j, (a, b) in enumerate(self.spans(dy)):
+            ids = self.ids[j, : b - a].unique()
+            self.kept[self.first + j] = (ids, rows[a:b, ids].to(work).t() @ x[a:b].to(work) / self.scale)
+
+    def _add_abs(self, acc: Tensor, parameter: Tensor, grad: Tensor) -> None:
+        super()._add_abs(acc, parameter, grad)
+        if self.tied is not None and acc is self.acc.get(self.tied):
+            ids = self.ids[0].unique()
+            self.kept[self.first] = (ids, grad[ids].float() / self.scale)
+
+
+class _FrontScorer(_PartScorer):
+    """Joins the two uses of a tied table: |θ(H+E)| in place of |θH| for the rows that sample j's tokens touched."""
+
+    ids: Tensor
+    head: dict[int, tuple[Tensor, Tensor]]
+    carried: Tensor
+
+    def _accumulator(self, name: str, *, full: bool = False) -> Tensor:
+        if name == self.tied and name not in self.acc:
+            self.acc[name] = self.carried.to(self.parameters[name].device).clone() * self.scale
+        return super()._accumulator(name, full=full)
+
+    def _accumulate(self, kind: str, name: str, saved: Tensor, dy: Tensor) -> None:
+        if name != self.tied:
+            super()._accumulate(kind, name, saved, dy)
+            return
+        ids, rows = saved.reshape(-1), dy.reshape(-1, dy.shape[-1])
+        for j, (a, b) in enumerate(self.spans(dy)):
+            whole = torch.tensor([0], device=dy.device), torch.tensor([b - a], device=dy.device)
+            touched, grads = ops.embedding_rows(ids[a:b], rows[a:b], *whole, self.shapes[name][0])
+            self._join(self.first + j, touched, grads)
+
+    def _add_abs(self, acc: Tensor, parameter: Tensor, grad: Tensor) -> None:
+        if self.tied is None or acc is not self.acc.get(self.tied):
+            super()._add_abs(acc, parameter, grad)
+            return
+        touched = self.ids[0].unique()
+        self._join(self.first, touched, grad[touched].float())
+
+    def _join(self, sample: int, touched: Tensor, embedding: Tensor) -> None:
+        assert self.tied is not None
+        acc, table = self._accumulator(self.tied), self.parameters[self.tied].detach()
+        ids, head = (t.to(acc.device) for t in self.head[sample])
+        if not torch.equal(ids, touched):
+            raise _RestartError
+        weight = table[ids].to(embedding.dtype)
+        head = head.to(embedding.dtype) * self.scale
+        change = (weight * (head + embedding)).abs_() - (weight * head).abs_()
+        acc.index_add_(0, ids, change.to(acc.dtype))
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chunk:
+    """A micro-batch of one task: samples `first` onwards of its order, and every layer's recorded arguments."""
+
+    task: int
+    first: int
+    batch: dict[str, Tensor]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def sample(self, index: int) -> dict[str, Tensor]:
+        """One sample without its right padding."""
+        length = int(self.batch["attention_mask"][index].sum())
+        return {k: v[index : index + 1, :length] for k, v in self.batch.items()}
+
+
+@dataclass
+class Progress:
+    """Where the run stands when a part is complete: all that a resumed run needs besides the inputs."""
+
+    boundary: int  # the gradient below is at this layer's input
+    grads: list[Tensor]  # one per chunk
+    losses: list[list[float]]  # by task
+    carried: list[dict[str, Tensor]]  # by task: a tied table's unfinished scores
+    sizes: list[list[int]]  # by task: samples of each chunk
+
+
+@dataclass
+class Tick:
+    """One line of progress."""
+
+    phase: str
+    layer: int | None
+    done: int
+    total: int
+    seconds: float
+    tokens_per_s: float
+    bytes_per_s: float
+    waiting: float  # share of the time spent waiting for weights
+    seconds_left: float
+
+
+Part: TypeAlias = Callable[[int, Key, dict[str, Tensor], Callable[[str], Tensor]], None]
+
+
+class Engine:
+    """Scores a teacher on several tasks' batches part by part, from the head down (DESIGN, section 5).
+
+    on_part(task, key, scores, weight): S of a part's parameters by name, complete, fp32 on the device, and a function from
+    a parameter's name to its value; both are valid only during the call. on_commit(key, progress): a part of every task is
+    complete. on_tick: progress.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        device: torch.device,
+        num_layers: int,
+        layers: str,
+        on_part: Part,
+        on_commit: Callable[[Key, Progress], None] = lambda key, progress: None,
+        on_tick: Callable[[Tick], None] = lambda tick: None,
+        prefetch: bool = True,
+        resident: bool = False,
+    ) -> None:
+        self.model, self.device, self.count, self.prefix = teacher.model, device, num_layers, layers
+        self.on_part, self.on_commit, self.on_tick, self.prefetch = on_part, on_commit, on_tick, prefetch
+        self.stored_as = teacher.stored_as
+        self.loader = (
+            None
+            if teacher.source is None
+            else Loader(teacher.source, device, teacher.dtype, prefetch=prefetch, resident=resident)
+        )
+        self.layers = [self.model.get_submodule(f"{layers}.{i}") for i in range(num_layers)]
+        self._map_names()
+        self.active: set[tuple[str, ...]] = set()
+        self.width: int | None = None  # outputs of a layer that returns a tuple
+        self.learnt: tuple[set[str], set[str]] = (set(), set())
+        self.begin = time.perf_counter()
+
+    # -- the model's parts
+
+    def _map_names(self) -> None:
+        """Canonical names, all places of each tensor, and the part it belongs to."""
+        self.places: dict[str, list[tuple[nn.Module, str, bool]]] = {}
+        canonical: dict[int, str] = {}
+        parts: dict[str, set[int | None]] = {}
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for name, tensor in _all_tensors(self.model):
+            first = canonical.setdefault(id(tensor), name)
+            owner, _, key = name.rpartition(".")
+            self.places.setdefault(first, []).append((modules[owner], key, isinstance(tensor, nn.Parameter)))
+            parts.setdefault(first, set()).add(layer_of(name, self.prefix))
+        mixed = [name for name, found in parts.items() if len(found) > 1]
+        if mixed:
+            raise NotLayeredError(f"{mixed[0]} is shared between decoder layers")
+        part_of = {name: next(iter(found)) for name, found in parts.items()}
+        self.layer_names = [tuple(n for n in self.places if part_of[n] == i) for i in range(self.count)]
+        self.outside = tuple(n for n in self.places if part_of[n] is None)
+        self.scored = {n for n, p in self.model.named_parameters() if p.is_floating_point()}
+        self.front: tuple[str, ...] = ()
+        self.head: tuple[str, ...] = ()
+        self.tied: str | None = None
+
+    @contextlib.contextmanager
+    def loaded(self, names: tuple[str, ...], then: tuple[str, ...] | None = None) -> Iterator[None]:
+        """The named tensors are in their modules' places inside."""
+        if self.loader is None or not names:
+            yield
+            return
+        if names in self.active:
+            self.loader.expect(None if then is None else self._stored(then))
+            yield
+            return
+        self.active.add(names)
+        tensors = self.loader.get(self._stored(names), None if then is None else self._stored(then))
+        undo = []
+        for name in names:
+            tensor = tensors[self.stored_as[name]]
+            value = nn.Parameter(tensor) if self.places[name][0][2] and tensor.is_floating_point() else tensor
+            for module, key, is_parameter in self.places[name]:
+                table: dict[str, Any] = module._parameters if is_parameter else module._buffers
+                undo.append((table, key, table[key]))
+                table[key] = value
+        try:
+            yield
+        finally:
+            for table, key, old in undo:
+                table[key] = old
+            self.active.discard(names)
+            self.loader.release(self._stored(names))
+
+    def _stored(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(self.stored_as[name] for name in names)
+
+    def weight(self, name: str) -> Tensor:
+        module, key, _ = self.places[name][0]
+        value = module._parameters.get(key)
+        assert value is not None
+        return value.detach()
+
+    @contextlib.contextmanager
+    def weights_of(self, key: Key) -> Iterator[Callable[[str], Tensor]]:
+        """A part's parameters once more, for what could not be decided while they were there."""
+        with self.loaded(self._names_of(key)):
+            yield self.weight
+
+    def _names_of(self, key: Key) -> tuple[str, ...]:
+        return self.layer_names[key] if isinstance(key, int) else self.head if key == "head" else self.front
+
+    # -- running layers that are not there
+
+    @contextlib.contextmanager
+    def _replaced(self, handler: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """While active, decoder layer i returns handler(i, hidden states, other arguments) instead of computing."""
+
+        def make(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                named = not args
+                hidden = kwargs.pop("hidden_states") if named else args[0]
+                return self._shaped(handler(index, hidden, (named, *args[1:]), kwargs))
+
+            return forward
+
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for index, layer in enumerate(self.layers):
+                layer.forward = make(index)
+            yield
+        finally:
+            for layer, old in zip(self.layers, before, strict=True):
+                layer.__dict__.pop("forward", None)
+                if old is not None:
+                    layer.__dict__["forward"] = old
+
+    def _shaped(self, hidden: Tensor) -> Any:
+        return hidden if self.width is None else (hidden, *[None] * (self.width - 1))
+
+    def _call(self, index: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """The real layer on recorded arguments."""
+        (named, *args), kwargs = call
+        layer = self.layers[index]
+        out = layer(hidden_states=hidden, **kwargs) if named else layer(hidden, *args, **kwargs)
+        if isinstance(out, tuple):
+            if any(isinstance(value, Tensor) for value in out[1:]):
+                raise NotLayeredError(f"layer {index} returns more than hidden states")
+            self.width = len(out)
+            out = out[0]
+        if not isinstance(out, Tensor):
+            raise NotLayeredError(f"layer {index} returns {type(out).__name__}, not hidden states")
+        return out
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
+        inputs["use_cache"] = False
+        return inputs
+
+    def _to_first_layer(self, batch: dict[str, Tensor]) -> Tensor:
+        """Hidden states before layer 0, with their graph."""
+
+        def handler(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            raise _ReachedError(hidden)
+
+        with self._replaced(handler):
+            try:
+                self.model(**self._inputs(batch))
+            except _ReachedError as reached:
+                return reached.hidden
+        raise NotLayeredError("its forward pass does not call its decoder layers")
+
+    def _record(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """Hidden states before layer 0 and every layer's other arguments. Checks that the layers form a chain."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def handler(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            if index != len(calls):
+                raise NotLayeredError(
+                    f"its layers do not run once each in order (layer {index} as number {len(calls)})"
+                )
+            if first and hidden is not first[0]:
+                raise NotLayeredError(f"something happens between layers {index - 1} and {index}")
+            if any(t.requires_grad for t in _tensors_in((args, kwargs))):
+                raise NotLayeredError(f"layer {index} uses parameters or hidden states from outside")
+            first.append(hidden)
+            calls.append((args, kwargs))
+            if index == self.count - 1:
+                raise _ReachedError(hidden)
+            return hidden
+
+        with torch.enable_grad(), self._replaced(handler):
+            try:
+                self.model(**self._inputs(batch))
+            except _ReachedError as reached:
+                return reached.hidden.detach(), calls
+        raise NotLayeredError("its forward pass leaves out some of its decoder layers")
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Note which modules outside the layers run before them, loading each when it is called."""
+        called: dict[str, None] = {}
+        owner_of: dict[int, list[str]] = {}
+        for name in self.outside:
+            for module, _, _ in self.places[name]:
+                owner_of.setdefault(id(module), []).append(name)
+        with contextlib.ExitStack() as stack:
+
+            def before(module: nn.Module, args: Any) -> None:
+                for name in owner_of[id(module)]:
+                    if name not in called:
+                        called[name] = None
+                        stack.enter_context(self.loaded((name,)))
+                        for owner, key, is_parameter in self.places[name]:
+                            parameter = owner._parameters.get(key) if is_parameter else None
+                            if parameter is not None and parameter.is_floating_point():
+                                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                                parameter.requires_grad_()
+                ran.add(id(module))
+
+            ran: set[int] = set()
+            for module in self.model.modules():
+                if id(module) in owner_of:
+                    stack.callback(module.register_forward_pre_hook(before).remove)
+            yield
+            self.front = tuple(called)
+            after = [n for n in self.outside if any(id(m) not in ran for m, _, _ in self.places[n])]
+            self.head = tuple(after)
+            both = [n for n in after if n in called]
+            if len(both) > 1:
+                raise NotLayeredError(f"{len(both)} tables are used before and after the layers")
+            self.tied = both[0] if both else None
+
+    # -- the passes
+
+    def chunks_of(self, tasks: Sequence[Sequence[dict[str, Tensor]]], sizes: list[list[int]]) -> list[Chunk]:
+        """Each task's samples (batches of one, unpadded, in order) as micro-batches of the given sizes."""
+        chunks = []
+        for task, samples in enumerate(tasks):
+            first = 0
+            for size in sizes[task]:
+                chunks.append(Chunk(task, first, _padded(samples[first : first + size])))
+                first += size
+        return chunks
+
+    def run(
+        self,
+        tasks: Sequence[Sequence[dict[str, Tensor]]],
+        sizes: list[list[int]],
+        store: Callable[[], Boundaries],
+        *,
+        where: Callable[[int, int], str] = lambda task, sample: f"sample {sample}",
+        resume: Progress | None = None,
+        on_sizes: Callable[[list[list[int]], str], None] = lambda sizes, why: None,
+    ) -> list[list[float]]:
+        """Score every part of the teacher on every task; the losses by task, in the samples' order.
+
+        sizes: micro-batches of each task. When one is too large for the memory, or samples cannot share a batch, they are
+        made smaller, `on_sizes` is told, and the run goes on from the last complete part.
+        """
+        self.where = where
+        state = resume
+        modes = {m: m.training for m in self.model.modules()}
+        self.model.eval()
+        try:
+            while True:
+                boundaries = store()
+                try:
+                    return self._run(self.chunks_of(tasks, sizes), sizes, boundaries, state)
+                except _OneByOneError:
+                    if max(map(max, sizes)) == 1:
+                        raise NotLayeredError("its use of its parameters cannot be followed") from None
+                    sizes, why = [[1] * sum(task) for task in sizes], "samples cannot share a batch in this model"
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error):
+                        raise
+                    if max(map(max, sizes)) == 1:
+                        raise PktError(
+                            "not enough memory for one sample at a time; give more with --device-memory or --host-memory, "
+                            f"or shorten the seeds with --max-length ({str(error).splitlines()[0]})"
+                        ) from error
+                    sizes, why = [_halved(task) for task in sizes], "out of memory"
+                finally:
+                    boundaries.close()
+                state = self.state
+                on_sizes(sizes, why)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+
+    def _run(
+        self, chunks: list[Chunk], sizes: list[list[int]], store: Boundaries, resume: Progress | None
+    ) -> list[list[float]]:
+        self.state = resume
+        self.tokens = sum(int(c.batch["attention_mask"].sum()) for c in chunks)
+        top = self.count if resume is None else resume.boundary
+        self.steps, self.done_steps = 4 * top + 3, 0
+        last = top if resume is None else top - 1
+        with torch.no_grad():
+            with self.loaded(self.layer_names[0]):
+                self._record_all(chunks, store)
+                if last > 0:
+                    self._forward(0, chunks, store, top)
+            for index in range(1, last):
+                self._forward(index, chunks, store, top)
+        if resume is None:
+            state = self._score_head(chunks, sizes, store)
+        else:
+            state = Progress(
+                resume.boundary,
+                _rechunk(resume.grads, resume.sizes, chunks),
+                resume.losses,
+                resume.carried,
+                sizes,
+            )
+        self.state = state
+        for index in reversed(range(top)):
+            state = self.state = self._score_layer(index, chunks, store, state)
+            self.on_commit(index, state)
+        self._score_front(chunks, state)
+        self.on_commit("front", state)
+        return state.losses
+
+    def _record_all(self, chunks: list[Chunk], store: Boundaries) -> None:
+        with self._watching():
+            self._learn_shape(chunks)
+            for number, chunk in enumerate(chunks):
+                hidden, chunk.calls = self._record(chunk.batch)
+                store.put(0, number, hidden)
+        self._tick("recording", None, 1)
+
+    def _learn_shape(self, chunks: list[Chunk]) -> None:
+        """Run one layer for real on a few tokens: what it returns, and whether samples can share a batch."""
+        widest = max(chunks, key=lambda c: c.size)
+        # Two samples need not both be this long: what is asked is where gradients go, not what they are.
+        ids = widest.batch["input_ids"][:2, :_PROBE_TOKENS]
+        small = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        hidden, calls = self._record(small)
+        self._call(0, hidden, calls[0])
+        if len(ids) < 2:
+            return
+        with self._scorer(_PartScorer, 0) as scorer:
+
+            def loss(layer: nn.Module, batch: Any) -> Tensor:
+                return self._call(0, hidden.detach().requires_grad_(), calls[0]).float().flatten(1).sum(1)
+
+            scorer._probe_layout({**small, "labels": ids}, loss)
+            if scorer.one_by_one:
+                raise _OneByOneError
+
+    def _forward(self, index: int, chunks: list[Chunk], store: Boundaries, top: int) -> None:
+        following = self.layer_names[index + 1] if index + 1 < top else self.layer_names[index]
+        with self.loaded(self.layer_names[index], following if index + 1 < self.count else self.head):
+            for number, chunk in enumerate(chunks):
+                store.put(index + 1, number, self._call(index, store.get(index, number), chunk.calls[index]))
+        self._tick("forward", index, 1)
+
+    def _scorer(self, kind: Any, key: Key, names: Sequence[str] | None = None, **options: Any) -> Any:
+        names = self._names_of(key) if names is None else names
+        scorer = kind(self.model, [n for n in names if n in self.scored], **options)
+        scorer.blame = self._blame
+        for learnt, known in zip(self.learnt, (scorer.shared, scorer.untapped), strict=True):
+            known |= {n for n in scorer.parameters if _in_any_layer(n) in learnt}
+        return scorer
+
+    def _blame(self) -> str | None:
+        """The first parameter of the whole teacher that is not finite; read again, for it is asked only when all is lost."""
+        for names in (self.front, *self.layer_names, self.head):
+            with self.loaded(names):
+                for name in names:
+                    if name in self.scored and not bool(self.weight(name).isfinite().all()):
+                        return name
+        return None
+
+    @contextlib.contextmanager
+    def _named(self, task: int) -> Iterator[None]:
+        """Errors that speak of sample k of a batch say where the sample came from."""
+        try:
+            yield
+        except PktError as error:
+            text = re.sub(r"\bsample (\d+)", lambda m: self.where(task, int(m[1])), str(error), count=1)
+            raise PktError(text) from error
+
+    def _until_known(self, scorer: Any, attempt: Callable[[], Any]) -> Any:
+        """Run `attempt`; begin again, knowing more, when a parameter turns out to need another way."""
+        while True:
+            scorer._reset()
+            known = (len(scorer.shared), len(scorer.untapped))
+            try:
+                return attempt()
+            except _RestartError:
+                if known == (len(scorer.shared), len(scorer.untapped)):
+                    raise _OneByOneError from None
+                for learnt, found in zip(self.learnt, (scorer.shared, scorer.untapped), strict=True):
+                    learnt |= {_in_any_layer(n) for n in found}
+
+    def _pieces(self, chunk: Chunk, alone: bool) -> list[tuple[int, slice, dict[str, Tensor]]]:
+        """(first sample, rows of the chunk, batch) of what a part is run on at once."""
+        if not alone:
+            return [(chunk.first, slice(0, chunk.size), chunk.batch)]
+        return [(chunk.first + j, slice(j, j + 1), chunk.sample(j)) for j in range(chunk.size)]
+
+    def _score_head(self, chunks: list[Chunk], sizes: list[list[int]], store: Boundaries) -> Progress:
+        """The last norm, the head and the loss: one sample at a time, for the logits are the largest activation."""
+        grads: dict[int, Tensor] = {}
+        losses: list[list[float]] = [[] for _ in sizes]
+        carried: list[dict[str, Tensor]] = [{} for _ in sizes]
+        with self.loaded(self.head, self.layer_names[self.count - 1]):
+            for task in range(len(sizes)):
+                mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
+                with self._scorer(_HeadScorer, "head", tied=self.tied) as scorer, self._named(task):
+
+                    def attempt(mine: Any = mine, scorer: Any = scorer, task: int = task) -> None:
+                        losses[task] = []
+                        scorer.kept.clear()
+                        for number, chunk in mine:
+                            hidden = store.get(self.count, number)
+                            grad = torch.zeros(
+                                hidden.shape, dtype=torch.float32 if scorer.half else hidden.dtype, device=hidden.device
+                            )
+                            for first, rows, batch in self._pieces(chunk, alone=True):
+                                length = batch["input_ids"].shape[1]
+                                value, found = self._head_of(scorer, batch, first, hidden[rows, :length])
+                                losses[task].append(value)
+                                grad[rows, :length] = found
+                            grads[number] = grad
+
+                    self._until_known(scorer, attempt)
+                scores = scorer.finish()
+                if self.tied is not None:
+                    carried[task] = self._carry(scorer, scores.pop(self.tied))
+                self.on_part(task, "head", scores, self.weight)
+                del scores, scorer
+        for number in range(len(chunks)):
+            store.drop(self.count, number)
+        state = Progress(self.count, [grads[n] for n in range(len(chunks))], losses, carried, sizes)
+        self.on_commit("head", state)
+        self._tick("head", None, 1)
+        return state
+
+    def _head_of(
+        self, scorer: _HeadScorer, batch: dict[str, Tensor], first: int, hidden: Tensor
+    ) -> tuple[float, Tensor]:
+        """Loss of one sample and the gradient at the last boundary."""
+        leaf = hidden.detach().requires_grad_()
+        scorer.ids = batch["input_ids"].to(self.device)
+
+        def handler(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return leaf if index == self.count - 1 else hidden
+
+        inputs = {k: v.to(self.device) for k, v in batch.items()}
+        if self._takes_embeddings():
+            # The table itself need not be there: nothing of what precedes the layers reaches the head.
+            del inputs["input_ids"]
+            inputs["inputs_embeds"] = torch.zeros_like(leaf, requires_grad=True)
+        with scorer.samples(batch, first):
+            try:
+                with self._replaced(handler), self._lazily(self.front):
+                    losses = default_loss(self.model, inputs).reshape(-1)
+            except _SampleError as error:
+                raise PktError(f"sample {first + error.sample} {error}") from None
+            value = float(losses.detach().double())
+            if not torch.isfinite(losses).all():
+                raise PktError(f"the loss of sample {first} is {value}; {scorer._blame()}")
+            grad = scorer.backward(losses, leaf)
+        if grad is None or ("inputs_embeds" in inputs and inputs["inputs_embeds"].grad is not None):
+            raise NotLayeredError("its head uses more than the last layer's hidden states")
+        return value, grad
+
+    def _takes_embeddings(self) -> bool:
+        import inspect
+
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        wide = getattr(embedding, "embedding_dim", None)
+        config: Any = getattr(self.model, "config", None)
+        same = wide == getattr(config, "hidden_size", wide)
+        return same and "inputs_embeds" in inspect.signature(self.model.forward).parameters
+
+    @contextlib.contextmanager
+    def _lazily(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Load what is called of `names` (position embeddings, say) for as long as it is needed."""
+        if self.loader is None:
+            yield
+            return
+        owners: dict[int, list[str]] = {}
+        for name in names:
+            if name not in self.head:
+                for module, _, _ in self.places[name]:
+                    owners.setdefault(id(module), []).append(name)
+        with contextlib.ExitStack() as stack:
+
+            def before(module: nn.Module, args: Any) -> None:
+                for name in owners.pop(id(module), ()):
+                    stack.enter_context(self.loaded((name,)))
+
+            for module in self.model.modules():
+                if id(module) in owners:
+                    stack.callback(module.register_forward_pre_hook(before).remove)
+            yield
+
+    def _carry(self, scorer: _HeadScorer, table: Tensor) -> dict[str, Tensor]:
+        """A tied table's scores so far, and the gradient rows its other use will touch."""
+        kept = [scorer.kept[k] for k in sorted(scorer.kept)]
+        return {
+            "scores": table.cpu(),
+            "ids": torch.cat([ids for ids, _ in kept]).cpu(),
+            "rows": torch.cat([rows for _, rows in kept]).cpu(),
+            "counts": torch.tensor([len(ids) for ids, _ in kept]),
+        }
+
+    def _score_layer(self, index: int, chunks: list[Chunk], store: Boundaries, state: Progress) -> Progress:
+        grads: dict[int, Tensor] = {}
+        following = self.layer_names[index - 1] if index else self.front
+        with self.loaded(self.layer_names[index], following):
+            for task in range(len(state.sizes)):
+                mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
+                with self._scorer(_PartScorer, index) as scorer, self._named(task):
+
+                    def attempt(mine: Any = mine, scorer: Any = scorer) -> None:
+                        for number, chunk in mine:
+                            leaf = store.get(index, number).detach().requires_grad_()
+                            with scorer.samples(chunk.batch, chunk.first):
+                                out = self._call(index, leaf, chunk.calls[index])
+                                grad = scorer.backward_from(out, state.grads[number].to(self.device), leaf)
+                            assert grad is not None
+                            grads[number] = grad.detach().to(state.grads[number].device)
+
+                    self._until_known(scorer, attempt)
+                scores = scorer.finish()
+                self.on_part(task, index, scores, self.weight)
+                del scores, scorer
+        for number in range(len(chunks)):
+            store.drop(index, number)
+        self._tick("backward", index, 3)
+        return Progress(index, [grads[n] for n in range(len(chunks))], state.losses, state.carried, state.sizes)
+
+    def _score_front(self, chunks: list[Chunk], state: Progress) -> None:
+        with self.loaded(self.front):
+            for task in range(len(state.sizes)):
+                mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
+                for alone in (False, True):
+                    with self._scorer(_FrontScorer, "front", tied=self.tied) as scorer, self._named(task):
+                        self._join_tied(scorer, state.carried[task])
+
+                        def attempt(mine: Any = mine, scorer: Any = scorer, alone: bool = alone) -> None:
+                            for number, chunk in mine:
+                                for first, rows, batch in self._pieces(chunk, alone):
+                                    scorer.ids = batch["input_ids"].to(self.device)
+                                    grad = state.grads[number][rows, : batch["input_ids"].shape[1]].to(self.device)
+                                    with scorer.samples(batch, first):
+                                        scorer.backward_from(self._to_first_layer(batch), grad, None)
+
+                        try:
+                            self._until_known(scorer, attempt)
+                        except _OneByOneError:
+                            if alone:
+                                raise
+                            continue
+                    break
+                scores = scorer.finish()
+                self.on_part(task, "front", scores, self.weight)
+                del scores, scorer
+        self._tick("front", None, 1)
+
+    def _join_tied(self, scorer: _FrontScorer, carried: dict[str, Tensor]) -> None:
+        if self.tied is None:
+            return
+        counts = carried["counts"].tolist()
+        pairs = zip(carried["ids"].split(counts), carried["rows"].split(counts), strict=True)
+        scorer.head, scorer.carried = dict(enumerate(pairs)), carried["scores"]
+
+    def _tick(self, phase: str, layer: int | None, steps: int) -> None:
+        self.done_steps += steps
+        seconds = time.perf_counter() - self.begin
+        loader = self.loader
+        self.on_tick(
+            Tick(
+                phase,
+                layer,
+                self.done_steps,
+                self.steps,
+                seconds,
+                self.tokens * self.done_steps / self.steps / seconds,
+                loader.bytes_read / seconds if loader else 0.0,
+                loader.waited / seconds if loader else 0.0,
+                seconds * max(0, self.steps - self.done_steps) / self.done_steps,
+            )
+        )
+
+
+def _in_any_layer(name: str) -> str:
+    """What is learnt about a parameter of one layer holds for its like in the others."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+class _ReachedError(Exception):
+    """The forward pass came to where it was wanted."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(_tensors_in, value.values()))
+    elif isinstance(value, (tuple, list)):
+        yield from itertools.chain.from_iterable(map(_tensors_in, value))
+
+
+def _padded(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Samples [1, T] of one task as one right-padded batch."""
+    longest = max(s["input_ids"].shape[1] for s in samples)
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.cat([nn.functional.pad(s[key], (0, longest - s[key].shape[1]), value=fill) for s in samples])
+        for key, fill in fills.items()
+    }
+
+
+def samples_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The samples of right-padded batches, each [1, T] without its padding."""
+    found = []
+    for batch in batches:
+        lengths = _real_lengths(batch)
+        if lengths is None:
+            raise PktError("streaming needs batches of input_ids, attention_mask and labels, padded on the right")
+        found += [{k: v[j : j + 1, :n] for k, v in batch.items()} for j, n in enumerate(lengths)]
+    return found
+
+
+def _halved(sizes: list[int]) -> list[int]:
+    return [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _rechunk(grads: list[Tensor], sizes: list[list[int]], chunks: list[Chunk]) -> list[Tensor]:
+    """Gradients of micro-batches of `sizes` as those of `chunks`, sample by sample."""
+    if [c.size for c in chunks] == [s for task in sizes for s in task]:
+        return grads
+    rows = [grad[j : j + 1] for grad in grads for j in range(len(grad))]
+    found = []
+    for chunk in chunks:
+        mine, rows = rows[: chunk.size], rows[chunk.size :]
+        width = chunk.batch["input_ids"].shape[1]
+        padded = [nn.functional.pad(row, (0, 0, 0, max(0, width - row.shape[1]))) for row in mine]
+        found.append(torch.cat([row[:, :width] for row in padded]))
+    return found
+
+
+# --- what it will take ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MemoryPlan:
+    """What a run will use, known before any weight is read. Sizes in bytes."""
+
+    micro_batch: int
+    places: list[Place]
+    resident: bool
+    device: dict[str, int]
+    host: int
+    disk: int
+    read: int
+    flops: float
+    device_limit: int
+    seconds: float | None = None
+
+    @property
+    def device_total(self) -> int:
+        return sum(self.device.values())
+
+    def lines(self) -> list[str]:
+        """The plan in a few lines, to be shown before the work starts."""
+        parts = ", ".join(f"{what} {_size(value)}" for what, value in self.device.items() if value)
+        where = ", ".join(f"{self.places.count(p)} on {_PLACE_NAMES[p]}" for p in _PLACE_NAMES if p in self.places)
+        took = "" if self.seconds is None else f", about {_duration(self.seconds)} at this machine's measured speed"
+        return [
+            f"memory: {_size(self.device_total)} of {_size(self.device_limit)} on the device ({parts})",
+            f"activations at {len(self.places)} layer boundaries: {where} ({_size(self.host)} host, {_size(self.disk)} disk)",
+            f"{'resident' if self.resident else 'streamed'}, micro-batches of {self.micro_batch}; "
+            f"{_size(self.read)} to read, {self.flops:.2e} flops{took}",
+        ]
+
+
+_PLACE_NAMES: dict[Place, str] = {"device": "the device", "host": "the host", "disk": "disk"}
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def parse_size(text: str | int | None) -> int | None:
+    """Bytes from "400MB", "1.5GB", "16GiB" or a number."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)[bB]?\s*", text)
+    try:
+        assert match is not None
+        number = float(match[1])
+    except (AssertionError, ValueError):
+        raise PktError(f"{text!r} is not a size; write 400MB, 1.5GB or 16GiB") from None
+    return int(number * (1024 if match[3] else 1000) ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory plan needs to know of a teacher, in elements and bytes, from its skeleton alone.
+
+    layer, front, head: parameters; linear_io: Σ of inputs and outputs of one layer's matrices; largest: elements of the
+    largest matrix.
+    """
+
+    layers: int
+    layer: int
+    front: int
+    head: int
+    linear_io: int
+    largest: int
+    vocab: int
+    hidden: int
+    itemsize: int
+    grad_itemsize: int
+    tied: bool
+
+
+def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
+    """Measure a teacher's skeleton."""
+    model: Any = teacher.model
+    per_layer, io, outside, largest = [0] * count, [0] * count, 0, 1
+    for name, parameter in model.named_parameters():
+        index = layer_of(name, layers)
+        largest = max(largest, parameter.numel() if parameter.ndim > 1 else 1)
+        if index is None:
+            outside += parameter.numel()
+        else:
+            per_layer[index] += parameter.numel()
+            io[index] += sum(parameter.shape[-2:]) if parameter.ndim > 1 else 0
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    front = 0 if embedding is None else embedding.weight.numel()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    vocab, hidden = (1, 1) if embedding is None else (embedding.weight.shape[0], embedding.weight.shape[1])
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = getattr(text, "hidden_size", None) or hidden
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype = teacher.dtype or (torch.float32 if first is None else first.dtype)
+    # Gradients between layers of an fp16 model are kept in fp32, whose range they need.
+    grad_itemsize = 4 if dtype == torch.float16 else dtype.itemsize
+    rest = outside if tied else max(0, outside - front)
+    return Sizes(
+        count, max(per_layer), front, rest, max(io), largest, vocab, hidden, dtype.itemsize, grad_itemsize, tied
+    )
+
+
+def plan_memory(
+    sizes: Sizes,
+    lengths: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    batch_size: int,
+    in_memory: bool,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    scratch_free: int | None = None,
+    resident: bool = True,
+) -> MemoryPlan:
+    """Choose the micro-batch and where activations go, so that everything fits; says what would when nothing does.
+
+    lengths: tokens of each task's samples, longest first. device_memory, host_memory: limits in bytes; default: what is
+    free. On a CPU both limit the same memory and the smaller counts. scratch_free: bytes on the scratch disk. resident:
+    whether the weights of a teacher that fits may stay.
+    """
+    on_cpu = device.type == "cpu"
+    free_host = _free_memory()
+    if on_cpu:
+        given = [m for m in (device_memory, host_memory) if m is not None]
+        device_limit, host_limit = min(given, default=free_host), 0
+    else:
+        device_limit = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
+        host_limit = host_memory if host_memory is not None else free_host
+    tokens = sum(map(sum, lengths))
+    parameters = sizes.layers * sizes.layer + sizes.front + (0 if sizes.tied else sizes.head)
+    flops = 8.0 * (sizes.layers * sizes.layer + sizes.head) * tokens
+    weights, item = parameters * sizes.itemsize, sizes.itemsize
+    read = sizes.itemsize * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
+    smallest = 0
+    for micro in _halvings(batch_size):
+        widest = max(size * longest for task in lengths for size, longest in _chunk_shapes(task, micro))
+        padded = sum(size * longest for task in lengths for size, longest in _chunk_shapes(task, micro))
+        boundary = padded * sizes.hidden * item
+        # Inputs and outputs of every matrix, as much of what lies between them, and fp32 copies of one matrix's.
+        work = widest * sizes.linear_io * 3 * item
+        longest = max(max(task) for task in lengths)
+        head_work = longest * sizes.vocab * (3 * 4 + 2 * item)
+        # The window search keeps int64 prefix sums: of the fp32 scores, twelve bytes an element and a copy.
+        search = (24 if on_cpu else 16) * min(sizes.largest, sizes.layer)
+        layer_part = {
+            "weights": sizes.layer * item * (1 if in_memory else 2),
+            "scores": 4 * sizes.layer,
+            "micro-batch": work,
+            "window search": search,
+        }
+        table = max(sizes.head, sizes.front)
+        head_part = {
+            "weights": (sizes.head + (0 if in_memory else sizes.layer)) * item,
+            "scores": 4 * table,
+            "tied scores": 4 * table if sizes.tied else 0,
+            "logits": head_work,
+            "window search": (16 if on_cpu else 8) * table,
+        }
+        fixed = max((layer_part, head_part), key=lambda part: sum(part.values()))
+        grads = 2 * padded * sizes.hidden * sizes.grad_itemsize
+        needed = sum(fixed.values()) + grads
+        smallest = needed
+        if needed > device_limit:
+            continue
+        streamed = not in_memory and (not resident or needed + weights > 0.8 * device_limit)
+        extra = 0 if streamed or in_memory else weights
+        left = device_limit - needed - extra
+        on_device = min(sizes.layers + 1, max(0, left // max(1, boundary)))
+        on_host = min(sizes.layers + 1 - on_device, max(0, int(0.9 * host_limit) // max(1, boundary)))
+        on_disk = sizes.layers + 1 - on_device - on_host
+        if on_disk and scratch_free is not None and on_disk * boundary > scratch_free:
+            raise PktError(
+                f"activations need {_size(on_disk * boundary)} beside memory and the scratch disk has "
+                f"{_size(scratch_free)} free; name a larger disk with --scratch, or allow more with --host-memory"
+            )
+        # The last boundaries are wanted first and soonest: they stay nearest.
+        places: list[Place] = [*["disk"] * on_disk, *["host"] * on_host, *["device"] * on_device]  # type: ignore[list-item]
+        device_use = {**fixed, "gradients at the boundary": grads, "activations": on_device * boundary}
+        if extra:
+            device_use["resident weights"] = extra
+        return MemoryPlan(
+            micro_batch=micro,
+            places=places,
+            resident=bool(extra) or in_memory,
+            device=device_use,
+            host=on_host * boundary,
+            disk=on_disk * boundary,
+            read=0 if in_memory else (weights if extra else read),
+            flops=flops,
+            device_limit=device_limit,
+        )
+    raise PktError(
+        f"one sample at a time needs {_size(smallest)} on the device and {_size(device_limit)} may be used; allow more "
+        f"with --device-memory {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
+    )
+
+
+def _halvings(size: int) -> Iterator[int]:
+    while size > 1:
+        yield size
+        size = (size + 1) // 2
+    yield 1
+
+
+def _chunk_shapes(lengths: Sequence[int], micro: int) -> list[tuple[int, int]]:
+    """(samples, longest) of each micro-batch."""
+    return [(len(part), max(part)) for i in range(0, len(lengths), micro) if (part := lengths[i : i + micro])]
+
+
+def _free_memory() -> int:
+    """Memory that can be taken without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+def measured_seconds(flops: float, dtype: torch.dtype, device: torch.device, budget: float = 1.0) -> float:
+    """Time for `flops` of matrix products at the rate this device shows in a trial of about `budget` seconds."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(side, side, dtype=dtype, device=device)
+
+    def trial() -> float:
+        begin = time.perf_counter()
+        float((a @ a)[0, 0])
+        return time.perf_counter() - begin
+
+    trial()
+    times: list[float] = []
+    while sum(times) < budget and len(times) < 1000:
+        times.append(trial())
+    return flops / (2 * side**3 / sorted(times)[len(times) // 2])
