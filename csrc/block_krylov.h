@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "cpu_kernels.h"
+#include "shares.h"
 
 namespace pkt {
 
@@ -22,12 +22,6 @@ struct Options {
 // u [n, rank], s [rank], v [m, rank], stats [4], all contiguous.
 struct Factors {
   float *u, *s, *v, *stats;
-};
-
-// How many threads there are, and a way to call f(0) … f(count − 1) on them.
-struct Threads {
-  int64_t count;
-  std::function<void(int64_t count, const std::function<void(int64_t)>& f)> run;
 };
 
 void block_krylov_svd(const Matrix& a, const Options& options, const Factors& out, const Threads& threads,

@@ -1,4 +1,4 @@
-// The inner loops of the CPU implementation: compiled once per instruction set from cpu_kernels.inc, chosen at run time.
+// The CPU implementation's inner loops: compiled once per instruction set from cpu_kernels.inc, chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -10,23 +10,23 @@ namespace pkt {
 // Rows of A widened at a time, where its rows are contiguous and where its columns are (whole cache lines, then), and
 // columns of a panel: multiples of every register tile's height.
 constexpr int64_t kRowBlock = 48, kRowBlockByColumns = 96, kColBlock = 240;
-constexpr int64_t kLanes = 16;      // every skinny matrix is a multiple of this wide, padded with zero columns
+constexpr int64_t kLanes = 16;  // every skinny matrix is a multiple of this wide, padded with zero columns
 
 // One reading of rows [row_begin, row_end) of A [., m]: y = A q, and z += Aᵀ y where z is given.
 struct Pass {
   const void* a;
   Dtype dtype;
   int64_t row_begin, row_end, m, row_stride, col_stride;
-  float scale;         // A's entries are multiplied by it
-  const float* q;      // [m, width], rows ld_q apart
+  float scale;     // A's entries are multiplied by it
+  const float* q;  // [m, width], rows ld_q apart
   int64_t ld_q, width;
-  float* y;            // row r of A goes to y + r · ld_y
+  float* y;  // row r of A goes to y + r · ld_y
   int64_t ld_y;
-  float* z;            // [m rounded up to kColBlock, width] or null
-  float* panels;       // scratch of panel_floats(m)
-  float* block;        // scratch [kRowBlockByColumns, width]
+  float* z;       // [m rounded up to kColBlock, width] or null
+  float* panels;  // scratch of panel_floats(m)
+  float* block;   // scratch [kRowBlockByColumns, width]
   bool want_energy;
-  double energy;       // out: Σ of the widened entries' squares, if wanted
+  double energy;  // out: Σ of the widened entries' squares, if wanted
 };
 
 constexpr int64_t panel_floats(int64_t m) { return (m + kColBlock - 1) / kColBlock * kColBlock * kRowBlockByColumns; }

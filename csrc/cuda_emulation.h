@@ -1,5 +1,6 @@
 // Enough of CUDA to run rsvd_kernels.cuh on the CPU, so that the tests execute the kernels where there is no GPU: the
-// threads of a block are fibers that take turns and meet at barriers, shared memory starts as NaN, blocks run one by one.
+// threads of a block are fibers that take turns and meet at barriers, shared memory starts as NaN, blocks follow
+// blocks.
 #pragma once
 
 #include <setjmp.h>
@@ -56,7 +57,7 @@ inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> warp_barriers;
 inline Barrier block_barrier;
 inline std::vector<double> warp_a, warp_b;  // what the lanes of a warp show each other
-inline bool reversed = false;  // the order in which fibers take turns
+inline bool reversed = false;               // the order in which fibers take turns
 inline ucontext_t unused;
 inline jmp_buf scheduler;
 inline const std::function<void()>* body;

@@ -17,7 +17,7 @@
 #define PKT_GRID_CONSTANT __grid_constant__
 #define PKT_STATIC_SHARED(type, name) __shared__ type name
 #define PKT_STATIC_SHARED_ARRAY(type, name, size) __shared__ type name[size]
-#define PKT_SHARED(type, name)                               \
+#define PKT_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char all_shared[]; \
   type* name = reinterpret_cast<type*>(all_shared)
 
@@ -28,7 +28,8 @@ template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
                           const Arguments&... arguments) {
   if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, threads, shared, stream>>>(arguments...);
@@ -37,8 +38,8 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads,
 
 PKT_DEVICE uint16_t narrowed_fp16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-// d += a b for an 8×4 a and a 4×8 b in fp64, one entry of each a lane: lane i holds a[i / 4, i % 4], b[i % 4, i / 4] and
-// d[i / 4, i % 4 · 2 + {0, 1}].
+// d += a b for an 8×4 a and a 4×8 b in fp64, one entry of each a lane: lane i holds a[i / 4, i % 4], b[i % 4, i / 4]
+// and d[i / 4, i % 4 · 2 + {0, 1}].
 PKT_DEVICE void multiply_8x8x4(double (&d)[2], double a, double b) {
   asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
       : "+d"(d[0]), "+d"(d[1])

@@ -45,8 +45,8 @@ PKT_INLINE void cholesky(const Team& team, T* g, T* x, int n, const T* floor) {
   team.sync();
 }
 
-// Makes every zero row of x [count, length] (count ≤ length, the other rows orthonormal) a random one orthonormal to all
-// others. `overlap` [count] is the team's scratch.
+// Makes every zero row of x [count, length] (count ≤ length, the other rows orthonormal) a random one orthonormal to
+// all others. `overlap` [count] is the team's scratch.
 template <class Team, class T>
 PKT_INLINE void complete_rows(const Team& team, T* x, int count, int length, const T* norm, T* overlap, int64_t seed) {
   for (int j = 0; j < count; ++j) {
@@ -74,11 +74,11 @@ PKT_INLINE void complete_rows(const Team& team, T* x, int count, int length, con
   }
 }
 
-// One-sided Jacobi: rotates the `count` vectors x_j (rows of x, `length` long) until they are orthogonal, and the rows of v
-// (`v_length` long, or 0) alike. If X's rows are the columns of M, then V's rows become the right singular vectors of M and
-// |x_j| its singular values. Every sweep meets all pairs once, in rounds of disjoint pairs (a round-robin tournament).
-// Vectors whose square does not exceed `floor` are noise, and left alone. `rotated` [max_sweeps] is the team's scratch.
-// Returns the number of sweeps.
+// One-sided Jacobi: rotates the `count` vectors x_j (rows of x, `length` long) until they are orthogonal, and the rows
+// of v (`v_length` long, or 0) alike. If X's rows are the columns of M, then V's rows become the right singular vectors
+// of M and |x_j| its singular values. Every sweep meets all pairs once, in rounds of disjoint pairs (a round-robin
+// tournament). Vectors whose square does not exceed `floor` are noise, and left alone. `rotated` [max_sweeps] is the
+// team's scratch. Returns the number of sweeps.
 template <class Team, class T>
 PKT_INLINE int jacobi(const Team& team, T* x, int count, int length, T* v, int v_length, T tolerance, T floor,
                       int max_sweeps, int* rotated) {
@@ -129,8 +129,9 @@ PKT_INLINE int jacobi(const Team& team, T* x, int count, int length, T* v, int v
   return max_sweeps;
 }
 
-// Turns the vectors x_j [count, length] of a finished `jacobi` into unit vectors and norm[j], zero (and x_j too) where the
-// square does not exceed `floor`; order[i] ← the vector with the i-th largest norm (the lower index first among equals).
+// Turns the vectors x_j [count, length] of a finished `jacobi` into unit vectors and norm[j], zero (and x_j too) where
+// the square does not exceed `floor`; order[i] ← the vector with the i-th largest norm (the lower index first among
+// equals).
 template <class Team, class T>
 PKT_INLINE void normalize(const Team& team, T* x, int count, int length, T floor, T* norm, int* order) {
   team.sync();
@@ -152,8 +153,8 @@ PKT_INLINE void normalize(const Team& team, T* x, int count, int length, T floor
   team.sync();
 }
 
-// Rows of x [n, n] that are orthonormal but for a small error e become so but for one of order e²: x ← 1.5 x − 0.5 x xᵀ x.
-// `scratch` holds 2 n² entries.
+// Rows of x [n, n] that are orthonormal but for a small error e become so but for one of order e²:
+// x ← 1.5 x − 0.5 x xᵀ x. `scratch` holds 2 n² entries.
 template <class Team, class T>
 PKT_INLINE void polish(const Team& team, T* x, int n, T* scratch) {
   T* gram = scratch;

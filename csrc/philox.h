@@ -1,5 +1,5 @@
-// Philox-4x32-10 (Salmon et al., 2011), the same stream as pkt/rsvd_reference.py: key = seed, counter = (row, row >> 32,
-// stream, group). Host and device.
+// Philox-4x32-10 (Salmon et al., 2011) for host and device, the same stream as pkt/rsvd_reference.py: key = seed,
+// counter = (row, row >> 32, stream, group).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,9 @@ namespace pkt {
 struct Philox4 {
   uint32_t word[4];
   // word[i] without an index at run time, which would move the words from registers to memory on a GPU.
-  PKT_MEMBER uint32_t pick(uint32_t i) const { return i < 2 ? (i == 0 ? word[0] : word[1]) : (i == 2 ? word[2] : word[3]); }
+  PKT_MEMBER uint32_t pick(uint32_t i) const {
+    return i < 2 ? (i == 0 ? word[0] : word[1]) : (i == 2 ? word[2] : word[3]);
+  }
 };
 
 PKT_INLINE Philox4 philox(int64_t seed, int64_t row, uint32_t stream, uint32_t group) {

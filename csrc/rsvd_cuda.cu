@@ -81,7 +81,8 @@ Workspace prepare(const Tensor& matrix, const Options& options, const Result& re
   work.a = wide ? torch::stable::transpose(matrix, 0, 1) : matrix;
   const Tensor& a = work.a;
   const int64_t n = a.size(0), m = a.size(1), l = std::min((options.rank + options.oversample + 15) / 16 * 16, m);
-  STD_TORCH_CHECK(n <= INT32_MAX && l <= 16384, "pkt::rsvd: a ", n, " by ", m, " matrix with ", l, " columns of sketch");
+  STD_TORCH_CHECK(n <= INT32_MAX && l <= 16384, "pkt::rsvd: a ", n, " by ", m, " matrix with ", l,
+                  " columns of sketch");
   const int64_t l8 = pkt::rounded_up(static_cast<int>(l), 8);
   const auto floats = [&](int64_t count) {
     return static_cast<float*>(work.others.emplace_back(empty(a, {count})).mutable_data_ptr());
@@ -138,7 +139,8 @@ std::vector<Result> factorize_all(const std::vector<Tensor>& a, const Options& o
   for (const Tensor& x : a) {
     pkt::check(x, options.rank, options.oversample, options.iters);
     STD_TORCH_CHECK(x.get_device_index() == a[0].get_device_index(), "pkt::rsvd_batch: matrices on several devices");
-    results.push_back({empty(x, {x.size(0), options.rank}), empty(x, {options.rank}), empty(x, {x.size(1), options.rank})});
+    results.push_back(
+        {empty(x, {x.size(0), options.rank}), empty(x, {options.rank}), empty(x, {x.size(1), options.rank})});
   }
   for (const ScalarType type : {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}) {
     std::vector<Tensor> matrices;

@@ -1,13 +1,13 @@
 // The kernels of the randomized SVD on CUDA: everything but the products with the big matrix, which are cuBLAS's.
 //
-// Subspace iteration on a [n, m], n ≥ m, for a basis q [m, l]; rsvd_pipeline.h strings it together. The half types know no
-// fp32 product, so a skinny fp32 factor travels as two halves side by side (x = high + low, columns j and l + j of an
-// `operand`), and the product's two halves are added where it is read: near-fp32 accuracy for one reading of a. What is
-// stored is scaled by a power of two that brings ‖a‖_F to [1, 2), so no intermediate leaves its type's range.
+// Subspace iteration on a [n, m], n ≥ m, for a basis q [m, l]; rsvd_pipeline.h strings it together. The half types know
+// no fp32 product, so a skinny fp32 factor travels as two halves side by side (x = high + low, columns j and l + j of
+// an `operand`), and the product's two halves are added where it is read: near-fp32 accuracy for one reading of a. What
+// is stored is scaled by a power of two that brings ‖a‖_F to [1, 2), so no intermediate leaves its type's range.
 //
 // Orthogonalization is CholeskyQR: `gram_kernel` forms xᵀx in fp64 (tensor cores), and its last block factorizes it, in
-// shared memory, so that nothing waits for the host; `apply_kernel` multiplies by R⁻¹. A dependent column becomes a random
-// one, and further rounds make it orthogonal. The problems of a batch are the y dimension of every grid.
+// shared memory, so that nothing waits for the host; `apply_kernel` multiplies by R⁻¹. A dependent column becomes a
+// random one, and further rounds make it orthogonal. The problems of a batch are the y dimension of every grid.
 
 #pragma once
 
@@ -23,23 +23,23 @@ constexpr int kEnergyBlocks = 264;  // at most, a problem
 constexpr int kGramRows = 64, kApplyRows = 32;
 constexpr double kDependent = 1e-7;  // a column that keeps less than this of its reference is rounding noise
 
-constexpr double kNothing = 1e-60;   // the square of a column too short for fp32 to normalize
+constexpr double kNothing = 1e-60;  // the square of a column too short for fp32 to normalize
 
 struct Problem {
   const void* a;
   int64_t row_stride, col_stride;
   int n, m, l, rank;
   int64_t seed;
-  float* product;           // of the last big product: [n or m, parts · l]
+  float* product;               // of the last big product: [n or m, parts · l]
   void *operand_m, *operand_n;  // [m, parts · l] and [n, parts · l] in a's type
-  float *q, *y;             // [m, l], [n, l]
-  double* partial;          // max(kGramBlocks · l8², kEnergyBlocks), l8 = l rounded up to 8
-  double* small;            // `small_doubles(l)`, where it is not in shared memory
-  double* total;            // [2, l, l]: the R of y's rounds so far, and room for the next
-  float *apply, *apply_v;   // [l, l]: what rows are multiplied by next
-  int* counter;             // of blocks that have finished; zero between kernels
-  float* scale;             // {the power of two, 1 if a is finite else 0}
-  double* energy;           // ‖a‖²_F
+  float *q, *y;                 // [m, l], [n, l]
+  double* partial;              // max(kGramBlocks · l8², kEnergyBlocks), l8 = l rounded up to 8
+  double* small;                // `small_doubles(l)`, where it is not in shared memory
+  double* total;                // [2, l, l]: the R of y's rounds so far, and room for the next
+  float *apply, *apply_v;       // [l, l]: what rows are multiplied by next
+  int* counter;                 // of blocks that have finished; zero between kernels
+  float* scale;                 // {the power of two, 1 if a is finite else 0}
+  double* energy;               // ‖a‖²_F
   float *u, *s, *v, *stats;
 };
 
@@ -47,9 +47,9 @@ struct Batch {
   Problem problem[kBatch];
 };
 
-enum class Side { m, n };            // the rows of q, or of y
+enum class Side { m, n };              // the rows of q, or of y
 enum class Source { product, basis };  // what is orthogonalized: the last big product, or q or y itself
-enum class Last { round, svd };      // what gram_kernel's last block does after the factorization
+enum class Last { round, svd };        // what gram_kernel's last block does after the factorization
 
 template <class T>
 struct Type;  // parts: columns of an operand for one of the factor; unit: what its columns' norms are multiplied by
@@ -91,7 +91,7 @@ PKT_DEVICE float load_product(const float* row, int l, int j, float scale) {
   return x * (scale / Type<T>::unit);
 }
 
-// True in every thread of the last of this problem's blocks to come here; what the others wrote before is visible to it.
+// True in every thread of the last of this problem's blocks to come here; it sees what the others wrote before.
 PKT_DEVICE bool last_block(int* counter) {
   PKT_STATIC_SHARED(bool, last);
   __threadfence();
@@ -278,8 +278,8 @@ PKT_DEVICE void finish(const Team& team, const Problem& p, double* x, float* lef
 
 // apply ← R⁻¹ for the R of x = Q R; 512 threads. In y's rounds R is accumulated, and after the last one comes its SVD.
 template <class T>
-__global__ void __launch_bounds__(512) gram_kernel(const PKT_GRID_CONSTANT Batch batch, Side side, Source source, Last last,
-                                                   bool small_is_shared) {
+__global__ void __launch_bounds__(512)
+    gram_kernel(const PKT_GRID_CONSTANT Batch batch, Side side, Source source, Last last, bool small_is_shared) {
   PKT_SHARED(double, shared);
   const Problem& p = batch.problem[blockIdx.y];
   const Block team;
@@ -321,8 +321,8 @@ __global__ void __launch_bounds__(512) gram_kernel(const PKT_GRID_CONSTANT Batch
 
 // q or y, and its operand if wanted ← rows · apply; columns without a pivot become random ones. 256 threads.
 template <class T>
-__global__ void __launch_bounds__(256, 4) apply_kernel(const PKT_GRID_CONSTANT Batch batch, Side side, Source source,
-                                                    bool with_operand, uint32_t stream) {
+__global__ void __launch_bounds__(256, 4)
+    apply_kernel(const PKT_GRID_CONSTANT Batch batch, Side side, Source source, bool with_operand, uint32_t stream) {
   PKT_SHARED(float, tile);
   const Problem& p = batch.problem[blockIdx.y];
   const Block team;

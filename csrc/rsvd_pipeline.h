@@ -15,7 +15,7 @@ struct Launches {
   cudaError_t error = cudaSuccess;
   uint32_t random_stream = 0;  // of the columns that replace dependent ones
 
-  int largest(int Problem::*field) const {
+  int largest(int Problem::* field) const {
     int result = 0;
     for (int i = 0; i < count; ++i) result = std::max(result, batch.problem[i].*field);
     return result;
@@ -40,8 +40,8 @@ struct Launches {
   }
   template <class T>
   void apply(Side side, Source source, bool with_operand) {
-    run(apply_kernel<T>, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side, source, with_operand,
-        ++random_stream);
+    run(apply_kernel<T>, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side, source,
+        with_operand, ++random_stream);
   }
   void write(Side side) {
     run(write_kernel, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side);

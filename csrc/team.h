@@ -1,8 +1,8 @@
-// A team is the threads that share one small dense problem: a CUDA thread block, one host thread or, in the tests, several
-// host threads behind a barrier. It is made of workers (a warp, a host thread), and a worker of lanes.
+// A team is the threads that share one small dense problem: a CUDA thread block, or one host thread. It is made of
+// workers (warps), and a worker of lanes.
 //
-// Everything here and in the headers that use it is `static inline`: one copy a translation unit, because the CPU kernels
-// are compiled once per instruction set and the linker must not merge them.
+// Everything here and in the headers that use it is `static inline`: one copy a translation unit, because the CPU
+// kernels are compiled once per instruction set and the linker must not merge them.
 #pragma once
 
 #include <cstdint>

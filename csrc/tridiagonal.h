@@ -1,5 +1,5 @@
-// The leading eigenvectors of a symmetric matrix, on one host thread: Householder tridiagonalization, implicit QL, and the
-// reflections undone for the wanted vectors alone (Golub & Van Loan, §8.3).
+// The leading eigenvectors of a symmetric matrix, on one host thread: Householder tridiagonalization, implicit QL, and
+// the reflections undone for the wanted vectors alone (Golub & Van Loan, §8.3).
 #pragma once
 
 #include <math.h>
