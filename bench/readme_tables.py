@@ -25,6 +25,8 @@ def demo_table() -> str:
     lines = ["| start | lr | test NLL | exact match |", "|---|---|---|---|"]
     for name, key in (("student before training", "untrained"), ("teacher", "teacher")):
         lines.append(f"| {name} | | {found[key]['nll']:.3f} | {100 * found[key]['exact_match']:.1f}% |")
+    guess = found["guess"]
+    lines.append(f"| always answering {guess['answer']} | | | {100 * guess['exact_match']:.1f}% |")
     for name, r in found["methods"].items():
         matches = [100 * m for m in r["exact_match"]]
         nll, match = (f"{mean(v):.{d}f}{u} ± {spread(v):.{d}f}" for v, d, u in ((r["nll"], 3, ""), (matches, 1, "%")))

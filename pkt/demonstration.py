@@ -11,10 +11,14 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
+import os
+import shutil
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 
 import pkt
 from pkt.adapters import Pair
-from pkt.evaluation import evaluate
+from pkt.evaluation import evaluate, final_answer
 from pkt.extraction import Extraction
 from pkt.finalization import finalize
 from pkt.injection import inject, load_with_adapter, wrap
@@ -88,14 +92,13 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
 
     begin = time.perf_counter()
     check_output_folder(out, force=force)
+    shutil.rmtree(out, ignore_errors=True)
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / MANIFEST, {"format": "pkt-demo-1", "kind": "demo", "finished": False})
     teacher, student, data = ASSETS / "teacher", ASSETS / "student", ASSETS / "data"
     tokenizer = load_tokenizer(student)
     rows = load_seeds(data / "train.jsonl", tokenizer)
-    train_rows = rows_head(rows, TRAIN_ROWS)
-    choice_rows = Seeds(list(rows[-HELD_OUT:]), rows.source, rows.pad_id)
     test_rows = load_seeds(data / "test.jsonl", tokenizer)
 
     say("[bold]1. transfer[/bold]: score the teacher on 32 seeds, cut the student's shape out of it, factorize")
@@ -105,10 +108,12 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     for line in ext.plan.summary():
         say(f"   {line}")
     say(f"   {ext}")
-    random_window = pkt.transfer(
+    folders = {"PKT": out / "extraction", "random": out / "random-window", "own": out / "student-own"}
+    pkt.transfer(
         teacher,
         student,
         data / "seeds.jsonl",
+        out=folders["random"],
         select="random",
         layers="random",
         rank=RANK,
@@ -116,63 +121,46 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
         progress=False,
     )
     own_model = load_model(student, dtype=torch.float32)
-    own = pkt.extract(
-        own_model, pkt.plan(score_seeds(own_model, rows_head(rows), progress=False), own_model, own_model), rank=RANK
-    )
+    scores = score_seeds(own_model, rows_head(rows), progress=False)
+    pkt.extract(own_model, pkt.plan(scores, own_model, own_model), rank=RANK, progress=False).save(folders["own"])
 
+    count = len(starts(ext, ext, ext)) - 1
     say(
-        f"[bold]2. inject and train[/bold] the student on {len(train_rows)} problems: PKT and four controls, {seeds} seeds each"
+        f"[bold]2. inject and train[/bold] the student on {TRAIN_ROWS} problems: PKT and {count} controls, {seeds} seeds each; "
+        "finalize the first PKT run"
     )
     untrained = evaluate(load_model(student, dtype=torch.float32), test_rows, tokenizer=tokenizer, exact_match=True)
     knows = evaluate(load_model(teacher, dtype=torch.float32), test_rows, tokenizer=tokenizer, exact_match=True)
     results: dict[str, dict[str, Any]] = {}
-    for name, start in starts(ext, random_window, own).items():
-        chosen: dict[float, float] = {}
-        for rate in RATES:
-            model = start(CHOOSING_SEED)
-            _fit(model, train_rows, out, rate, CHOOSING_SEED, epochs=EPOCHS / 2)
-            chosen[rate] = evaluate(model, choice_rows).nll
-        rate = min(chosen, key=lambda r: chosen[r])
-        runs = []
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            model = start(seed)
-            _fit(model, train_rows, out, rate, seed)
-            runs.append(evaluate(model, test_rows, tokenizer=tokenizer, exact_match=True))
-            if name.startswith("PKT") and seed == 0:
-                trained = model
-        results[name] = {
-            "lr": rate,
-            "choice_nll": {str(r): v for r, v in chosen.items()},
-            "nll": [r.nll for r in runs],
-            "exact_match": [r.exact_match for r in runs],
-        }
-        say(f"   {name}: NLL {statistics.mean(results[name]['nll']):.3f}")
+    # Models this small do not fill two cores from one process.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {name: pool.submit(_measure, name, folders, out, seeds) for name in starts(ext, ext, ext)}
+        for name, job in jobs.items():
+            results[name] = job.result()
+            say(f"   {name}: NLL {statistics.mean(results[name]['nll']):.3f}")
+    gap = results[next(iter(results))].pop("finalize_gap")
+    say("[bold]3. finalized[/bold] to a plain LoRA and loaded with PEFT on the untouched student:")
+    say(f"   largest difference between its logits and the trained model's: {gap:.1e}")
 
-    say("[bold]3. finalize[/bold] the first PKT run to a plain LoRA, and load it with PEFT on the untouched student")
-    finalize(trained, out / "adapter", force=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        served = load_with_adapter(student, out / "adapter", dtype=torch.float32)
-    ids = torch.tensor([test_rows[0].input_ids])
-    with torch.no_grad():
-        gap = float((served(ids).logits - trained.eval()(ids).logits).abs().max())
-    say(f"   largest difference between the logits of the trained model and of the plain LoRA: {gap:.1e}")
-
-    summary = {
+    answers = [final_answer(e.answer.replace(tokenizer.eos_token, "")) for e in rows]
+    common = max(sorted(set(answers)), key=answers.count)
+    guess = sum(final_answer(e.answer.replace(tokenizer.eos_token, "")) == common for e in test_rows) / len(test_rows)
+    summary: dict[str, Any] = {
         "seeds": seeds,
-        "train_rows": len(train_rows),
+        "train_rows": TRAIN_ROWS,
         "test_rows": len(test_rows),
         "epochs": EPOCHS,
         "batch_size": BATCH,
         "rank": RANK,
         "untrained": {"nll": untrained.nll, "exact_match": untrained.exact_match},
         "teacher": {"nll": knows.nll, "exact_match": knows.exact_match},
+        "guess": {"answer": common, "exact_match": guess},
         "methods": results,
         "finalize_gap": gap,
         "verdict": verdict(results),
         "seconds": time.perf_counter() - begin,
     }
+    summary["verdict"].append(exact_match_note(summary))
     _show(console, summary)
     with os_errors(f"writing {out}"):
         (out / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -184,6 +172,50 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     return summary
 
 
+def _measure(name: str, folders: dict[str, Path], out: Path, seeds: int) -> dict[str, Any]:
+    """One method in a process of its own, one thread: its learning rate, then its runs. PKT's first run is finalized too."""
+    torch.set_num_threads(1)
+    loaded = [Extraction.load(folders[key]) for key in ("PKT", "random", "own")]
+    start = starts(loaded[0], loaded[1], loaded[2])[name]
+    student, data = ASSETS / "student", ASSETS / "data"
+    tokenizer = load_tokenizer(student)
+    rows, test_rows = (load_seeds(data / file, tokenizer) for file in ("train.jsonl", "test.jsonl"))
+    train_rows = rows_head(rows, TRAIN_ROWS)
+    choice_rows = Seeds(list(rows[-HELD_OUT:]), rows.source, rows.pad_id)
+    chosen: dict[float, float] = {}
+    for rate in RATES:
+        torch.manual_seed(CHOOSING_SEED)
+        model = start(CHOOSING_SEED)
+        _fit(model, train_rows, out, rate, CHOOSING_SEED, epochs=EPOCHS / 2)
+        chosen[rate] = evaluate(model, choice_rows).nll
+    rate = min(chosen, key=lambda r: chosen[r])
+    runs, found = [], {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = start(seed)
+        _fit(model, train_rows, out, rate, seed)
+        runs.append(evaluate(model, test_rows, tokenizer=tokenizer, exact_match=True))
+        if seed == 0 and name.startswith("PKT"):
+            found["finalize_gap"] = _finalize(model, out, test_rows)
+    return {
+        "lr": rate,
+        "choice_nll": {str(r): v for r, v in chosen.items()},
+        "nll": [r.nll for r in runs],
+        "exact_match": [r.exact_match for r in runs],
+        **found,
+    }
+
+
+@torch.no_grad()
+def _finalize(model: Any, out: Path, rows: Seeds) -> float:
+    """Finalize, load with plain PEFT on the original student, and compare the logits."""
+    with _silence():
+        finalize(model, out / "adapter", force=True)
+        served = load_with_adapter(ASSETS / "student", out / "adapter", dtype=torch.float32)
+    ids = torch.tensor([rows[0].input_ids])
+    return float((served(ids).logits - model.eval()(ids).logits).abs().max())
+
+
 def rows_head(rows: Seeds, count: int = 32) -> Seeds:
     return Seeds(list(rows[:count]), rows.source, rows.pad_id)
 
@@ -193,7 +225,7 @@ def _fit(model: Any, rows: Seeds, out: Path, rate: float, seed: int, epochs: flo
         fit(
             model,
             rows,
-            out / "scratch",
+            out / "scratch" / str(os.getpid()),
             epochs=epochs,
             batch_size=BATCH,
             micro_batch=BATCH,
@@ -235,6 +267,18 @@ def verdict(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def exact_match_note(summary: dict[str, Any]) -> str:
+    """Whether the exact matches say anything: the best mean against always giving the commonest answer."""
+    best = max(statistics.mean(r["exact_match"]) for r in summary["methods"].values())
+    guess = summary["guess"]["exact_match"]
+    if best > 2 * guess:
+        return f"exact match: the best start reaches {100 * best:.1f}%, guessing {100 * guess:.1f}%"
+    return (
+        f"exact match says nothing here: no start gets well above always answering {summary['guess']['answer']} "
+        f"({100 * guess:.1f}%); in so few steps this student learns the form of the answers, not the sums"
+    )
+
+
 def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -246,6 +290,8 @@ def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         [name, "", f"{e['nll']:.3f}", f"{100 * e['exact_match']:.1f}%"]
         for name, e in zip(("student before training", "teacher"), one, strict=True)
     ]
+    guess = summary["guess"]
+    rows.append([f"always answering {guess['answer']}", "", "", f"{100 * guess['exact_match']:.1f}%"])
     for name, result in summary["methods"].items():
         matches = [100 * m for m in result["exact_match"]]
         rows.append(

@@ -144,13 +144,19 @@ def _best_window_torch(
     score: Tensor, rows: int, cols: int, row_step: int = 1, col_step: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Exact integer sums of every window, by prefix sums (their wrap-around cancels in the differences)."""
-    peak = score.max()
-    exponent = torch.frexp(peak.double()).exponent
+    exponent = torch.frexp(score.max().double()).exponent
     scale = torch.ldexp(torch.ones((), dtype=torch.float64, device=score.device), window_bits(rows, cols) - exponent)
-    quantized = (score.double() * scale).add_(0.5).floor_().long()
+    # A block of rows at a time, so that no fp64 copy of the scores exists.
+    height = max(1, _BLOCK_ELEMENTS // score.shape[1]) if score.device.type == "cpu" else score.shape[0]
+    blocks = ((part.double() * scale).add_(0.5).floor_() for part in score.split(height))
     if rows == score.shape[0]:
-        sums = quantized.sum(0, keepdim=True)
+        sums = torch.zeros(1, score.shape[1], dtype=torch.int64, device=score.device)
+        for block in blocks:
+            sums += block.long().sum(0)
     else:
+        quantized = torch.empty(score.shape, dtype=torch.int64, device=score.device)
+        for part, block in zip(quantized.split(height), blocks, strict=True):
+            part.copy_(block)
         sums = _sliding(quantized, rows, row_step, 0)
     sums = sums.sum(1, keepdim=True) if cols == score.shape[1] else _sliding(sums, cols, col_step, 1)
     flat = sums.flatten()
@@ -162,12 +168,15 @@ def _best_window_torch(
 
 
 def _sliding(values: Tensor, width: int, step: int, dim: int) -> Tensor:
-    prefix = values.cumsum(dim)
+    """Sums of `width` neighbours along `dim`; `values` is used up."""
+    prefix = values.cumsum_(dim)
     n = values.shape[dim]
-    upper = prefix.narrow(dim, width - 1, n - width + 1).clone()
-    upper.narrow(dim, 1, n - width).sub_(prefix.narrow(dim, 0, n - width))
-    index = torch.arange(0, n - width + 1, step, device=values.device)
-    return upper if step == 1 else upper.index_select(dim, index)
+    sums = torch.empty_like(prefix.narrow(dim, 0, n - width + 1))
+    sums.narrow(dim, 0, 1).copy_(prefix.narrow(dim, width - 1, 1))
+    torch.sub(
+        prefix.narrow(dim, width, n - width), prefix.narrow(dim, 0, n - width), out=sums.narrow(dim, 1, n - width)
+    )
+    return sums if step == 1 else sums.index_select(dim, torch.arange(0, n - width + 1, step, device=values.device))
 
 
 # --- which implementation runs --------------------------------------------------------------------------------------

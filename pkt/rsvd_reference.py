@@ -4,15 +4,18 @@
 
 Block Krylov (Musco & Musco, 2015), on the side of `a` that has the smaller basis (n ≥ m below; otherwise aᵀ is meant):
 
-    Q₀ = orth(Ω), Ω [m, l] random signs, l = min(rank + oversample rounded up to a multiple of 16, m)
+    Q₀ = orth(Ω), Ω [m, b] random signs
     Qⱼ₊₁ = orth(aᵀ a Qⱼ, against Q₀ … Qⱼ)            `iters` times
     Y = a K, K = [Q₀ … Q_iters];  the r best directions of a inside span(K) come from the eigenvectors of YᵀY.
 
+b is `rank`, or what gives K rank + oversample columns if that is more, rounded up to a multiple of 16: the earlier
+blocks are the oversampling, so a reading costs half of what subspace iteration's does, for a smaller error.
+
 One row block of `a` at a time is widened to fp32 and serves both products (Yⱼ = a Qⱼ and aᵀ Yⱼ), so an iteration reads
 `a` once; Y is kept, so choosing the directions reads it no more. Where K would be as wide as `a` itself
-(m ≤ l · (iters + 1)), K is the identity and the result exact.
-The CUDA extension iterates on the last block alone, K = Q_iters: the same readings, and an eigenproblem of l instead of
-l · (iters + 1), which on a GPU would take longer than the readings. It meets the same bounds with less to spare.
+(m ≤ b · (iters + 1)), K is the identity and the result exact.
+The CUDA extension keeps the last block alone, K = Q_iters with rank + oversample columns: the same readings, and no
+eigenproblem as wide as K, which on a GPU would take longer than the readings.
 Columns that turn out dependent (rank-deficient, zero or flat matrices) are replaced by new random ones: U and V are
 orthonormal always, and S is zero where there is nothing.
 
@@ -67,7 +70,7 @@ def rsvd(
         V, S, U, stats = rsvd(a.T, rank, oversample, iters, seed)
         return U, S, V, stats
     m = a.shape[1]
-    width = min((rank + oversample + 15) // 16 * 16, m)
+    width = min(_block_width(rank, oversample, iters), m)
     energy, scale = _energy_and_scale(a)
     if m <= width * (iters + 1):
         K = torch.eye(m, device=a.device)
@@ -92,6 +95,12 @@ def rsvd_batch(
     results = [rsvd(x, rank, oversample, iters, seed) for x in a]
     U, S, V, stats = ([result[i] for result in results] for i in range(4))
     return U, S, V, torch.stack(stats) if stats else torch.empty(0, 4)
+
+
+def _block_width(rank: int, oversample: int, iters: int) -> int:
+    """Wide enough for `rank` at every step, and for the whole basis to have rank + oversample columns."""
+    least = max(rank, -(-(rank + oversample) // (iters + 1)))
+    return -(-least // 16) * 16
 
 
 def _row_blocks(a: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
