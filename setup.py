@@ -43,18 +43,31 @@ def obstacle() -> str | None:
     return None
 
 
+def cuda_home() -> Path | None:
+    """A CUDA toolkit with a compiler and a runtime to link with; nvcc on the PATH may be a wrapper far from both."""
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    beside = [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    for home in map(Path, filter(None, [*named, *beside, "/usr/local/cuda"])):
+        runtime = any((home / folder / "libcudart.so").exists() for folder in ("lib64", "lib"))
+        if runtime and (home / "bin" / "nvcc").exists():
+            return home
+    return None
+
+
 def cuda_obstacle() -> str | None:
-    """Why the CUDA part cannot be built here, or None."""
+    """Why the CUDA part cannot be built here, or None; then CUDA_HOME is set."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return "this torch has no CUDA"
-    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        return "there is no nvcc"
-    release = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    home = cuda_home()
+    if home is None:
+        return "there is no nvcc with its runtime (set CUDA_HOME)"
+    release = subprocess.run([str(home / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
     if f"release {torch.version.cuda.split('.')[0]}." not in release:
         return f"nvcc is not of CUDA {torch.version.cuda}, which torch was built with"
+    os.environ["CUDA_HOME"] = str(home)
     return None
 
 
@@ -66,7 +79,7 @@ def extension(with_cuda: bool) -> Any:
     sources = [f"csrc/{name}.cpp" for name in CPU_SOURCES]
     if with_cuda:
         sources += [f"csrc/{name}.cu" for name in CUDA_SOURCES]
-        blackwell = "10.0" in torch.cuda.get_arch_list() or float(torch.version.cuda or 0) >= 12.8
+        blackwell = tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 8)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     return (CUDAExtension if with_cuda else CppExtension)(
@@ -88,7 +101,8 @@ def build_command(forced: bool) -> type:
             except Exception as error:
                 if forced:
                     raise
-                print(f"pkt: pkt._C was not built, the torch implementation serves instead: {error}", file=sys.stderr)
+                reason = str(error).splitlines()[0][:200]
+                print(f"pkt: pkt._C was not built, the torch implementation serves instead: {reason}", file=sys.stderr)
                 self.extensions = []  # nothing to copy into the package
 
     return BuildOrSayWhy

@@ -20,7 +20,8 @@ using Doubles = Aligned<double>;
 
 constexpr double kSafe = 0x1p60;  // ‖A‖²_F between 1/kSafe and kSafe: no product leaves fp32's range
 
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t padded(int64_t n) { return ceil_divide(n, kLanes) * kLanes; }
 
 template <class T>
 double exact_energy(const Matrix& a) {
@@ -44,7 +45,8 @@ class Svd {
  public:
   Svd(const Matrix& a, const Options& options, const Threads& threads, const CpuKernels& kernels)
       : a_(a), options_(options), threads_(threads), kernels_(kernels) {
-    width_ = std::min(padded(options.rank + options.oversample), a.m);
+    width_ = std::min(padded(std::max(options.rank, ceil_divide(options.rank + options.oversample, options.iters + 1))),
+                      a.m);
   }
 
   void run(const Factors& out) {
@@ -65,7 +67,8 @@ class Svd {
   Shares shares(int64_t rows) const { return {threads_, rows}; }
 
   // y = A q (its rows `ld_y` apart), and z_[0] = Aᵀ y if `both`. The first reading measures ‖A‖²_F.
-  void read(const float* q, int64_t ld_q, int64_t width, float* y, int64_t ld_y, bool both) {
+  void read(const Floats& q, float* y, int64_t ld_y, bool both) {
+    const int64_t width = q.width;
     const Shares rows = shares(a_.n);
     if (panels_.empty()) {
       panels_ = rows.matrices<float>(1, panel_floats(a_.m));
@@ -76,11 +79,8 @@ class Svd {
     std::vector<double> energy(rows.count());
     rows.run([&](int64_t i, int64_t begin, int64_t end) {
       if (both) z_[i].clear();
-      Pass pass{.a = a_.a, .dtype = a_.dtype, .row_begin = begin, .row_end = end, .m = a_.m};
-      pass.row_stride = a_.row_stride, pass.col_stride = a_.col_stride, pass.scale = scale_;
-      pass.q = q, pass.ld_q = ld_q, pass.width = width, pass.y = y, pass.ld_y = ld_y;
-      pass.z = both ? z_[i].row(0) : nullptr;
-      pass.panels = panels_[i].row(0), pass.block = blocks_[i].row(0), pass.want_energy = first;
+      float* z = both ? z_[i].row(0) : nullptr;
+      Pass pass{a_, begin, end, scale_, q.row(0), width, y, ld_y, z, panels_[i].row(0), blocks_[i].row(0), first};
       kernels_.pass(pass);
       energy[i] = pass.energy;
     });
@@ -97,7 +97,7 @@ class Svd {
     k_ = Floats(a_.m, width);
     y_ = Floats(a_.n, width);
     for (int64_t i = 0; i < a_.m; ++i) k_(i, i) = 1;
-    read(k_.row(0), width, width, y_.row(0), width, false);
+    read(k_, y_.row(0), width, false);
     return comfortable();
   }
 
@@ -105,21 +105,22 @@ class Svd {
     const int64_t basis = width_ * (options_.iters + 1);
     k_ = Floats(a_.m, basis);
     y_ = Floats(a_.n, basis);
+    const Floats q(a_.m, width_);  // the newest block by itself, for rows far apart share cache sets
     for (int64_t step = 0; step <= options_.iters; ++step) {
-      float* q = k_.row(0) + step * width_;
       shares(a_.m).run([&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           if (step == 0) {
-            philox_signs(options_.seed, i, 0, width_, q + i * basis);
+            philox_signs(options_.seed, i, 0, width_, q.row(i));
           } else {
-            std::copy_n(z_[0].row(i), width_, q + i * basis);
+            std::copy_n(z_[0].row(i), width_, q.row(i));
           }
         }
       });
       const Columns earlier{k_.row(0), basis, a_.m, step * width_, step * width_};
-      orthonormalize({q, basis, a_.m, width_, width_}, earlier, Dependent::of_block, options_.seed,
+      orthonormalize({q.row(0), width_, a_.m, width_, width_}, earlier, Dependent::of_block, options_.seed,
                      static_cast<uint32_t>(step + 1), nullptr, threads_, kernels_);
-      read(q, basis, width_, y_.row(0) + step * width_, basis, step < options_.iters);
+      for (int64_t i = 0; i < a_.m; ++i) std::copy_n(q.row(i), width_, k_.row(i) + step * width_);
+      read(q, y_.row(0) + step * width_, basis, step < options_.iters);
       if (step == 0 && !comfortable()) return false;
     }
     return true;

@@ -8,13 +8,6 @@
 
 namespace pkt {
 
-// A matrix with at least as many rows as columns, strides in entries; the caller transposes a wider one.
-struct Matrix {
-  const void* a;
-  Dtype dtype;
-  int64_t n, m, row_stride, col_stride;
-};
-
 struct Options {
   int64_t rank, oversample, iters, seed;
 };

@@ -12,21 +12,27 @@ namespace pkt {
 constexpr int64_t kRowBlock = 48, kRowBlockByColumns = 96, kColBlock = 240;
 constexpr int64_t kLanes = 16;  // every skinny matrix is a multiple of this wide, padded with zero columns
 
-// One reading of rows [row_begin, row_end) of A [., m]: y = A q, and z += Aᵀ y where z is given.
-struct Pass {
+// A matrix with at least as many rows as columns, strides in entries; the caller transposes a wider one.
+struct Matrix {
   const void* a;
   Dtype dtype;
-  int64_t row_begin, row_end, m, row_stride, col_stride;
+  int64_t n, m, row_stride, col_stride;
+};
+
+// One reading of rows [begin, end) of A: y = A q, and z += Aᵀ y where z is given.
+struct Pass {
+  Matrix a;
+  int64_t begin, end;
   float scale;     // A's entries are multiplied by it
-  const float* q;  // [m, width], rows ld_q apart
-  int64_t ld_q, width;
+  const float* q;  // [m, width]
+  int64_t width;
   float* y;  // row r of A goes to y + r · ld_y
   int64_t ld_y;
   float* z;       // [m rounded up to kColBlock, width] or null
   float* panels;  // scratch of panel_floats(m)
   float* block;   // scratch [kRowBlockByColumns, width]
   bool want_energy;
-  double energy;  // out: Σ of the widened entries' squares, if wanted
+  double energy = 0;  // out: Σ of the widened entries' squares, if wanted
 };
 
 constexpr int64_t panel_floats(int64_t m) { return (m + kColBlock - 1) / kColBlock * kColBlock * kRowBlockByColumns; }

@@ -47,6 +47,8 @@ struct Batch {
   Problem problem[kBatch];
 };
 
+static_assert(sizeof(Batch) <= 4000, "with the other arguments, it must fit into the 4 KiB of a launch");
+
 enum class Side { m, n };              // the rows of q, or of y
 enum class Source { product, basis };  // what is orthogonalized: the last big product, or q or y itself
 enum class Last { round, svd };        // what gram_kernel's last block does after the factorization
