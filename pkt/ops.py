@@ -450,7 +450,8 @@ def _check_rsvd(op: str, name: str, a: Tensor, rank: int, oversample: int, iters
     _require(a.ndim == 2, op, f"{name} must be a matrix, not {_shape(a)}")
     _require(a.dtype in _FLOATS[:3], op, f"{name} must be bf16, fp16 or fp32, not {_shape(a)}")
     _require(0 < rank <= min(a.shape), op, f"rank {rank} is not between 1 and min{tuple(a.shape)}, the shape of {name}")
-    _require(oversample >= 0 and iters >= 0, op, f"oversample {oversample} and iters {iters} must not be negative")
+    good = 0 <= oversample < 2**31 and 0 <= iters < 2**31
+    _require(good, op, f"oversample {oversample} and iters {iters} must be between 0 and 2**31 - 1")
 
 
 def rsvd(

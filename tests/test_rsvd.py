@@ -260,3 +260,10 @@ def test_philox_signs_are_the_published_generator() -> None:
     assert signs[0].tolist() == expected
     assert torch.equal(signs[:, :30], rsvd_reference.philox_signs(2, 30, 0, 0, torch.device("cpu")))
     assert abs(rsvd_reference.philox_signs(1000, 200, 7, 1, torch.device("cpu")).mean()) < 0.01
+
+
+@pytest.mark.skipif(ops.implementation("rsvd", "cpu")[0] != "C++", reason="pkt._C is not built")
+def test_a_basis_too_wide_for_its_eigenproblem_is_refused() -> None:
+    endless = torch.zeros(1, 1).expand(60_000, 50_000)
+    with pytest.raises(RuntimeError, match="a basis of 50000 columns is too wide"):
+        ops.rsvd(endless, 12_000)
