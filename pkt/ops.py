@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pkt.errors import PktError, PktWarning
 from pkt.rsvd_reference import rsvd as _rsvd_torch
+from pkt.rsvd_reference import rsvd_batch as _rsvd_batch_torch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of one block of a gradient on the CPU: 1 MiB of fp32 stays in a core's L2 while it is folded into the scores.
@@ -38,6 +39,10 @@ _lib.define(
 )
 _lib.define("best_window(Tensor score, int rows, int cols, int row_step=1, int col_step=1) -> (Tensor, Tensor)")
 _lib.define("rsvd(Tensor a, int rank, int oversample=16, int iters=4, int seed=0) -> (Tensor, Tensor, Tensor, Tensor)")
+_lib.define(
+    "rsvd_batch(Tensor[] a, int rank, int oversample=16, int iters=4, int seed=0) -> "
+    "(Tensor[], Tensor[], Tensor[], Tensor)"
+)
 
 
 # --- torch implementations ------------------------------------------------------------------------------------------
@@ -255,16 +260,23 @@ for _name, _function in _TORCH.items():
     _lib.impl(_name, _function, "CPU")
     _lib.impl(_name, _cuda(_name), "CUDA")
 
-_RSVD_KEYS = [k for k in ("CPU", "CUDA") if not torch._C._dispatch_has_kernel_for_dispatch_key("pkt::rsvd", k)]
-for _key in _RSVD_KEYS:
-    _lib.impl("rsvd", _rsvd_torch, _key)
+_RSVD: dict[str, Callable[..., Any]] = {"rsvd": _rsvd_torch, "rsvd_batch": _rsvd_batch_torch}
+# What pkt._C did not register when it was loaded.
+_RSVD_IN_TORCH = [
+    (name, key)
+    for name in _RSVD
+    for key in ("CPU", "CUDA")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pkt::{name}", key)
+]
+for _name, _key in _RSVD_IN_TORCH:
+    _lib.impl(_name, _RSVD[_name], _key)
 
 
 def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     """(which implementation `pkt::name` uses on that device, why), for `pkt env`."""
     device = torch.device(device)
-    if name == "rsvd":
-        if device.type.upper() not in _RSVD_KEYS:
+    if name in _RSVD:
+        if (name, device.type.upper()) not in _RSVD_IN_TORCH:
             return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
@@ -298,8 +310,16 @@ def _fake_rsvd(
     return empty(n, rank), empty(rank), empty(m, rank), empty(4)
 
 
+def _fake_rsvd_batch(
+    a: Sequence[Tensor], rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    U, S, V, _ = ([result[i] for result in map(functools.partial(_fake_rsvd, rank=rank), a)] for i in range(4))
+    return U, S, V, a[0].new_empty(len(a), 4, dtype=torch.float32)
+
+
 torch.library.register_fake("pkt::best_window", _fake_best_window, lib=_lib)
 torch.library.register_fake("pkt::rsvd", _fake_rsvd, lib=_lib)
+torch.library.register_fake("pkt::rsvd_batch", _fake_rsvd_batch, lib=_lib)
 
 
 # --- checked entry points -------------------------------------------------------------------------------------------
@@ -426,6 +446,13 @@ def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step
     return offset, total
 
 
+def _check_rsvd(op: str, name: str, a: Tensor, rank: int, oversample: int, iters: int) -> None:
+    _require(a.ndim == 2, op, f"{name} must be a matrix, not {_shape(a)}")
+    _require(a.dtype in _FLOATS[:3], op, f"{name} must be bf16, fp16 or fp32, not {_shape(a)}")
+    _require(0 < rank <= min(a.shape), op, f"rank {rank} is not between 1 and min{tuple(a.shape)}, the shape of {name}")
+    _require(oversample >= 0 and iters >= 0, op, f"oversample {oversample} and iters {iters} must not be negative")
+
+
 def rsvd(
     a: Tensor, rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -434,10 +461,25 @@ def rsvd(
     bf16, fp16 or fp32, any strides: a view is neither copied nor widened as a whole. Returns fp32 U [n, rank], S [rank],
     V [m, rank] and stats [4] (`pkt.rsvd_reference` gives its layout), all on `a`'s device, the same bytes for the same seed.
     """
-    op = "rsvd"
-    _require(a.ndim == 2, op, f"needs a matrix, not {_shape(a)}")
-    _require(a.dtype in _FLOATS[:3], op, f"needs bf16, fp16 or fp32, not {_shape(a)}")
-    _require(0 < rank <= min(a.shape), op, f"rank {rank} is not between 1 and min{tuple(a.shape)}")
-    _require(oversample >= 0 and iters >= 0, op, f"oversample {oversample} and iters {iters} must not be negative")
+    _check_rsvd("rsvd", "a", a, rank, oversample, iters)
     u, s, v, stats = torch.ops.pkt.rsvd(a, rank, oversample, iters, seed)
+    return u, s, v, stats
+
+
+def rsvd_batch(
+    a: Sequence[Tensor], rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """`rsvd` of each matrix, of whatever shapes and dtypes, on one device: lists of U, S and V, and stats [len(a), 4].
+
+    On the CPU the bytes of `rsvd` one by one; on a GPU the matrices share the small kernels' launches.
+    """
+    op = "rsvd_batch"
+    for i, matrix in enumerate(a):
+        _check_rsvd(op, f"a[{i}]", matrix, rank, oversample, iters)
+        _require(
+            matrix.device == a[0].device, op, f"a[{i}] is on {matrix.device}, a[0] on {a[0].device}; move them to one"
+        )
+    if not a:
+        return [], [], [], torch.empty(0, 4)
+    u, s, v, stats = torch.ops.pkt.rsvd_batch(list(a), rank, oversample, iters, seed)
     return u, s, v, stats

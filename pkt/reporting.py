@@ -201,6 +201,7 @@ def environment() -> dict[str, Any]:
         "embedding_sensitivity_",
         "best_window",
         "rsvd",
+        "rsvd_batch",
     ):
         for device in devices:
             used, why = ops.implementation(op, device)

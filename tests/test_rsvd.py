@@ -242,9 +242,7 @@ def test_any_shape_stride_and_dtype(
 
 @pytest.mark.parametrize("implementation", ["registered", "torch"])
 def test_the_batch_is_each_matrix_by_itself(implementation: str) -> None:
-    if implementation == "registered" and not hasattr(torch.ops.pkt, "rsvd_batch"):
-        pytest.skip("pkt::rsvd_batch is not defined")
-    batch_rsvd = torch.ops.pkt.rsvd_batch if implementation == "registered" else rsvd_reference.rsvd_batch
+    batch_rsvd = ops.rsvd_batch if implementation == "registered" else rsvd_reference.rsvd_batch
     shapes = [(120, 300), (300, 120), (120, 300), (5, 3), (400, 380)]
     batch = [gaussian(n, m, seed=i).to(torch.bfloat16) for i, (n, m) in enumerate(shapes)]
     U, S, V, stats = batch_rsvd(batch, 3, 16, 4, 0)
