@@ -26,7 +26,6 @@ test-slow: $(STAMP)
 	$(PIP) -c constraints.txt -e ".[clients]"
 	$(PIP) --no-build-isolation --no-deps -e .
 	$(BIN)/python -m pytest -m "slow and not gpu"
-	$(BIN)/python -m pytest tests/test_injection.py -k quantized
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

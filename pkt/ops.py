@@ -27,6 +27,7 @@ _BLOCK_ELEMENTS = 1 << 18
 
 _lib = torch.library.Library("pkt", "DEF")
 _lib.define("abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad) -> ()")
+_lib.define("abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad) -> ()")
 _lib.define(
     "linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
 )
@@ -64,6 +65,11 @@ def _abs_accumulate_torch(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
     rows = max(1, _BLOCK_ELEMENTS * acc.shape[0] // max(1, acc.numel()))
     for a, t, g in zip(acc.split(rows), theta.split(rows), grad.split(rows), strict=True):
         a += (t.to(work) * g.to(work)).abs_()
+
+
+def _abs_accumulate_many_torch(acc: list[Tensor], theta: list[Tensor], grad: list[Tensor]) -> None:
+    for one in zip(acc, theta, grad, strict=True):
+        _abs_accumulate_torch(*one)
 
 
 def _abs_gradient_blocks(x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, row_multiple: int) -> Any:
@@ -205,6 +211,7 @@ _extension = _import_extension()
 
 _TRITON: dict[str, tuple[str, str]] = {
     "abs_accumulate_": ("abs_accumulate", "abs_accumulate"),
+    "abs_accumulate_many_": ("abs_accumulate", "abs_accumulate_many"),
     "linear_sensitivity_": ("linear_sensitivity", "linear_sensitivity"),
     "linear_sensitivity_tiles_": ("linear_sensitivity", "linear_sensitivity_tiles"),
     "embedding_sensitivity_": ("embedding_sensitivity", "embedding_sensitivity"),
@@ -212,6 +219,7 @@ _TRITON: dict[str, tuple[str, str]] = {
 }
 _TORCH: dict[str, Callable[..., Any]] = {
     "abs_accumulate_": _abs_accumulate_torch,
+    "abs_accumulate_many_": _abs_accumulate_many_torch,
     "linear_sensitivity_": _linear_sensitivity_torch,
     "linear_sensitivity_tiles_": _linear_sensitivity_tiles_torch,
     "embedding_sensitivity_": _embedding_sensitivity_torch,
@@ -235,18 +243,20 @@ def _no_triton(device_index: int) -> str | None:
 def _cuda(name: str) -> Callable[..., Any]:
     module, attribute = _TRITON[name]
 
-    def launch(first: Tensor, *args: Any) -> Any:
-        reason = _no_triton(first.device.index or 0)
+    def launch(*args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        device = tensors[0].device
+        reason = _no_triton(device.index or 0)
         if reason is not None:
             _warn_once(reason)
-        elif not any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (first, *args)):
+        elif not any(t.dtype == torch.float64 for t in tensors):
             kernel = getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
             try:
-                with torch.cuda.device(first.device):
-                    return kernel(first, *args)
+                with torch.cuda.device(device):
+                    return kernel(*args)
             except ValueError as error:  # a tile the fused kernel has no form for
                 _warn_once(str(error))
-        return _TORCH[name](first, *args)
+        return _TORCH[name](*args)
 
     return launch
 
@@ -292,7 +302,13 @@ def _fake_nothing(*args: Any) -> None:
     return None
 
 
-for _name in ("abs_accumulate_", "linear_sensitivity_", "linear_sensitivity_tiles_", "embedding_sensitivity_"):
+for _name in (
+    "abs_accumulate_",
+    "abs_accumulate_many_",
+    "linear_sensitivity_",
+    "linear_sensitivity_tiles_",
+    "embedding_sensitivity_",
+):
     torch.library.register_fake(f"pkt::{_name}", _fake_nothing, lib=_lib)
 
 
@@ -374,6 +390,20 @@ def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
     same = acc.shape == theta.shape == grad.shape
     _require(same, "abs_accumulate_", f"shapes differ: acc {_shape(acc)}, theta {_shape(theta)}, grad {_shape(grad)}")
     torch.ops.pkt.abs_accumulate_(acc, theta, grad)
+
+
+def abs_accumulate_many_(acc: Sequence[Tensor], theta: Sequence[Tensor], grad: Sequence[Tensor]) -> None:
+    """`abs_accumulate_` for every (acc, theta, grad): on a GPU one launch for a list of small parameters."""
+    op = "abs_accumulate_many_"
+    _require(
+        len(acc) == len(theta) == len(grad), op, f"lists of {len(acc)}, {len(theta)} and {len(grad)} tensors differ"
+    )
+    for a, t, g in zip(acc, theta, grad, strict=True):
+        _check_scores(op, a, theta=t, grad=g)
+        same = a.shape == t.shape == g.shape and a.device == acc[0].device
+        _require(same, op, f"shapes or devices differ: acc {_shape(a)}, theta {_shape(t)}, grad {_shape(g)}")
+    if acc:
+        torch.ops.pkt.abs_accumulate_many_(list(acc), list(theta), list(grad))
 
 
 def _check_linear(

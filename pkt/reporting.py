@@ -196,6 +196,7 @@ def environment() -> dict[str, Any]:
     table = []
     for op in (
         "abs_accumulate_",
+        "abs_accumulate_many_",
         "linear_sensitivity_",
         "linear_sensitivity_tiles_",
         "embedding_sensitivity_",

@@ -68,6 +68,7 @@ from pkt.storage import (
     os_errors,
     read_json,
     sha256,
+    sweep_scratch,
     write_json,
     write_tensors,
 )
@@ -405,6 +406,7 @@ class Job:
         for task, (name, extraction) in enumerate(extractions.items()):
             target = out / name if name else out
             if force or not self.several or not self.finished_one(target, name):
+                sweep_scratch(target)
                 extraction.save(target, force=force)
             if folder.scores_file(task).is_file():
                 with os_errors(f"writing {target / SCORES}"):

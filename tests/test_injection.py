@@ -320,6 +320,7 @@ def test_save_residual_is_for_residual(student_folder: Path, ext: Any, tmp_path:
         write_injected(student_folder, tmp_path / "ext", tmp_path / "start", save_residual=tmp_path / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_student(tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install pkt-transfer[clients])")

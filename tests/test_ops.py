@@ -79,6 +79,22 @@ def test_abs_accumulate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert oracle.relative_error(acc, expected) < 1e-6
 
 
+def test_abs_accumulate_many_is_abs_accumulate_of_each() -> None:
+    thetas = [torch.randn(s).to(d) for s, d in [((7,), torch.float32), ((3, 5), torch.bfloat16), ((0,), torch.float32)]]
+    grads = [torch.randn(t.shape) for t in thetas]
+    accs, expected = [torch.rand(t.shape) for t in thetas], []
+    for acc, theta, grad in zip(accs, thetas, grads, strict=True):
+        expected.append(acc.clone())
+        ops.abs_accumulate_(expected[-1], theta, grad)
+    ops.abs_accumulate_many_(accs, thetas, grads)
+    assert all(map(torch.equal, accs, expected))
+    ops.abs_accumulate_many_([], [], [])
+    with pytest.raises(pkt.PktError, match="lists of 3, 3 and 2 tensors differ"):
+        ops.abs_accumulate_many_(accs, thetas, grads[:2])
+    with pytest.raises(pkt.PktError, match=r"shapes or devices differ: acc \[7\]"):
+        ops.abs_accumulate_many_(accs, thetas[::-1], grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding_sensitivity_sums_duplicates_within_a_sample_first(dtype: torch.dtype) -> None:
     ids = torch.tensor([4, 4, 2, 0, 4, 2, 9])
@@ -97,6 +113,9 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
     w, x, dy, starts, lens = case([3, 4], 6, 5, torch.float32)
     check = torch.library.opcheck
     check(torch.ops.pkt.abs_accumulate_.default, (torch.zeros(6, 5), w, w))
+    check(
+        torch.ops.pkt.abs_accumulate_many_.default, ([torch.zeros(6, 5), torch.zeros(3)], [w, w[0, :3]], [w, w[1, :3]])
+    )
     check(torch.ops.pkt.linear_sensitivity_.default, (torch.zeros(6, 5), w, x, dy, starts, lens))
     check(torch.ops.pkt.linear_sensitivity_tiles_.default, (torch.zeros(3, 3), w, x, dy, starts, lens, 2))
     check(
