@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q
 
 .PHONY: demo test test-slow lint types arrows real bench clean
 
-$(STAMP): pyproject.toml constraints.txt setup.py
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e ".[dev]" setuptools wheel
