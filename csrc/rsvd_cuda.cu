@@ -101,8 +101,7 @@ Workspace prepare(const Tensor& matrix, const Options& options, const Result& re
   p.operand_m = work.operand_m.mutable_data_ptr(), p.operand_n = work.operand_n.mutable_data_ptr();
   p.q = floats(m * l), p.y = floats(n * l);
   p.partial = doubles(std::max<int64_t>(pkt::kGramBlocks * l8 * l8, pkt::kEnergyBlocks));
-  // Whether it is used depends on the widest problem of the batch, which has `columns` at most.
-  p.small = pkt::small_doubles(columns) * sizeof(double) > shared_limit ? doubles(pkt::small_doubles(l)) : nullptr;
+  p.small = pkt::small_may_be_global(columns, shared_limit) ? doubles(pkt::small_doubles(l)) : nullptr;
   p.total = doubles(2 * l * l);
   p.apply = floats(l * l), p.apply_v = floats(l * l), p.scale = floats(2), p.energy = doubles(1);
   Tensor& counter = work.others.emplace_back(empty(a, {1}, ScalarType::Int));
