@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from pkt import ops
 from pkt.errors import PktError
 from pkt.models import HEAD_COLUMNS, HEAD_ROWS, Kind, ModelSpec, Target, spec_of
 from pkt.scoring import Sensitivity
@@ -189,7 +189,7 @@ def plan(
             seed=seed,
             name=target.module,
         )
-        caught, whole = _caught(score, region, sens.tile), score.sum(dtype=torch.float64).item()
+        caught, whole = _caught(score, region, sens.tile), ops.double_sum(score).item()
         entries.append(
             Entry(source.module, target.module, region, caught, caught / whole if whole else 0.0, target.kind)
         )
@@ -342,9 +342,9 @@ def _score_of(sens: Sensitivity, source: Target, teacher: ModelSpec) -> Tensor:
 
 def _caught(score: Tensor, region: Region, tile: int | None) -> float:
     if tile is None:
-        return region.cut(score).sum(dtype=torch.float64).item()
+        return ops.double_sum(region.cut(score)).item()
     rows, cols = (tuple((a // tile, -(-b // tile)) for a, b in axis) for axis in (region.rows, region.cols))
-    return Region(region.shape, rows, cols).cut(score).sum(dtype=torch.float64).item()
+    return ops.double_sum(Region(region.shape, rows, cols).cut(score)).item()
 
 
 def _layer_shares(entries: list[Entry], student: ModelSpec, chosen: list[int], scores: list[float]) -> list[float]:
