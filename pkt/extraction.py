@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.factorization import Split, check_rank, factorize
+from pkt.factorization import Split, check_rank, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
 from pkt.planning import TransferPlan
 from pkt.progress import bar
@@ -145,7 +146,7 @@ def extract(
     """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (METHOD, section 4).
 
     rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
-    max_rank. A checkpoint is read one matrix at a time. Raises `PktError` naming the module for a rank above its size and for
+    max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for
     weights that are not finite.
     """
     spec = spec_of(teacher)
@@ -155,18 +156,21 @@ def extract(
     pairs: dict[str, Pair] = {}
     energies: dict[str, float] = {}
     with bar("factorizing", len(plan.entries) if progress else 0, unit="matrices") as advance:
-        for done, entry in enumerate(plan.entries, 1):
-            source = sources[entry.source]
-            region = entry.region.cut(source.oriented(weights[source.parameter]))
-            # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-            matrix = region.t() if entry.kind == "embedding" else region
-            factors = factorize(
-                matrix, rank, max_rank=max_rank, energy=energy, split=split, seed=seed, name=entry.source
-            )
-            pairs[entry.target] = Pair(factors.A, factors.B, entry.kind)
-            energies[entry.target] = factors.energy
+        for _, group in itertools.groupby(plan.entries, lambda entry: sources[entry.source].layer):
+            entries = list(group)
+            matrices = []
+            for entry in entries:
+                source = sources[entry.source]
+                region = entry.region.cut(source.oriented(weights[source.parameter]))
+                # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
+                matrices.append(region.t() if entry.kind == "embedding" else region)
+            names = [entry.source for entry in entries]
+            found = factorize_all(matrices, names, rank, max_rank=max_rank, energy=energy, split=split, seed=seed)
+            for entry, factors in zip(entries, found, strict=True):
+                pairs[entry.target] = Pair(factors.A, factors.B, entry.kind)
+                energies[entry.target] = factors.energy
             if progress:
-                advance(done)
+                advance(len(pairs))
     details = {
         "factorization": {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
         "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},

@@ -399,6 +399,7 @@ class Scorer:
         self.uses: dict[str, int] = defaultdict(int)
         self.delivered: set[str] = set()
         self.pending: dict[str, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
+        self.dense: list[tuple[Tensor, Tensor, Tensor]] = []
         self.sums: list[tuple[str, Tensor]] = []
         self.peak: Tensor | None = None
 
@@ -658,9 +659,11 @@ class Scorer:
     def _accumulate(self, kind: str, name: str, saved: Tensor, dy: Tensor) -> None:
         parameter = self.parameters[name].detach()
         if kind == "dense":
-            acc = self._accumulator(name)
-            for grad in dy:
-                self._add_abs(acc, parameter, grad)
+            acc, total = self._accumulator(name), dy.abs().sum(0)
+            if acc.shape == parameter.shape:
+                self.dense.append((acc, parameter, total))
+            else:
+                self._add_abs(acc, parameter, total)
             return
         layout = self._rows(dy)
         if layout is None:
@@ -695,7 +698,14 @@ class Scorer:
         acc += ops.tile_sums(whole, self.tile)
 
     def _flush(self) -> None:
-        """Parameters used more than once: the sum of a sample's uses comes before the absolute value."""
+        """What waits for the end of a batch: vectors, all at once, and parameters used more than once.
+
+        Of the latter the sum of a sample's uses comes before the absolute value.
+        """
+        if self.dense:
+            accs, parameters, grads = zip(*self.dense, strict=True)
+            ops.abs_accumulate_many_(accs, parameters, grads)
+            self.dense.clear()
         for name, uses in self.pending.items():
             parameter = self.parameters[name].detach()
             acc = self._accumulator(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -80,6 +81,13 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
                 os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep_scratch(out: Path) -> None:
+    """Remove the scratch folders that killed writers of `out` left; only for who holds `out` against other writers."""
+    for entry in out.absolute().parent.glob(f".{glob.escape(out.name)}.????????"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from pkt import ops
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract, versions
-from pkt.factorization import Split, check_rank, factorize
+from pkt.factorization import Split, check_rank, factorize_all
 from pkt.models import (
     ModelSpec,
     Target,
@@ -68,6 +68,7 @@ from pkt.storage import (
     os_errors,
     read_json,
     sha256,
+    sweep_scratch,
     write_json,
     write_tensors,
 )
@@ -405,6 +406,7 @@ class Job:
         for task, (name, extraction) in enumerate(extractions.items()):
             target = out / name if name else out
             if force or not self.several or not self.finished_one(target, name):
+                sweep_scratch(target)
                 extraction.save(target, force=force)
             if folder.scores_file(task).is_file():
                 with os_errors(f"writing {target / SCORES}"):
@@ -460,7 +462,6 @@ class Harvest:
         """Choose and factorize what this part gives to the student."""
         sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
         record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
         wanted = self._wanted(key, scores)
         groups = {group for group, _, _ in wanted}
         for group, source, target in wanted:
@@ -476,15 +477,15 @@ class Harvest:
             )
             caught, whole = _caught(score, region, None), sums[source.parameter]
             name = f"{group}/{target.suffix}"
-            record["entries"][name] = entry = {
+            record["entries"][name] = {
                 "source": source.module,
                 "region": region.to_json(),
                 "score": caught,
                 "share": caught / whole if whole else 0.0,
                 "kind": target.kind,
             }
-            if len(groups) == 1 or not self.ranked:
-                factors[name], entry["energy"] = self._factorize(entry, weight)
+        at_once = len(groups) == 1 or not self.ranked
+        factors = self._factorize(record["entries"], weight) if at_once else {}
         self.records[key], self.factors[key] = record, factors
         if isinstance(key, int) and self.ranked:
             self._forget_losers()
@@ -506,13 +507,20 @@ class Harvest:
                     wanted.append((group, source, target))
         return wanted
 
-    def _factorize(self, entry: dict[str, Any], weight: Callable[[str], Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
-        source = self.sources[entry["source"]]
-        region = Region.from_json(entry["region"]).cut(source.oriented(weight(source.parameter)))
-        # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-        matrix = region.t() if entry["kind"] == "embedding" else region
-        found = factorize(matrix, **self.factorization, name=source.module)
-        return (found.A.cpu(), found.B.cpu()), found.energy
+    def _factorize(
+        self, entries: dict[str, dict[str, Any]], weight: Callable[[str], Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B for each entry of one part, whose energies are filled in."""
+        matrices = []
+        for entry in entries.values():
+            source = self.sources[entry["source"]]
+            region = Region.from_json(entry["region"]).cut(source.oriented(weight(source.parameter)))
+            # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
+            matrices.append(region.t() if entry["kind"] == "embedding" else region)
+        found = factorize_all(matrices, [entry["source"] for entry in entries.values()], **self.factorization)
+        for entry, factors in zip(entries.values(), found, strict=True):
+            entry["energy"] = factors.energy
+        return {name: (factors.A.cpu(), factors.B.cpu()) for name, factors in zip(entries, found, strict=True)}
 
     def _best(self) -> list[int]:
         scored = sorted(
@@ -547,9 +555,8 @@ class Harvest:
             late = sorted({n for k, n in place_of.values() if k == key and n not in self.factors[key]})
             if late:
                 with weights_of(key) as weight:
-                    for name in late:
-                        entry = self.records[key]["entries"][name]
-                        self.factors[key][name], entry["energy"] = self._factorize(entry, weight)
+                    waiting = {name: self.records[key]["entries"][name] for name in late}
+                    self.factors[key].update(self._factorize(waiting, weight))
         entries, pairs, energies = [], {}, {}
         for _, target in self.pairs:
             key, name = place_of[target.module]

@@ -147,7 +147,7 @@ def test_help_version_and_env() -> None:
         assert run(command, "--help")
     assert pkt.__version__ in run("--version")
     found = json.loads(run("env", "--json"))
-    assert {row["op"] for row in found["ops"]} >= {"pkt::linear_sensitivity_", "pkt::rsvd"}
+    assert {row["op"] for row in found["ops"]} >= {"pkt::linear_sensitivity_", "pkt::rsvd", "pkt::rsvd_batch"}
     assert "pkt::best_window" in run("env")
 
 
