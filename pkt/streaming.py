@@ -1547,8 +1547,8 @@ def plan_memory(
         part = functools.partial(_largest_part, sizes, lengths, widest, device, in_memory, select, rank)
         always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize + rows}
         if on_cpu:
-            shape = min(_PER_SHAPE, sizes.layer * item) if item == 2 else 0
-            always["libraries"] = min(_LIBRARIES, sizes.layer * 4) + shape * len(set(shapes))
+            kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
+            always["libraries"] = kept if item == 2 else min(_LIBRARIES, sizes.layer * 4)
         fixed, with_waiting = {**part(0), **always}, {**part(waiting), **always}
         needed = sum(fixed.values())
         smallest = needed

@@ -50,12 +50,12 @@ from pkt.models import (
 from pkt.planning import (
     Entry,
     TransferPlan,
-    _caught,
-    _layer_shares,
-    _steps,
+    caught_by,
     check_options,
+    layer_shares_of,
     pair_targets,
     plan,
+    steps_of,
 )
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
@@ -471,11 +471,11 @@ class Harvest:
                 source.shape,
                 target.shape,
                 self.options["select"],
-                steps=_steps(source, target, self.teacher) if self.options["align_heads"] else (1, 1),
+                steps=steps_of(source, target, self.teacher) if self.options["align_heads"] else (1, 1),
                 seed=self.options["seed"],
                 name=target.module,
             )
-            caught, whole = _caught(score, region, None), sums[source.parameter]
+            caught, whole = caught_by(score, region, None), sums[source.parameter]
             name = f"{group}/{target.suffix}"
             record["entries"][name] = {
                 "source": source.module,
@@ -573,7 +573,7 @@ class Harvest:
             student=self.student.identity(),
             options=self.options,
             layer_scores=layer_scores,
-            layer_shares=_layer_shares(entries, self.student, chosen, layer_scores),
+            layer_shares=layer_shares_of(entries, self.student, chosen, layer_scores),
             notes=self.notes,
         )
         return made, pairs, energies
