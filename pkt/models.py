@@ -126,7 +126,7 @@ def plain_head(model: Any) -> tuple[nn.Linear, nn.Module] | None:
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
         return None
     head, below = model.get_output_embeddings(), model.base_model
-    if below is model or type(head) is not nn.Linear or head.bias is not None:
+    if below is model or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return None
     config = getattr(model, "config", None)
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS):
