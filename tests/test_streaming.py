@@ -497,7 +497,8 @@ def peak_of(teacher: Path, student: Path, tiny: Path, limit: int, *, streamed: b
         **{"count": 4, "longest": 20, **rows},
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
     return [int(word) for word in done.stdout.splitlines()[-1].split()]
 
 
