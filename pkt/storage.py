@@ -103,7 +103,8 @@ def atomic_file(out: str | Path) -> Iterator[Path]:
             yield scratch
             os.replace(scratch, out)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def _umask() -> int:
