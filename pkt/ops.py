@@ -287,28 +287,32 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"pkt uses its torch implementations on this GPU: {reason}", PktWarning, stacklevel=4)
 
 
-for _name, _function in _TORCH.items():
-    _lib.impl(_name, _function, "CPU")
-    _lib.impl(_name, _cuda(_name), "CUDA")
-
 _RSVD: dict[str, Callable[..., Any]] = {"rsvd": _rsvd_torch, "rsvd_batch": _rsvd_batch_torch}
-# What pkt._C did not register when it was loaded.
-_RSVD_IN_TORCH = [
-    (name, key)
-    for name in _RSVD
-    for key in ("CPU", "CUDA")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pkt::{name}", key)
-]
-for _name, _key in _RSVD_IN_TORCH:
-    _lib.impl(_name, _RSVD[_name], _key)
+
+
+def _register() -> set[tuple[str, str]]:
+    """Register what pkt._C did not when it was loaded; returns what it did, as (op, dispatch key)."""
+    compiled = set()
+    for name in (*_TORCH, *_RSVD):
+        for key in ("CPU", "CUDA"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"pkt::{name}", key):
+                compiled.add((name, key))
+            elif name in _RSVD:
+                _lib.impl(name, _RSVD[name], key)
+            else:
+                _lib.impl(name, _TORCH[name] if key == "CPU" else _cuda(name), key)
+    return compiled
+
+
+_COMPILED = _register()
 
 
 def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     """(which implementation `pkt::name` uses on that device, why), for `pkt env`."""
     device = torch.device(device)
-    if name in _RSVD:
-        if (name, device.type.upper()) not in _RSVD_IN_TORCH:
-            return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
+    if (name, device.type.upper()) in _COMPILED:
+        return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
+    if name in _RSVD or (name == "best_window" and device.type == "cpu"):
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
         reason = _no_triton(device.index or 0)
@@ -493,7 +497,7 @@ def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step
     n, m = score.shape
     _require(0 < rows <= n and 0 < cols <= m, op, f"a {rows} x {cols} window does not fit in {n} x {m}")
     _require(row_step > 0 and col_step > 0, op, f"steps must be positive, not {row_step} and {col_step}")
-    offset, total = torch.ops.pkt.best_window(score, rows, cols, row_step, col_step)
+    offset, total = torch.ops.pkt.best_window(score.float(), rows, cols, row_step, col_step)
     return offset, total
 
 
