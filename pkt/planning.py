@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from pkt import ops
 from pkt.errors import PktError
 from pkt.models import HEAD_COLUMNS, HEAD_ROWS, Kind, ModelSpec, Target, spec_of
 from pkt.scoring import Sensitivity
@@ -185,11 +185,11 @@ def plan(
             target.shape,
             select,
             tile=sens.tile,
-            steps=_steps(source, target, teacher_spec) if align_heads else (1, 1),
+            steps=steps_of(source, target, teacher_spec) if align_heads else (1, 1),
             seed=seed,
             name=target.module,
         )
-        caught, whole = _caught(score, region, sens.tile), score.sum(dtype=torch.float64).item()
+        caught, whole = caught_by(score, region, sens.tile), ops.double_sum(score).item()
         entries.append(
             Entry(source.module, target.module, region, caught, caught / whole if whole else 0.0, target.kind)
         )
@@ -201,7 +201,7 @@ def plan(
         student=student_spec.identity(),
         options=options,
         layer_scores=layer_scores,
-        layer_shares=_layer_shares(entries, student_spec, chosen, layer_scores),
+        layer_shares=layer_shares_of(entries, student_spec, chosen, layer_scores),
         notes=notes,
     )
 
@@ -289,7 +289,7 @@ def pair_targets(
                     f"{target.module} {list(target.shape)}: {source.module} is only {list(source.shape)} ({', '.join(small)})"
                 )
                 break
-            step = _steps(source, target, teacher)
+            step = steps_of(source, target, teacher)
             if align_heads and any(size % s for size, s in zip(target.shape, step, strict=True)):
                 faults.append(
                     f"{target.module} {list(target.shape)}: not a whole number of the teacher's heads of {max(step)}"
@@ -320,7 +320,7 @@ def _in_layer(spec: ModelSpec, template: Target, layer: int) -> str:
     return f"{spec.layers}.{layer}.{template.suffix}"
 
 
-def _steps(source: Target, target: Target, teacher: ModelSpec) -> tuple[int, int]:
+def steps_of(source: Target, target: Target, teacher: ModelSpec) -> tuple[int, int]:
     """Offsets that never cut a head: rows of q, k and v and columns of o; an axis of equal length is not cut at all."""
     head = teacher.head_dim or 1
     rows = head if source.role in HEAD_ROWS and source.shape[0] != target.shape[0] else 1
@@ -340,14 +340,14 @@ def _score_of(sens: Sensitivity, source: Target, teacher: ModelSpec) -> Tensor:
     return source.oriented(sens[name])
 
 
-def _caught(score: Tensor, region: Region, tile: int | None) -> float:
+def caught_by(score: Tensor, region: Region, tile: int | None) -> float:
     if tile is None:
-        return region.cut(score).sum(dtype=torch.float64).item()
+        return ops.double_sum(region.cut(score)).item()
     rows, cols = (tuple((a // tile, -(-b // tile)) for a, b in axis) for axis in (region.rows, region.cols))
-    return Region(region.shape, rows, cols).cut(score).sum(dtype=torch.float64).item()
+    return ops.double_sum(Region(region.shape, rows, cols).cut(score)).item()
 
 
-def _layer_shares(entries: list[Entry], student: ModelSpec, chosen: list[int], scores: list[float]) -> list[float]:
+def layer_shares_of(entries: list[Entry], student: ModelSpec, chosen: list[int], scores: list[float]) -> list[float]:
     """Of each chosen teacher layer's whole sensitivity, the share inside the regions."""
     if not scores:
         return []

@@ -49,12 +49,12 @@ from pkt.models import (
 from pkt.planning import (
     Entry,
     TransferPlan,
-    _caught,
-    _layer_shares,
-    _steps,
+    caught_by,
     check_options,
+    layer_shares_of,
     pair_targets,
     plan,
+    steps_of,
 )
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
@@ -461,7 +461,7 @@ class Harvest:
 
     def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         """Choose and factorize what this part gives to the student."""
-        sums = {name: score.sum(dtype=torch.float64).item() for name, score in scores.items()}
+        sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
         record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
         wanted = self._wanted(key, scores)
         groups = {group for group, _, _ in wanted}
@@ -472,11 +472,11 @@ class Harvest:
                 source.shape,
                 target.shape,
                 self.options["select"],
-                steps=_steps(source, target, self.teacher) if self.options["align_heads"] else (1, 1),
+                steps=steps_of(source, target, self.teacher) if self.options["align_heads"] else (1, 1),
                 seed=self.options["seed"],
                 name=target.module,
             )
-            caught, whole = _caught(score, region, None), sums[source.parameter]
+            caught, whole = caught_by(score, region, None), sums[source.parameter]
             name = f"{group}/{target.suffix}"
             record["entries"][name] = {
                 "source": source.module,
@@ -574,7 +574,7 @@ class Harvest:
             student=self.student.identity(),
             options=self.options,
             layer_scores=layer_scores,
-            layer_shares=_layer_shares(entries, self.student, chosen, layer_scores),
+            layer_shares=layer_shares_of(entries, self.student, chosen, layer_scores),
             notes=self.notes,
         )
         return made, pairs, energies
@@ -659,6 +659,8 @@ class Runner:
             device=job.device,
             batch_size=job.batch_size,
             in_memory=teacher.source is None,
+            select=job.options["select"],
+            rank=job.factorization["rank" if job.factorization["energy"] is None else "max_rank"],
             scratch_free=shutil.disk_usage(self.activations).free,
             device_memory=self.limits["device_memory"],
             host_memory=self.limits["host_memory"],
