@@ -13,7 +13,7 @@ from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.factorization import Split, check_rank, factorize
 from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
-from pkt.planning import TransferPlan
+from pkt.planning import Entry, TransferPlan, assemble
 from pkt.progress import bar
 from pkt.storage import MANIFEST, atomic_folder, read_json, write_json
 from pkt.version import __version__
@@ -122,10 +122,10 @@ def check_extraction(
     faults = []
     for entry in plan.entries:
         source = sources.get(entry.source)
-        if source is None:
+        if source is None or (entry.expert is None) == bool(source.experts):
             faults.append(f"{entry.source}: the teacher has no such matrix")
-        elif energy is None and rank > min(entry.region.shape):
-            faults.append(f"{entry.target} {list(entry.region.shape)}: rank {rank} is above {min(entry.region.shape)}")
+        elif energy is None and rank > min(entry.target_shape):
+            faults.append(f"{entry.target} {list(entry.target_shape)}: rank {rank} is above {min(entry.target_shape)}")
     if faults:
         raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(faults))
 
@@ -154,17 +154,23 @@ def extract(
     sources = spec.by_module()
     pairs: dict[str, Pair] = {}
     energies: dict[str, float] = {}
-    with bar("factorizing", len(plan.entries) if progress else 0, unit="matrices") as advance:
-        for done, entry in enumerate(plan.entries, 1):
-            source = sources[entry.source]
-            region = entry.region.cut(source.oriented(weights[source.parameter]))
+    targets = plan.by_target()
+
+    def matrix_of(entry: Entry) -> torch.Tensor:
+        source = sources[entry.source]
+        return source.oriented(weights[source.parameter], entry.expert)
+
+    with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
+        for done, (target, entries) in enumerate(targets.items(), 1):
+            kind, names = entries[0].kind, dict.fromkeys(e.source for e in entries)
+            region = assemble(entries, matrix_of)
             # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-            matrix = region.t() if entry.kind == "embedding" else region
+            matrix = region.t() if kind == "embedding" else region
             factors = factorize(
-                matrix, rank, max_rank=max_rank, energy=energy, split=split, seed=seed, name=entry.source
+                matrix, rank, max_rank=max_rank, energy=energy, split=split, seed=seed, name=", ".join(names)
             )
-            pairs[entry.target] = Pair(factors.A, factors.B, entry.kind)
-            energies[entry.target] = factors.energy
+            pairs[target] = Pair(factors.A, factors.B, kind)
+            energies[target] = factors.energy
             if progress:
                 advance(done)
     details = {

@@ -1,17 +1,19 @@
 """All that pkt knows about Hugging Face architectures: where the decoder layers are, what each matrix is for, how to load.
 
-Nothing here names a model class. Layers are found in the module tree, roles by the short table below; an architecture that
-uses other names is taught to pkt by adding a line to `ROLES`.
+Nothing here names a model class. Layers are found in the module tree, roles by the short tables below; an architecture that
+uses other names is taught to pkt by a line in `ROLES` (here, or in a JSON file of the same form given to `roles=`), a fused
+projection with another layout by a line in `FUSED` (docs/adding-an-architecture.md).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -23,35 +25,77 @@ from pkt.errors import PktError
 from pkt.storage import read_json, safetensors_header, sha256
 
 Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+Runs: TypeAlias = tuple[tuple[int, int], ...]
 
-# Last part of a module's name -> (role, group). `modules=` of pkt.plan selects by group.
+# Last part, or last two parts, of a module's or expert parameter's name -> (role, group). `modules=` of pkt.plan selects by
+# role or group; matrices of one role feed each other whatever they are called.
 ROLES: dict[str, tuple[str, str]] = {
     "q_proj": ("q", "attention"),
     "k_proj": ("k", "attention"),
     "v_proj": ("v", "attention"),
     "o_proj": ("o", "attention"),
     "out_proj": ("o", "attention"),
-    "c_attn": ("qkv", "attention"),
-    "qkv_proj": ("qkv", "attention"),
-    "query_key_value": ("qkv", "attention"),
+    "wo": ("o", "attention"),
     "attn.c_proj": ("o", "attention"),
     "attention.dense": ("o", "attention"),
     "self_attention.dense": ("o", "attention"),
+    "self_attn.dense": ("o", "attention"),
+    "c_attn": ("qkv", "attention"),
+    "qkv_proj": ("qkv", "attention"),
+    "Wqkv": ("qkv", "attention"),
+    "wqkv": ("qkv", "attention"),
+    "query_key_value": ("qkv", "attention"),
     "gate_proj": ("gate", "ffn"),
     "up_proj": ("up", "ffn"),
     "down_proj": ("down", "ffn"),
     "gate_up_proj": ("gate_up", "ffn"),
+    "w1": ("gate", "ffn"),
+    "w3": ("up", "ffn"),
+    "w2": ("down", "ffn"),
     "c_fc": ("up", "ffn"),
     "mlp.c_proj": ("down", "ffn"),
     "fc1": ("up", "ffn"),
     "fc2": ("down", "ffn"),
+    "fc_in": ("up", "ffn"),
+    "fc_out": ("down", "ffn"),
     "dense_h_to_4h": ("up", "ffn"),
     "dense_4h_to_h": ("down", "ffn"),
+    # An expert that every token visits is not one of those a router chooses between.
+    **{
+        f"{shared}.{role}_proj": (f"shared_{role}", "ffn")
+        for shared in ("shared_expert", "shared_experts")
+        for role in ("gate", "up", "down")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How the rows of a fused projection lie: `groups` blocks one after another, each with its share of every role in order.
+
+    "kv_heads": as many groups as there are k (and v) heads, the queries of a group in front of its k and v.
+    """
+
+    roles: tuple[str, ...]
+    groups: int | Literal["kv_heads", "rows"] = 1
+
+
+# Role, module's name, or "model_type:name" -> layout; the most special one counts. Head counts follow from the shapes.
+FUSED: dict[str, Fused] = {
+    "qkv": Fused(("q", "k", "v")),
+    "gate_up": Fused(("gate", "up")),
+    "query_key_value": Fused(("q", "k", "v"), "kv_heads"),
+    "wqkv": Fused(("q", "k", "v"), "kv_heads"),
+    "gpt_bigcode:c_attn": Fused(("q", "k", "v"), "kv_heads"),
+    "codegen:qkv_proj": Fused(("q", "v", "k"), 4),
 }
 
 # Rows (q, k, v) or columns (o) of these roles are heads side by side.
 HEAD_ROWS = ("q", "k", "v")
 HEAD_COLUMNS = ("o",)
+
+# Tables that PEFT knows by name.
+PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -65,13 +109,25 @@ class Target:
     group: str  # attention, ffn, embedding or other
     layer: int | None = None
     suffix: str = ""  # the module's name within its layer; its whole name outside the layers
+    experts: int = 0  # of a 3-D parameter [experts, out, in], which `module` then names; `shape` is one expert's
+    parts: tuple[tuple[str, Runs], ...] = ()  # the rows of each role of a fused projection
 
     @property
     def parameter(self) -> str:
-        return f"{self.module}.weight"
+        return self.module if self.experts else f"{self.module}.weight"
 
-    def oriented(self, matrix: Tensor) -> Tensor:
-        """The parameter (or its scores) as `shape`: Conv1D stores its weight [in, out]. A view."""
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        shape = self.shape if self.kind != "conv1d" else self.shape[::-1]
+        return (self.experts, *shape) if self.experts else shape
+
+    def roles(self) -> tuple[tuple[str, Runs], ...]:
+        """(role, its rows) for every role of the matrix."""
+        return self.parts or ((self.role, ((0, self.shape[0]),)),)
+
+    def oriented(self, matrix: Tensor, expert: int | None = None) -> Tensor:
+        """The parameter (or its scores), or one expert of it, as `shape`: Conv1D stores its weight [in, out]. A view."""
+        matrix = matrix if expert is None else matrix[expert]
         return matrix.t() if self.kind == "conv1d" else matrix
 
 
@@ -88,6 +144,7 @@ class ModelSpec:
     head_dim: int | None
     tied: bool
     head: str | None = None  # the module that gives the logits
+    heads: int | None = None
     config: dict[str, Any] = field(repr=False, default_factory=dict)
 
     def by_module(self) -> dict[str, Target]:
@@ -95,7 +152,7 @@ class ModelSpec:
 
     def identity(self) -> dict[str, Any]:
         """What is written beside a result, and compared when it is used again."""
-        shapes = sorted(f"{t.module}{list(t.shape)}" for t in self.targets)
+        shapes = sorted(f"{t.module}{list(t.stored_shape if t.experts else t.shape)}" for t in self.targets)
         return {
             "name": self.name,
             "model_type": self.model_type,
@@ -134,12 +191,72 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _role(module: str) -> tuple[str, str]:
-    parts = module.split(".")
-    for key in (".".join(parts[-2:]), parts[-1]):
-        if key in ROLES:
-            return ROLES[key]
-    return parts[-1], "other"
+def _known(name: str, table: Mapping[str, Any]) -> str | None:
+    parts = name.split(".")
+    return next((key for key in (".".join(parts[-2:]), parts[-1]) if key in table), None)
+
+
+def _role(module: str, roles: Mapping[str, tuple[str, str]] = ROLES) -> tuple[str, str]:
+    key = _known(module, roles)
+    return ("", "other") if key is None else roles[key]
+
+
+def _fused_rows(layout: Fused, rows: int, heads: int | None, head_dim: int | None) -> tuple[tuple[str, Runs], ...]:
+    """The rows of each role; nothing when they do not come out even, and the matrix is then known only as a whole."""
+    groups: int
+    if "q" in layout.roles:
+        if not heads or not head_dim or rows % head_dim or (rows // head_dim - heads) % 2:
+            return ()
+        kv = (rows // head_dim - heads) // 2
+        sizes = {"q": heads * head_dim, "k": kv * head_dim, "v": kv * head_dim}
+        groups = kv if layout.groups == "kv_heads" else int(layout.groups)
+    else:
+        sizes = dict.fromkeys(layout.roles, rows // len(layout.roles))
+        groups = rows // len(layout.roles) if layout.groups == "rows" else int(layout.groups)
+    if groups < 1 or sum(sizes.values()) != rows or any(size < groups or size % groups for size in sizes.values()):
+        return ()
+    found: dict[str, list[tuple[int, int]]] = {role: [] for role in layout.roles}
+    start = 0
+    for _ in range(groups):
+        for role in layout.roles:
+            found[role].append((start, start + sizes[role] // groups))
+            start += sizes[role] // groups
+    return tuple((role, tuple(found[role])) for role in layout.roles)
+
+
+def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) -> ModelSpec:
+    """The spec with more lines for `ROLES`: a mapping or a JSON file, {"name": ["role", "group"]}."""
+    if roles is None:
+        return spec
+    lines = read_roles(roles)
+    targets = []
+    for target in spec.targets:
+        if _known(target.module, lines) is None or target.group == "embedding":
+            targets.append(target)
+            continue
+        role, group = _role(target.module, lines)
+        layout = FUSED.get(target.module.split(".")[-1]) or FUSED.get(role)
+        parts = () if layout is None else _fused_rows(layout, target.shape[0], spec.heads, spec.head_dim)
+        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts))
+    return dataclasses.replace(spec, targets=tuple(targets))
+
+
+def read_roles(roles: Mapping[str, Any] | str | Path) -> dict[str, tuple[str, str]]:
+    """Lines for `ROLES`. Raises `PktError` for what is not of their form."""
+    value = read_json(Path(roles)) if isinstance(roles, (str, Path)) else roles
+    known = sorted({role for role, _ in ROLES.values()})
+    if not isinstance(value, Mapping):
+        raise PktError(f'{roles}: a role file is a JSON object such as {{"fc_up": ["up", "ffn"]}}')
+    lines = {}
+    for name, line in value.items():
+        if not isinstance(line, (list, tuple)) or len(line) != 2 or line[0] not in known:
+            raise PktError(
+                f'roles: {name!r} has {line!r}; give [role, group] such as ["up", "ffn"], role one of {", ".join(known)}'
+            )
+        if line[1] not in ("attention", "ffn"):
+            raise PktError(f"roles: {name!r} has the group {line[1]!r}; choose attention or ffn")
+        lines[str(name)] = (str(line[0]), str(line[1]))
+    return lines
 
 
 def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
@@ -149,10 +266,30 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     embedding = _call(model, "get_input_embeddings")
     head = _call(model, "get_output_embeddings")
     tied = head is not None and embedding is not None and head.weight is embedding.weight
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None and heads:
+        head_dim = text.hidden_size // heads
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+
+    def described(target: Target, layout: Fused | None = None) -> Target:
+        """The target with its place in the model and the rows of its roles."""
+        name, last = target.module, target.module.split(".")[-1]
+        layer = layer_of(name, layers)
+        layout = layout or FUSED.get(f"{model_type}:{last}") or FUSED.get(last) or FUSED.get(target.role)
+        return dataclasses.replace(
+            target,
+            layer=layer,
+            suffix=name if layer is None else name[len(f"{layers}.{layer}.") if layers else len(f"{layer}.") :],
+            parts=() if layout is None else _fused_rows(layout, target.shape[0], heads, head_dim),
+        )
+
     targets, head_name = [], None
     for module_name, module in model.named_modules():
         if module is head:
             head_name = module_name
+        targets += [described(*found) for found in _experts(module_name, module)]
         kind = kind_of(module)
         if kind is None:
             continue
@@ -162,10 +299,6 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         if kind == "linear":
             # A 4-bit layer packs its weight, so its shape says nothing.
             rows, cols = int(module.out_features), int(module.in_features)
-        layer = layer_of(module_name, layers)
-        suffix = module_name
-        if layer is not None:
-            suffix = module_name[len(f"{layers}.{layer}.") :]
         if module is head:
             if tied:
                 continue
@@ -174,15 +307,11 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
             role, group = "embed", "embedding"
         else:
             role, group = _role(module_name)
-        targets.append(Target(module_name, kind, (rows, cols), role, group, layer, suffix))
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None and getattr(text, "num_attention_heads", None):
-        head_dim = text.hidden_size // text.num_attention_heads
+        targets.append(described(Target(module_name, kind, (rows, cols), role, group)))
     count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
-        model_type=str(getattr(config, "model_type", type(model).__name__)),
+        model_type=model_type,
         targets=tuple(targets),
         layers=layers,
         num_layers=count,
@@ -190,8 +319,24 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         head_dim=head_dim,
         tied=tied,
         head=head_name,
+        heads=heads,
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
+
+
+def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
+    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out] where their module says so."""
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 3 or _known(key, ROLES) is None:
+            continue
+        experts, rows, cols = parameter.shape
+        kind: Kind = "conv1d" if getattr(module, "is_transposed", False) else "linear"
+        role, group = _role(key)
+        layout = FUSED.get(role)
+        if layout is not None and not getattr(module, "is_concatenated", True):
+            layout = dataclasses.replace(layout, groups="rows")
+        shape = (cols, rows) if kind == "conv1d" else (rows, cols)
+        yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
 
 
 def _call(model: nn.Module, method: str) -> Any:
@@ -413,6 +558,16 @@ def check_tokenizer(tokenizer: Any, spec: ModelSpec) -> None:
             f"the tokenizer has {size} tokens but {spec.name} embeds only {spec.vocab_size}; "
             "use the tokenizer that was saved with the model"
         )
+
+
+def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:
+    """(teacher's id, student's id) of every token both tokenizers have, by the student's id.
+
+    Tokens are compared as strings; the marks "▁" and "Ġ" both mean a space.
+    """
+    spelled = {token.replace("▁", "Ġ"): index for token, index in teacher.get_vocab().items()}
+    pairs = [(spelled.get(token.replace("▁", "Ġ"), -1), index) for token, index in student.get_vocab().items()]
+    return sorted(((t, s) for t, s in pairs if t >= 0), key=lambda pair: pair[1])
 
 
 class Weights:

@@ -46,21 +46,23 @@ from pkt.models import (
     load_tokenizer,
     skeleton,
     spec_of,
+    with_roles,
 )
 from pkt.planning import (
     Entry,
+    Feed,
+    ModuleMap,
+    Pairing,
     TransferPlan,
-    _caught,
-    _layer_shares,
-    _steps,
+    Vocabulary,
+    assemble,
     check_options,
-    pair_targets,
-    plan,
+    read_vocabulary,
 )
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
 from pkt.seeds import Seeds, collate, load_seeds
-from pkt.selection import BLOCK, Region, Strategy, select_layers, select_region
+from pkt.selection import BLOCK, Strategy
 from pkt.storage import (
     MANIFEST,
     atomic_file,
@@ -90,7 +92,7 @@ from pkt.streaming import (
 
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 SCORES = "scores.safetensors"
-RUN_FORMAT = "pkt-run-1"
+RUN_FORMAT = "pkt-run-2"
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
 
@@ -131,26 +133,13 @@ def describe_seeds(seeds: Seeds) -> dict[str, Any]:
     return {"source": seeds.source, "count": len(seeds), "tokens": seeds.tokens, "fingerprint": seeds.fingerprint}
 
 
-def check_transfer(
-    teacher: ModelSpec,
-    student: ModelSpec,
-    *,
-    layers: str | Sequence[int],
-    modules: str,
-    align_heads: bool,
-    rank: int,
-    energy: float | None,
-) -> None:
-    """Refuse a pair of models that no plan can join, before the teacher is loaded."""
-    pairs, _ = pair_targets(teacher, student, modules=modules, align_heads=align_heads)
-    if not isinstance(layers, str) or layers != "sensitivity":
-        select_layers(layers, teacher.num_layers, student.num_layers, None)
-    if energy is None:
-        low = [f"{t.module} {list(t.shape)}" for _, t in pairs if rank > min(t.shape)]
-        if low:
-            raise PktError(
-                f"rank {rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
-            )
+def check_rank_fits(pairing: Pairing, rank: int, energy: float | None) -> None:
+    """Refuse a rank that some matrix of the student does not have, before the teacher is loaded."""
+    low = [f"{t.module} {list(t.shape)}" for t in pairing.targets if rank > min(t.shape)]
+    if energy is None and low:
+        raise PktError(
+            f"rank {rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
+        )
 
 
 SeedsLike: TypeAlias = Seeds | str | Path
@@ -168,6 +157,10 @@ def transfer(
     select: Strategy = "window",
     modules: str = "all",
     align_heads: bool = False,
+    module_map: ModuleMap | None = None,
+    partial: bool = False,
+    map_vocabulary: bool | tuple[Any, Any] = False,
+    roles: Any = None,
     rank: int = 16,
     max_rank: int = 64,
     energy: float | None = None,
@@ -207,7 +200,11 @@ def transfer(
         student,
         seeds,
         tokenizer,
-        options=check_options(layers, select, modules, align_heads, None, seed),
+        options=check_options(
+            layers, select, modules, align_heads, None, seed, module_map, partial, map_vocabulary is not False, roles
+        ),
+        vocabulary=read_vocabulary(map_vocabulary, teacher, student),
+        roles=roles,
         factorization={"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
         loss=loss,
         max_length=max_length,
@@ -253,6 +250,8 @@ class Job:
         tokenizer: Any,
         *,
         options: dict[str, Any],
+        vocabulary: Vocabulary | None,
+        roles: Any,
         factorization: dict[str, Any],
         loss: Literal["answer", "all"],
         max_length: int,
@@ -267,17 +266,11 @@ class Job:
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
         self.model, self.student_model, self.options, self.factorization = teacher, student, options, factorization
         self.batch_size, self.keep_scores, self.device, self.dtype = batch_size, keep_scores, device, dtype
-        self.teacher, self.student = spec_of(teacher), spec_of(student)
+        self.teacher, self.student = with_roles(spec_of(teacher), roles), with_roles(spec_of(student), roles)
         check_rank(*(factorization[k] for k in ("rank", "max_rank", "energy", "split")))
-        check_transfer(
-            self.teacher,
-            self.student,
-            layers=options["layers"],
-            modules=options["modules"],
-            align_heads=options["align_heads"],
-            rank=factorization["rank"],
-            energy=factorization["energy"],
-        )
+        self.vocabulary = vocabulary
+        self.pairing = Pairing(self.teacher, self.student, options, vocabulary)
+        check_rank_fits(self.pairing, factorization["rank"], factorization["energy"])
         for given in (teacher, student):
             if isinstance(given, (str, Path)):
                 check_checkpoint(given)
@@ -333,6 +326,7 @@ class Job:
             **{f"seeds {name}".strip(): seeds.fingerprint for name, seeds in self.seeds.items()},
             **{f"option {name}": value for name, value in self.options.items()},
             **{f"factorization {name}": value for name, value in self.factorization.items()},
+            **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
             "device": self.device.type,
@@ -421,37 +415,23 @@ class Job:
 class Harvest:
     """Regions and factors of one task, taken from each part's scores as soon as they are complete.
 
-    A record is one teacher part's choice: entries by (signature, suffix), JSON, and factors by the same key. Places of the
-    student that a teacher layer may take have one signature when the same regions and factors serve them.
+    A record is one teacher part's choice: each target's entries by (signature, suffix), JSON, and its factors by the same key.
+    Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
     """
 
-    def __init__(
-        self, teacher: ModelSpec, student: ModelSpec, options: dict[str, Any], factorization: dict[str, Any]
-    ) -> None:
-        self.teacher, self.student, self.options, self.factorization = teacher, student, options, factorization
-        self.pairs, self.notes = pair_targets(
-            teacher, student, modules=options["modules"], align_heads=options["align_heads"]
-        )
+    def __init__(self, pairing: Pairing, factorization: dict[str, Any]) -> None:
+        self.pairing, self.factorization = pairing, factorization
+        self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
         self.records: dict[Key, dict[str, Any]] = {}
         self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
-        self.ranked = options["layers"] == "sensitivity"
-        self.fixed = (
-            None
-            if self.ranked
-            else select_layers(options["layers"], teacher.num_layers, student.num_layers, None, seed=options["seed"])
-        )
-        self.sources = teacher.by_module()
+        self.ranked = pairing.ranked
 
     def places(self, layer: int) -> list[int]:
         """The student's layers that this teacher layer feeds, or may feed while the ranking is open."""
-        if self.fixed is not None:
-            return [place for place, source in enumerate(self.fixed) if source == layer]
-        after = self.teacher.num_layers - 1 - layer
-        last = self.student.num_layers - 1
-        return [place for place in range(last + 1) if place <= layer and last - place <= after]
+        return [place for place in range(self.pairing.count) if layer in self.pairing.layers_for(place)]
 
     def signature(self, place: int) -> str:
-        mine = [[t.suffix, *t.shape] for _, t in self.pairs if t.layer == place]
+        mine = [[t.suffix, *t.shape] for t in self.pairing.targets if t.layer == place]
         # A random window is drawn from the target's name.
         drawn = place if self.options["select"] == "random" else ""
         return sha256(json.dumps([mine, drawn]))[:12]
@@ -463,62 +443,55 @@ class Harvest:
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         wanted = self._wanted(key, scores)
         groups = {group for group, _, _ in wanted}
-        for group, source, target in wanted:
-            score = source.oriented(scores[source.parameter])
-            region = select_region(
-                score,
-                source.shape,
-                target.shape,
-                self.options["select"],
-                steps=_steps(source, target, self.teacher) if self.options["align_heads"] else (1, 1),
-                seed=self.options["seed"],
-                name=target.module,
-            )
-            caught, whole = _caught(score, region, None), sums[source.parameter]
+
+        def score_of(source: Target) -> Tensor:
+            return scores[source.parameter]
+
+        expert_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
+        for group, target, feeds in wanted:
             name = f"{group}/{target.suffix}"
-            record["entries"][name] = entry = {
-                "source": source.module,
-                "region": region.to_json(),
-                "score": caught,
-                "share": caught / whole if whole else 0.0,
-                "kind": target.kind,
-            }
+            entries = [self.pairing.entry(f, score_of, expert_of, whole=sums[f.source.parameter]) for f in feeds]
+            found: dict[str, Any] = {"entries": [e.to_json() for e in entries]}
+            record["entries"][name] = found
             if len(groups) == 1 or not self.ranked:
-                factors[name], entry["energy"] = self._factorize(entry, weight)
+                factors[name], found["energy"] = self._factorize(entries, weight)
         self.records[key], self.factors[key] = record, factors
         if isinstance(key, int) and self.ranked:
             self._forget_losers()
 
-    def _wanted(self, key: Key, scores: dict[str, Tensor]) -> list[tuple[str, Target, Target]]:
-        """(signature, source, target) for everything this part's scores decide."""
+    def _wanted(self, key: Key, scores: dict[str, Tensor]) -> list[tuple[str, Target, list[Feed]]]:
+        """(signature, target, what feeds it) for everything this part's scores decide."""
+        wanted: list[tuple[str, Target, list[Feed]]] = []
         if not isinstance(key, int):
-            outside = [(s, t) for s, t in self.pairs if t.layer is None and s.parameter in scores]
-            return [("", source, target) for source, target in outside]
-        wanted, seen = [], set()
+            outside = [(t, self.pairing.feeds(t, None)) for t in self.pairing.targets if t.layer is None]
+            return [("", t, feeds) for t, feeds in outside if feeds and feeds[0].source.parameter in scores]
+        seen: set[str] = set()
         for place in self.places(key):
             group = self.signature(place)
             if group in seen:
                 continue
             seen.add(group)
-            for template, target in self.pairs:
-                if target.layer == place:
-                    source = self.sources[f"{self.teacher.layers}.{key}.{template.suffix}"]
-                    wanted.append((group, source, target))
+            mine = [(t, self.pairing.feeds(t, key)) for t in self.pairing.targets if t.layer == place]
+            wanted += [(group, target, feeds) for target, feeds in mine if feeds]
         return wanted
 
-    def _factorize(self, entry: dict[str, Any], weight: Callable[[str], Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
-        source = self.sources[entry["source"]]
-        region = Region.from_json(entry["region"]).cut(source.oriented(weight(source.parameter)))
+    def _factorize(self, entries: list[Entry], weight: Callable[[str], Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
+        def matrix_of(entry: Entry) -> Tensor:
+            source = self.pairing.by_module[entry.source]
+            return source.oriented(weight(source.parameter), entry.expert)
+
+        region = assemble(entries, matrix_of)
         # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-        matrix = region.t() if entry["kind"] == "embedding" else region
-        found = factorize(matrix, **self.factorization, name=source.module)
+        matrix = region.t() if entries[0].kind == "embedding" else region
+        names = dict.fromkeys(e.source for e in entries)
+        found = factorize(matrix, **self.factorization, name=", ".join(names))
         return (found.A.cpu(), found.B.cpu()), found.energy
 
     def _best(self) -> list[int]:
         scored = sorted(
             (key for key in self.records if isinstance(key, int)), key=lambda k: (-self.records[k]["total"], k)
         )
-        return scored[: self.student.num_layers]
+        return scored[: self.pairing.count]
 
     def _forget_losers(self) -> None:
         best = set(self._best())
@@ -527,7 +500,7 @@ class Harvest:
                 self.factors[key] = {}
 
     def layer_map(self) -> list[int]:
-        return sorted(self._best()) if self.fixed is None else self.fixed
+        return sorted(self._best()) if self.pairing.fixed is None else self.pairing.fixed
 
     def finish(
         self, weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]]
@@ -535,41 +508,33 @@ class Harvest:
         """The plan, and a pair and its energy for each target. Reads a layer again where its factors had to wait."""
         chosen = self.layer_map()
         place_of: dict[str, tuple[Key, str]] = {}
-        outside = {k: r for k, r in self.records.items() if not isinstance(k, int)}
-        for _, target in self.pairs:
+        keys: list[Key]
+        for target in self.pairing.targets:
             if target.layer is None:
-                name = f"/{target.suffix}"
-                key: Key = next(k for k, record in outside.items() if name in record["entries"])
+                name, keys = f"/{target.suffix}", [k for k in self.records if not isinstance(k, int)]
             else:
-                name, key = f"{self.signature(target.layer)}/{target.suffix}", chosen[target.layer]
-            place_of[target.module] = key, name
-        for key in sorted({k for k, _ in place_of.values() if isinstance(k, int)}):
+                name, keys = f"{self.signature(target.layer)}/{target.suffix}", [chosen[target.layer]]
+            # A partial transfer has targets that nothing feeds.
+            for k in keys:
+                if name in self.records[k]["entries"]:
+                    place_of[target.module] = k, name
+        for key in dict.fromkeys(k for k, _ in place_of.values() if isinstance(k, int)):
             late = sorted({n for k, n in place_of.values() if k == key and n not in self.factors[key]})
             if late:
                 with weights_of(key) as weight:
                     for name in late:
-                        entry = self.records[key]["entries"][name]
-                        self.factors[key][name], entry["energy"] = self._factorize(entry, weight)
+                        found = self.records[key]["entries"][name]
+                        made = [Entry.from_json(e) for e in found["entries"]]
+                        self.factors[key][name], found["energy"] = self._factorize(made, weight)
         entries, pairs, energies = [], {}, {}
-        for _, target in self.pairs:
-            key, name = place_of[target.module]
-            found, (A, B) = self.records[key]["entries"][name], self.factors[key][name]
-            region = Region.from_json(found["region"])
-            entries.append(Entry(found["source"], target.module, region, found["score"], found["share"], target.kind))
-            pairs[target.module] = Pair(A, B, target.kind)
-            energies[target.module] = found["energy"]
+        for module, (part, name) in place_of.items():
+            found, (A, B) = self.records[part]["entries"][name], self.factors[part][name]
+            mine = [Entry.from_json({**e, "target": module}) for e in found["entries"]]
+            entries += mine
+            pairs[module] = Pair(A, B, mine[0].kind)
+            energies[module] = found["energy"]
         layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
-        made = TransferPlan(
-            entries=entries,
-            layer_map=chosen,
-            teacher=self.teacher.identity(),
-            student=self.student.identity(),
-            options=self.options,
-            layer_scores=layer_scores,
-            layer_shares=_layer_shares(entries, self.student, chosen, layer_scores),
-            notes=self.notes,
-        )
-        return made, pairs, energies
+        return self.pairing.finish(entries, chosen, layer_scores), pairs, energies
 
 
 # --- one run --------------------------------------------------------------------------------------------------------
@@ -593,7 +558,7 @@ class Runner:
         self.job, self.folder, self.activations, self.limits = job, folder, activations, limits
         self.prefetch, self.progress = prefetch, progress
         self.on_memory, self.on_plan, self.on_tick = on_memory, on_plan, on_tick
-        self.harvests = [Harvest(job.teacher, job.student, job.options, job.factorization) for _ in job.seeds]
+        self.harvests = [Harvest(job.pairing, job.factorization) for _ in job.seeds]
 
     def run(self) -> dict[str, Extraction]:
         teacher = open_teacher(self.job.model, self.job.device, self.job.dtype)
@@ -728,7 +693,7 @@ class Runner:
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
             sens = score_seeds(model, seeds, batch_size=job.batch_size, progress=self.progress)
-            made = plan(sens, job.teacher, job.student, **job.options)
+            made = job.pairing.plan(sens)
             if self.on_plan is not None:
                 self.on_plan(made)
             provenance = {"seeds": describe_seeds(seeds), "losses": sens.losses}
@@ -748,12 +713,15 @@ def _even(count: int, size: int) -> list[int]:
 
 
 def _tile(job: Job) -> int:
-    """The largest power of two up to 64 that divides every side the student cuts."""
-    sides = {64}
-    by_suffix = {t.suffix: t.shape for t in job.teacher.targets}
-    for target in job.student.targets:
-        whole = by_suffix.get(target.suffix, target.shape)
-        sides |= {b for a, b in zip(whole, target.shape, strict=True) if a != b}
+    """The largest power of two up to 64 that divides every side the student cuts, and every row where a role begins."""
+    sides = {BLOCK}
+    for target in job.pairing.targets:
+        for layer in [None] if target.layer is None else job.pairing.layers_for(target.layer):
+            for feed in job.pairing.feeds(target, layer):
+                have = sum(b - a for a, b in feed.rows), feed.source.shape[1]
+                sides |= {b for a, b in zip(have, feed.shape, strict=True) if a != b}
+                if have[0] != feed.source.shape[0]:
+                    sides |= {side for run in feed.rows for side in run if side}
     return math.gcd(BLOCK, *sides)
 
 
