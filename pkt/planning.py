@@ -443,11 +443,13 @@ class Pairing:
                 f"embeddings and head are left out: the vocabularies differ ({teacher.vocab_size} and {student.vocab_size} tokens)"
             )
             wanted = [t for t in wanted if t not in tables]
-        if any(t.experts for t in wanted):
+        if any(t.experts for t in student.targets) and any(t.group == "ffn" for t in wanted):
+            # PEFT reads gate_proj, up_proj and down_proj of a model with experts as names of old for these.
             self.notes.append(
-                "the student's experts are left out: they are 3-D parameters, which pkt feeds from but not into"
+                "the student's FFNs are left out: its experts are 3-D parameters, which pkt feeds from but not into, and PEFT "
+                "takes dense ones beside them for experts"
             )
-            wanted = [t for t in wanted if not t.experts]
+            wanted = [t for t in wanted if t.group != "ffn"]
         if not wanted:
             raise PktError(f"modules={self.options['modules']!r} leaves nothing to transfer: {'; '.join(self.notes)}")
         return wanted

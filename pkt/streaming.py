@@ -933,8 +933,8 @@ class Engine:
         # Two samples need not both be this long: what is asked is where gradients go, not what they are.
         ids = widest.batch["input_ids"][:2, :_PROBE_TOKENS]
         small = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self._learn_width(small)
         hidden, calls = self._record(small)
-        self._call(0, hidden, calls[0])
         if len(ids) < 2:
             return
         with self._scorer(_PartScorer, 0) as scorer:
@@ -945,6 +945,19 @@ class Engine:
             scorer._probe_layout({**small, "labels": ids}, loss)
             if scorer.one_by_one:
                 raise _OneByOneError
+
+    def _learn_width(self, batch: dict[str, Tensor]) -> None:
+        """Whether a layer returns a tuple must be known before any is replaced: a model may take the first of it."""
+        calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def handler(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append((hidden, args, kwargs))
+            raise _ReachedError(hidden)
+
+        with self._replaced(handler), contextlib.suppress(_ReachedError):
+            self.model(**self._inputs(batch))
+        for hidden, *call in calls:
+            self._call(0, hidden, (call[0], call[1]))
 
     def _forward(self, index: int, chunks: list[Chunk], store: Boundaries, top: int) -> None:
         following = self.layer_names[index + 1] if index + 1 < top else self.layer_names[index]
