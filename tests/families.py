@@ -62,7 +62,11 @@ def _gpt2(size: str) -> Any:
 def _opt(size: str) -> Any:
     fields = _without(_base(size), "intermediate_size", "num_key_value_heads", "head_dim")
     return _config(
-        "OPTConfig", **fields, ffn_dim=_base(size)["intermediate_size"], word_embed_proj_dim=fields["hidden_size"], dropout=0.0
+        "OPTConfig",
+        **fields,
+        ffn_dim=_base(size)["intermediate_size"],
+        word_embed_proj_dim=fields["hidden_size"],
+        dropout=0.0,
     )
 
 
@@ -100,7 +104,9 @@ FAMILIES: dict[str, Any] = {
     "Qwen2": lambda size: _config("Qwen2Config", **_without(_base(size), "head_dim")),
     "Qwen3": lambda size: _config("Qwen3Config", **_base(size)),
     "Gemma2": lambda size: _config("Gemma2Config", **_base(size, sliding_window=16, query_pre_attn_scalar=8)),
-    "Gemma3 (text)": lambda size: _config("Gemma3TextConfig", **_base(size, sliding_window=16, query_pre_attn_scalar=8)),
+    "Gemma3 (text)": lambda size: _config(
+        "Gemma3TextConfig", **_base(size, sliding_window=16, query_pre_attn_scalar=8)
+    ),
     "Phi-3": lambda size: _config("Phi3Config", **_without(_base(size), "head_dim")),
     "GPT-2": _gpt2,
     "GPT-NeoX (Pythia)": lambda size: _config(
@@ -134,7 +140,7 @@ def model(family: str, size: str = "teacher", **change: Any) -> Any:
         setattr(config, key, value)
     torch.manual_seed(0)
     with quiet():
-        made = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        made = AutoModelForCausalLM.from_config(config).eval()
     if hasattr(made, "set_experts_implementation"):
         made.set_experts_implementation("eager")
     for parameter in made.parameters():
