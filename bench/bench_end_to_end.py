@@ -23,6 +23,7 @@ import pkt
 RANK = 16
 OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 STAGES = ("scores", "windows", "factors", "end to end")
+NUMPY = "windows, the straightforward loop over NumPy scalars"
 
 
 def llama(hidden: int, ffn: int, layers: int, heads: int) -> Any:
@@ -71,6 +72,10 @@ class Case:
         self.found["pairs"] = self.naive_pairs(naive.layer_ranking(total, 8, 6))
         self.found["naive windows"] = naive.windows(total, self.found["pairs"])
 
+    def naive_numpy_windows(self) -> None:
+        found = self.found
+        assert naive.windows(found["naive scores"], found["pairs"], over_numpy=True) == found["naive windows"]
+
     def naive_factors(self) -> None:
         found = self.found
         found["naive factors"] = naive.factors(self.weights, found["pairs"], found["naive windows"], RANK)
@@ -103,6 +108,11 @@ def test_stage(case: Case, benchmark: Any, stage: str, side: str) -> None:
     benchmark.pedantic(work, rounds=1 if slow else 3, warmup_rounds=0 if slow else 1)
 
 
+def test_the_loop_over_numpy(case: Case, benchmark: Any) -> None:
+    benchmark.group = NUMPY
+    benchmark.pedantic(case.naive_numpy_windows, rounds=1)
+
+
 def test_the_answers_agree(case: Case) -> None:
     found = case.found
     regions = {(e.source + ".weight"): e for e in found["plan"].entries}
@@ -120,7 +130,10 @@ def test_the_answers_agree(case: Case) -> None:
 
 def summarize(report: Path) -> dict[str, Any]:
     data = json.loads(report.read_text())
-    medians = {(b["group"], b["params"]["side"]): b["stats"]["median"] for b in data["benchmarks"]}
+    medians = {
+        (b["group"], (b["params"] or {"side": "naive"})["side"]): b["stats"]["median"] for b in data["benchmarks"]
+    }
+    medians[NUMPY, "pkt"] = medians["windows", "pkt"]
     rows = [
         {
             "stage": s,
@@ -128,7 +141,7 @@ def summarize(report: Path) -> dict[str, Any]:
             "pkt_s": medians[s, "pkt"],
             "ratio": medians[s, "naive"] / medians[s, "pkt"],
         }
-        for s in STAGES
+        for s in (*STAGES, NUMPY)
     ]
     return {
         "what": "teacher 768/2048/8 layers -> student 512/1408/6 layers, vocabulary 8192, 8 x 128 tokens, fp32",

@@ -42,7 +42,7 @@ if [[ -n ${SWEEP:-} ]]; then
     step sweep 120 "$python" bench/bench_kernels.py --device cuda --groups "" --sweep --out "$results/sweep"
 fi
 if [[ -f bench/bench_rsvd.py ]]; then
-    step rsvd 90 "$python" bench/bench_rsvd.py --device cuda
+    step rsvd 110 "$python" bench/bench_rsvd.py --device cuda --student --layers 8
 fi
 
 echo

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +30,15 @@ def layer_ranking(total: dict[str, Tensor], layers: int, keep: int) -> list[int]
     return sorted(sorted(range(layers), key=lambda i: -sums[i])[:keep])
 
 
-def best_window(score: Tensor, rows: int, cols: int) -> tuple[int, int]:
-    """Every offset in a Python double loop over a summed-area table; the first in row-major order wins."""
-    table = np.zeros((score.shape[0] + 1, score.shape[1] + 1))
-    table[1:, 1:] = score.double().numpy().cumsum(0).cumsum(1)
-    best, where = -np.inf, (0, 0)
+def best_window(score: Tensor, rows: int, cols: int, over_numpy: bool = False) -> tuple[int, int]:
+    """Every offset in a Python double loop over a summed-area table; the first in row-major order wins.
+
+    The authors index a torch table; `over_numpy` indexes the same table as NumPy scalars, some fifteen times faster.
+    """
+    table: Any = torch.zeros(score.shape[0] + 1, score.shape[1] + 1, dtype=torch.float64)
+    table[1:, 1:] = score.double().cumsum(0).cumsum(1)
+    table = table.numpy() if over_numpy else table
+    best, where = float("-inf"), (0, 0)
     for r in range(score.shape[0] - rows + 1):
         for c in range(score.shape[1] - cols + 1):
             value = table[r + rows, c + cols] - table[r, c + cols] - table[r + rows, c] + table[r, c]
@@ -44,8 +47,10 @@ def best_window(score: Tensor, rows: int, cols: int) -> tuple[int, int]:
     return where
 
 
-def windows(total: dict[str, Tensor], pairs: list[tuple[str, tuple[int, int]]]) -> list[tuple[int, int]]:
-    return [best_window(total[name], *shape) for name, shape in pairs]
+def windows(
+    total: dict[str, Tensor], pairs: list[tuple[str, tuple[int, int]]], over_numpy: bool = False
+) -> list[tuple[int, int]]:
+    return [best_window(total[name], *shape, over_numpy) for name, shape in pairs]
 
 
 def factors(

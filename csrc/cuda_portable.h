@@ -30,7 +30,10 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads,
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next check of torch's would find it
+      return error;
+    }
   }
   kernel<<<grid, threads, shared, stream>>>(arguments...);
   return cudaGetLastError();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -17,7 +18,8 @@ inline void check(const torch::stable::Tensor& a, int64_t rank, int64_t oversamp
                   "pkt::rsvd needs a bf16, fp16 or fp32 matrix");
   STD_TORCH_CHECK(rank >= 1 && rank <= std::min(a.size(0), a.size(1)), "pkt::rsvd: rank ", rank, " of a ", a.size(0),
                   " by ", a.size(1), " matrix");
-  STD_TORCH_CHECK(oversample >= 0 && iters >= 0, "pkt::rsvd: negative oversample or iters");
+  STD_TORCH_CHECK(0 <= oversample && oversample <= INT32_MAX && 0 <= iters && iters <= INT32_MAX,
+                  "pkt::rsvd: oversample ", oversample, " and iters ", iters, " must be between 0 and 2^31 - 1");
 }
 
 }  // namespace pkt

@@ -1,5 +1,6 @@
 // pkt::rsvd and pkt::rsvd_batch for CPU tensors. The schemas are pkt/ops.py's.
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -28,6 +29,10 @@ pkt::Dtype dtype_of(const Tensor& a) {
 std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options& options, float* stats) {
   pkt::check(a, options.rank, options.oversample, options.iters);
   const int64_t n = a.size(0), m = a.size(1), rank = options.rank;
+  // Entries of the basis' eigenproblem are counted in ints.
+  const int64_t basis = std::min({n, m, (rank + options.oversample + 15) * (options.iters + 1)});
+  STD_TORCH_CHECK(basis <= 46340, "pkt::rsvd: a basis of ", basis,
+                  " columns is too wide; use a smaller rank, oversample or iters");
   Tensor u = torch::stable::empty({n, rank}, ScalarType::Float);
   Tensor s = torch::stable::empty({rank}, ScalarType::Float);
   Tensor v = torch::stable::empty({m, rank}, ScalarType::Float);

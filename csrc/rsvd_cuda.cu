@@ -80,9 +80,12 @@ Workspace prepare(const Tensor& matrix, const Options& options, const Result& re
   Workspace work;
   work.a = wide ? torch::stable::transpose(matrix, 0, 1) : matrix;
   const Tensor& a = work.a;
-  const int64_t n = a.size(0), m = a.size(1), l = std::min((options.rank + options.oversample + 15) / 16 * 16, m);
-  STD_TORCH_CHECK(n <= INT32_MAX && l <= 16384, "pkt::rsvd: a ", n, " by ", m, " matrix with ", l,
-                  " columns of sketch");
+  const int64_t columns = std::min<int64_t>((options.rank + options.oversample + 15) / 16 * 16, INT16_MAX);
+  const int64_t n = a.size(0), m = a.size(1), l = std::min(columns, m);
+  STD_TORCH_CHECK(n <= INT32_MAX / 2, "pkt::rsvd: a ", n, " by ", m, " matrix is too tall");
+  STD_TORCH_CHECK(pkt::tile_doubles(static_cast<int>(l)) * sizeof(double) <= shared_limit,
+                  "pkt::rsvd: rank ", options.rank, " with oversample ", options.oversample, " takes ", l,
+                  " columns, more than this GPU's shared memory holds; use a smaller rank, or the CPU");
   const int64_t l8 = pkt::rounded_up(static_cast<int>(l), 8);
   const auto floats = [&](int64_t count) {
     return static_cast<float*>(work.others.emplace_back(empty(a, {count})).mutable_data_ptr());
@@ -98,7 +101,7 @@ Workspace prepare(const Tensor& matrix, const Options& options, const Result& re
   p.operand_m = work.operand_m.mutable_data_ptr(), p.operand_n = work.operand_n.mutable_data_ptr();
   p.q = floats(m * l), p.y = floats(n * l);
   p.partial = doubles(std::max<int64_t>(pkt::kGramBlocks * l8 * l8, pkt::kEnergyBlocks));
-  p.small = pkt::small_doubles(l) * sizeof(double) > shared_limit ? doubles(pkt::small_doubles(l)) : nullptr;
+  p.small = pkt::small_may_be_global(columns, shared_limit) ? doubles(pkt::small_doubles(l)) : nullptr;
   p.total = doubles(2 * l * l);
   p.apply = floats(l * l), p.apply_v = floats(l * l), p.scale = floats(2), p.energy = doubles(1);
   Tensor& counter = work.others.emplace_back(empty(a, {1}, ScalarType::Int));

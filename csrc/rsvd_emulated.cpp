@@ -21,7 +21,8 @@ int emulated(const pkt::Matrix* matrices, const pkt::Factors* factors, int count
   for (int i = 0; i < count; ++i) {
     const Matrix& a = matrices[i];
     Problem& p = launches.batch.problem[i];
-    const int64_t l = std::min((options.rank + options.oversample + 15) / 16 * 16, a.m), parts = Type<T>::parts;
+    const int64_t columns = (options.rank + options.oversample + 15) / 16 * 16;
+    const int64_t l = std::min(columns, a.m), parts = Type<T>::parts;
     const int64_t l8 = rounded_up(static_cast<int>(l), 8);
     p.a = a.a, p.row_stride = a.row_stride, p.col_stride = a.col_stride;
     p.n = static_cast<int>(a.n), p.m = static_cast<int>(a.m), p.l = static_cast<int>(l);
@@ -31,7 +32,8 @@ int emulated(const pkt::Matrix* matrices, const pkt::Factors* factors, int count
     p.operand_n = operands.emplace_back(a.n * parts * l).data();
     p.q = new_floats(a.m * l), p.y = new_floats(a.n * l);
     p.partial = new_doubles(std::max<int64_t>(kGramBlocks * l8 * l8, kEnergyBlocks));
-    p.small = new_doubles(small_doubles(l)), p.total = new_doubles(2 * l * l);
+    p.small = small_may_be_global(columns, launches.shared_limit) ? new_doubles(small_doubles(l)) : nullptr;
+    p.total = new_doubles(2 * l * l);
     p.apply = new_floats(l * l), p.apply_v = new_floats(l * l);
     p.counter = &counters[i], p.scale = new_floats(2), p.energy = new_doubles(1);
     p.u = factors[i].u, p.s = factors[i].s, p.v = factors[i].v, p.stats = factors[i].stats;

@@ -7,6 +7,12 @@
 
 namespace pkt {
 
+// Whether the small matrices of up to `columns` columns may need global memory. The widest problem of a batch decides
+// for all of it.
+inline bool small_may_be_global(int64_t columns, size_t shared_limit) {
+  return small_doubles(columns) * sizeof(double) > shared_limit;
+}
+
 struct Launches {
   Batch batch;
   int count;  // of its problems
@@ -20,7 +26,7 @@ struct Launches {
     for (int i = 0; i < count; ++i) result = std::max(result, batch.problem[i].*field);
     return result;
   }
-  bool small_is_shared() const { return small_doubles(largest(&Problem::l)) * sizeof(double) <= shared_limit; }
+  bool small_is_shared() const { return !small_may_be_global(largest(&Problem::l), shared_limit); }
 
   template <class Kernel, class... Arguments>
   void run(Kernel kernel, int64_t blocks, int64_t most, int threads, size_t shared, const Arguments&... arguments) {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pkt.factorization import factorize as factorize
     from pkt.finalization import finalize as finalize
     from pkt.injection import initialize_lora_weights as initialize_lora_weights
+    from pkt.injection import initialize_pissa_weights as initialize_pissa_weights
     from pkt.injection import inject as inject
     from pkt.planning import TransferPlan as TransferPlan
     from pkt.planning import plan as plan
@@ -42,6 +43,7 @@ _HOME = {
     "factorize": "factorization",
     "finalize": "finalization",
     "initialize_lora_weights": "injection",
+    "initialize_pissa_weights": "injection",
     "inject": "injection",
     "load_seeds": "seeds",
     "plan": "planning",

@@ -194,8 +194,17 @@ def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise PktError(f"{folder / CONFIG} is not an adapter's configuration; copy the folder again")
-    safetensors_header(folder / WEIGHTS)
-    return adapter_from_state(load_file(str(folder / WEIGHTS)), config, str(folder)), config
+    pickled = folder / "adapter_model.bin"
+    if (folder / WEIGHTS).is_file() or not pickled.is_file():
+        safetensors_header(folder / WEIGHTS)
+        return adapter_from_state(load_file(str(folder / WEIGHTS)), config, str(folder)), config
+    try:
+        state = torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a bad pickle
+        raise PktError(
+            f"{pickled} is a pickle that cannot be loaded safely; save the adapter as safetensors"
+        ) from error
+    return adapter_from_state(state, config, str(folder)), config
 
 
 def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Adapter:

@@ -84,7 +84,14 @@ LayersOption = Annotated[
     str,
     typer.Option("--layers", help="sensitivity, first, last, random, or teacher layers such as 0,1,4,7."),
 ]
-SelectOption = Annotated[Select, typer.Option("--select", help="How the region of each matrix is chosen.")]
+SelectOption = Annotated[
+    Select,
+    typer.Option(
+        "--select",
+        help="The part of each matrix with the most sensitivity: a contiguous window, rows and columns, the best "
+        "single weights in their order, blocks; or a random window.",
+    ),
+]
 ModulesOption = Annotated[
     str, typer.Option("--modules", help="all, attention, ffn, embedding, or a regular expression on module names.")
 ]
@@ -158,8 +165,12 @@ def _device(text: str | None) -> Any:
         device = torch.device(text)
     except RuntimeError as error:
         raise PktError(f"--device {text!r} is not a device; use cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise PktError(f"--device {text}: pkt runs on cpu and cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PktError(f"--device {text}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PktError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 
@@ -304,10 +315,13 @@ def sensitivity(
     """Score every parameter of the teacher on the seeds and save the scores."""
     from pkt.models import check_tokenizer, load_model, load_tokenizer, spec_of
     from pkt.seeds import load_seeds
+    from pkt.storage import os_errors
     from pkt.transferring import score_seeds
 
     if out.exists():
         raise PktError(f"{out} exists already; name another file")
+    with os_errors(f"writing {out}"):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(teacher)
     check_tokenizer(tokenizer, spec_of(teacher))
     rows = load_seeds(seeds, tokenizer, loss=loss.value, max_length=max_length)

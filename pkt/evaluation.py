@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,10 @@ def evaluate(
 
     exact_match: also decode greedily and compare final answers (after "####" when the row has it, else the whole text).
     Needs the tokenizer, and rows with a prompt.
+
+    Raises `PktError` for rows with tokens that the model does not have, and for a loss that is not finite.
     """
+    data.check_vocabulary(model.get_input_embeddings().weight.shape[0], "the model")
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -64,6 +68,8 @@ def evaluate(
             matched = good / len(data)
     finally:
         model.train(training)
+    if not math.isfinite(loss):
+        raise PktError(f"the loss on {data.source} is {loss}; the model's weights are damaged or its training diverged")
     return Evaluation(len(data), tokens, loss / max(1, tokens), matched)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.factorization import Split, check_rank, factorize
+from pkt.factorization import Split, check_rank, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
-from pkt.planning import Entry, TransferPlan, assemble
+from pkt.planning import Entry, TransferPlan, lora_matrix, source_names
 from pkt.progress import bar
 from pkt.storage import MANIFEST, atomic_folder, read_json, write_json
 from pkt.version import __version__
@@ -145,7 +146,7 @@ def extract(
     """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (METHOD, section 4).
 
     rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
-    max_rank. A checkpoint is read one matrix at a time. Raises `PktError` naming the module for a rank above its size and for
+    max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for
     weights that are not finite.
     """
     spec = spec_of(teacher)
@@ -161,18 +162,16 @@ def extract(
         return source.oriented(weights[source.parameter], entry.expert)
 
     with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
-        for done, (target, entries) in enumerate(targets.items(), 1):
-            kind, names = entries[0].kind, dict.fromkeys(e.source for e in entries)
-            region = assemble(entries, matrix_of)
-            # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-            matrix = region.t() if kind == "embedding" else region
-            factors = factorize(
-                matrix, rank, max_rank=max_rank, energy=energy, split=split, seed=seed, name=", ".join(names)
-            )
-            pairs[target] = Pair(factors.A, factors.B, kind)
-            energies[target] = factors.energy
+        for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
+            layer = list(group)
+            matrices = [lora_matrix(targets[target], matrix_of) for target in layer]
+            names = [source_names(targets[target]) for target in layer]
+            found = factorize_all(matrices, names, rank, max_rank=max_rank, energy=energy, split=split, seed=seed)
+            for target, factors in zip(layer, found, strict=True):
+                pairs[target] = Pair(factors.A, factors.B, targets[target][0].kind)
+                energies[target] = factors.energy
             if progress:
-                advance(done)
+                advance(len(pairs))
     details = {
         "factorization": {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
         "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},

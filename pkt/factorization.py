@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -54,29 +55,66 @@ def factorize(
 
     Raises `PktError` naming the matrix for a rank it does not have and for NaN or Inf in it.
     """
+    return factorize_all([matrix], [name], rank, max_rank=max_rank, energy=energy, split=split, seed=seed)[0]
+
+
+def factorize_all(
+    matrices: Sequence[Tensor],
+    names: Sequence[str],
+    rank: int = 16,
+    *,
+    max_rank: int = 64,
+    energy: float | None = None,
+    split: Split = "b",
+    seed: int = 0,
+) -> list[Factors]:
+    """`factorize` of each matrix, in batches of one rank and device, each waiting for its device once.
+
+    Everything is checked before any work; `PktError` names the first matrix that cannot be factorized.
+    """
     check_rank(rank, max_rank, energy, split)
+    inputs: list[Tensor] = []
+    batches: dict[tuple[int, torch.device], list[int]] = {}
+    for i, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
+        inputs.append(_checked(matrix, name))
+        smaller = min(matrix.shape)
+        wanted = rank if energy is None else min(max_rank, smaller)
+        if not 0 < wanted <= smaller:
+            raise PktError(f"{name} is {list(matrix.shape)}: rank {wanted} is above its {smaller}; use a smaller rank")
+        batches.setdefault((wanted, matrix.device), []).append(i)
+    found: dict[int, Factors] = {}
+    for (wanted, _), batch in batches.items():
+        U, S, V, stats = ops.rsvd_batch([inputs[i] for i in batch], wanted, seed=seed)
+        facts = torch.cat((stats, torch.stack(S)), 1).cpu().double()
+        for i, u, s, v, (total, _, _, finite, *values) in zip(batch, U, S, V, facts.tolist(), strict=True):
+            if not finite:
+                raise PktError(f"{names[i]} contains NaN or Inf; the checkpoint is damaged")
+            kept = wanted if energy is None else _rank_for(energy * total, values)
+            caught = sum(x * x for x in values[:kept]) / total if total > 0 else 1.0
+            found[i] = _factors(u[:, :kept], s[:kept], v[:, :kept], split, caught)
+    return [found[i] for i in range(len(inputs))]
+
+
+def _checked(matrix: Tensor, name: str) -> Tensor:
     if matrix.ndim != 2:
         raise PktError(f"{name} is {list(matrix.shape)}; only a matrix can be factorized")
-    if matrix.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        if matrix.dtype != torch.float64:
-            raise PktError(f"{name} is {matrix.dtype}; bf16, fp16, fp32 or fp64 is needed")
-        matrix = matrix.float()
-    smaller = min(matrix.shape)
-    if energy is not None:
-        rank = min(max_rank, smaller)
-    if rank > smaller:
-        raise PktError(f"{name} is {list(matrix.shape)}: rank {rank} is above its {smaller}; use a smaller rank")
-    u, s, v, stats = ops.rsvd(matrix, rank, seed=seed)
-    total, finite = float(stats[0]), bool(stats[3])
-    if not finite:
-        raise PktError(f"{name} contains NaN or Inf; the checkpoint is damaged")
-    squares = s.double() ** 2
-    if energy is not None and total > 0:
-        reached = (squares.cumsum(0) >= energy * total).nonzero()
-        rank = int(reached[0]) + 1 if len(reached) else rank
-    elif energy is not None:
-        rank = 1
-    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
-    caught = float(squares[:rank].sum()) / total if total > 0 else 1.0
+    if matrix.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return matrix
+    if matrix.dtype != torch.float64:
+        raise PktError(f"{name} is {matrix.dtype}; bf16, fp16, fp32 or fp64 is needed")
+    return matrix.float()
+
+
+def _rank_for(wanted: float, values: Sequence[float]) -> int:
+    """The smallest rank whose σ² reach `wanted`, at least 1; all of them where none does."""
+    caught = 0.0
+    for rank, value in enumerate(values, 1):
+        caught += value * value
+        if caught >= wanted:
+            return rank
+    return len(values)
+
+
+def _factors(u: Tensor, s: Tensor, v: Tensor, split: Split, energy: float) -> Factors:
     left, right = (s, torch.ones_like(s)) if split == "b" else (s.sqrt(), s.sqrt())
-    return Factors((v * right).t().contiguous(), (u * left).contiguous(), caught)
+    return Factors((v * right).t().contiguous(), (u * left).contiguous(), energy)

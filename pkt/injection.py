@@ -8,10 +8,13 @@ add       no counterweight: the student is changed at once.
 
 What was done is recorded twice: in the adapter's own configuration (PEFT saves it, so any trainer's checkpoint says how to
 read it), and, for `residual`, in the configuration of the base whose weights were shifted.
+
+PiSSA is `residual` with the model's own factors (`initialize_pissa_weights`).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import types
@@ -26,12 +29,15 @@ from torch import Tensor, nn
 from pkt.adapters import RECORD, Adapter, Pair, check_fit, read_adapter, split_tied
 from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
-from pkt.models import ModelSpec, Weights, load_model, quiet, spec_of_model
+from pkt.factorization import factorize_all
+from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")
 ADAPTER = "default"
 SHIFTED = "pkt_residual"  # in the configuration of a base whose weights are W − B₀A₀
+# Matrices factorized at a time: what the GPU's kernels take in one launch.
+BATCH = 16
 # Relative movement of the second half that rounding to bf16 cannot explain.
 MOVED = 2.0**-7
 
@@ -126,15 +132,82 @@ def initialize_lora_weights(
             f"mode={mode!r} cannot fill the adapter {adapter_name!r}; set r and rank_pattern:\n  " + "\n  ".join(faults)
         )
     adapter = Adapter(pairs, name_of(peft_model.get_base_model()), spec.head if spec.tied else None)
-    record = make_record(peft_model.get_base_model(), adapter, mode)
     # auto_mapping is saved as it is, but only for adapters with a task type; without one PEFT writes its own.
     config.task_type = config.task_type or "CAUSAL_LM"
+    _start_adapter(peft_model, adapter, mode, adapter_name)
+
+
+def initialize_pissa_weights(peft_model: Any, *, adapter_name: str = ADAPTER, seed: int = 0) -> None:
+    """PEFT's `init_lora_weights="pissa"` (Meng et al., 2024, arXiv 2404.02948) without its full SVDs.
+
+    peft_model: as `get_peft_model` makes it with PEFT's default start, changed in place. Each linear layer W [out, in] of the
+    adapter, Conv1D too, gets A = √(Σ/s) Vᵀ [r, in] and B = U √(Σ/s) [out, r] from its r leading singular triplets
+    (`pkt::rsvd`), s being the adapter's scale; W − s·BA, computed in fp32 and rounded once to W's dtype, stays in the base.
+    Embeddings keep PEFT's start, as with PEFT. The configuration then says "pissa", for PEFT's own conversion to a plain LoRA;
+    `pkt.finalize(peft_model, OUT)` makes one too. The same seed gives the same bytes.
+
+    Raises `PktError` before anything is changed: listing every layer without a plain weight of its own in fp32, fp16 or bf16
+    (quantized, tied to another module, merged), for other adapters on the base, and for weights that are not finite.
+    """
+    config = _config(peft_model, adapter_name)
+    _check_unshifted(peft_model)
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise PktError(
+            f"the adapter {adapter_name!r} was made with init_lora_weights={config.init_lora_weights!r}; leave it at its default"
+        )
+    others = [name for name in peft_model.peft_config if name != adapter_name]
+    if others:
+        raise PktError(f"PiSSA would shift the base under the other adapters of this model ({', '.join(others)})")
+    base = peft_model.get_base_model()
+    layers = {name: layer for name, layer in base.named_modules() if adapter_name in getattr(layer, "lora_A", ())}
+    owners = collections.Counter(id(p) for module in base.modules() for p in module.parameters(recurse=False))
+    faults = [f"{name}: {fault}" for name, layer in layers.items() if (fault := _pissa_fault(layer, owners))]
+    if faults or not layers:
+        raise PktError(
+            "PiSSA subtracts the factors from the base's weights, so each layer needs a plain matrix of its own in float32, "
+            "float16 or bfloat16; initialize before quantizing, or take these out of target_modules:\n  "
+            + "\n  ".join(faults or [f"no linear layer has the adapter {adapter_name!r}"])
+        )
+    by_rank: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        by_rank.setdefault(layer.r[adapter_name], []).append(name)
+    pairs = {}
+    for rank, names in by_rank.items():
+        for some in (names[i : i + BATCH] for i in range(0, len(names), BATCH)):
+            weights = [layers[n].get_base_layer().weight.detach() for n in some]
+            matrices = [w.t() if layers[n].fan_in_fan_out else w for n, w in zip(some, weights, strict=True)]
+            for name, found in zip(some, factorize_all(matrices, some, rank, split="sqrt", seed=seed), strict=True):
+                kind: Kind = "conv1d" if layers[name].fan_in_fan_out else "linear"
+                root = layers[name].scaling[adapter_name] ** 0.5
+                pairs[name] = Pair((found.A / root).cpu(), (found.B * root).cpu(), kind)
+    _start_adapter(peft_model, Adapter(pairs, name_of(base)), "residual", adapter_name)
+    config.init_lora_weights = "pissa"
+
+
+def _pissa_fault(layer: Any, owners: Mapping[int, int]) -> str | None:
+    """Why this LoRA layer cannot be started by PiSSA, or None."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, Tensor):
+        return "no weight"
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+    if weight.is_meta or weight.ndim != 2:
+        return f"{list(weight.shape)} on {weight.device}"
+    if owners[id(weight)] > 1:
+        return "tied to another module"
+    return "merged" if layer.merged else None
+
+
+def _start_adapter(peft_model: Any, adapter: Adapter, mode: Mode, name: str) -> None:
+    """Fill an adapter with its initial factors, shift the base in `residual`, and record both."""
+    base, config = peft_model.get_base_model(), peft_model.peft_config[name]
+    record = make_record(base, adapter, mode)
     config.auto_mapping = {**(config.auto_mapping or {}), RECORD: record}
     if mode == "residual":
-        _shift(peft_model, pairs, record)
-    _fill(peft_model, pairs, adapter_name, paired=mode == "paired")
+        _shift(peft_model, adapter.pairs, record)
+    _fill(peft_model, adapter.pairs, name, paired=mode == "paired")
     injected = getattr(peft_model, "pkt_injection", {})
-    peft_model.pkt_injection = {**injected, adapter_name: {"mode": mode, "initial": pairs}}
+    peft_model.pkt_injection = {**injected, name: {"mode": mode, "initial": adapter.pairs}}
 
 
 def wrap(student: nn.Module, config: dict[str, Any], adapter_name: str = ADAPTER) -> Any:

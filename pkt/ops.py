@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pkt.errors import PktError, PktWarning
 from pkt.rsvd_reference import rsvd as _rsvd_torch
+from pkt.rsvd_reference import rsvd_batch as _rsvd_batch_torch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of one block of a gradient on the CPU: 1 MiB of fp32 stays in a core's L2 while it is folded into the scores.
@@ -26,6 +27,7 @@ _BLOCK_ELEMENTS = 1 << 18
 
 _lib = torch.library.Library("pkt", "DEF")
 _lib.define("abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad) -> ()")
+_lib.define("abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad) -> ()")
 _lib.define(
     "linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
 )
@@ -38,6 +40,10 @@ _lib.define(
 )
 _lib.define("best_window(Tensor score, int rows, int cols, int row_step=1, int col_step=1) -> (Tensor, Tensor)")
 _lib.define("rsvd(Tensor a, int rank, int oversample=16, int iters=4, int seed=0) -> (Tensor, Tensor, Tensor, Tensor)")
+_lib.define(
+    "rsvd_batch(Tensor[] a, int rank, int oversample=16, int iters=4, int seed=0) -> "
+    "(Tensor[], Tensor[], Tensor[], Tensor)"
+)
 
 
 # --- torch implementations ------------------------------------------------------------------------------------------
@@ -59,6 +65,11 @@ def _abs_accumulate_torch(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
     rows = max(1, _BLOCK_ELEMENTS * acc.shape[0] // max(1, acc.numel()))
     for a, t, g in zip(acc.split(rows), theta.split(rows), grad.split(rows), strict=True):
         a += (t.to(work) * g.to(work)).abs_()
+
+
+def _abs_accumulate_many_torch(acc: list[Tensor], theta: list[Tensor], grad: list[Tensor]) -> None:
+    for one in zip(acc, theta, grad, strict=True):
+        _abs_accumulate_torch(*one)
 
 
 def _abs_gradient_blocks(x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, row_multiple: int) -> Any:
@@ -200,6 +211,7 @@ _extension = _import_extension()
 
 _TRITON: dict[str, tuple[str, str]] = {
     "abs_accumulate_": ("abs_accumulate", "abs_accumulate"),
+    "abs_accumulate_many_": ("abs_accumulate", "abs_accumulate_many"),
     "linear_sensitivity_": ("linear_sensitivity", "linear_sensitivity"),
     "linear_sensitivity_tiles_": ("linear_sensitivity", "linear_sensitivity_tiles"),
     "embedding_sensitivity_": ("embedding_sensitivity", "embedding_sensitivity"),
@@ -207,6 +219,7 @@ _TRITON: dict[str, tuple[str, str]] = {
 }
 _TORCH: dict[str, Callable[..., Any]] = {
     "abs_accumulate_": _abs_accumulate_torch,
+    "abs_accumulate_many_": _abs_accumulate_many_torch,
     "linear_sensitivity_": _linear_sensitivity_torch,
     "linear_sensitivity_tiles_": _linear_sensitivity_tiles_torch,
     "embedding_sensitivity_": _embedding_sensitivity_torch,
@@ -230,18 +243,20 @@ def _no_triton(device_index: int) -> str | None:
 def _cuda(name: str) -> Callable[..., Any]:
     module, attribute = _TRITON[name]
 
-    def launch(first: Tensor, *args: Any) -> Any:
-        reason = _no_triton(first.device.index or 0)
+    def launch(*args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        device = tensors[0].device
+        reason = _no_triton(device.index or 0)
         if reason is not None:
             _warn_once(reason)
-        elif not any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (first, *args)):
+        elif not any(t.dtype == torch.float64 for t in tensors):
             kernel = getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
             try:
-                with torch.cuda.device(first.device):
-                    return kernel(first, *args)
+                with torch.cuda.device(device):
+                    return kernel(*args)
             except ValueError as error:  # a tile the fused kernel has no form for
                 _warn_once(str(error))
-        return _TORCH[name](first, *args)
+        return _TORCH[name](*args)
 
     return launch
 
@@ -255,16 +270,23 @@ for _name, _function in _TORCH.items():
     _lib.impl(_name, _function, "CPU")
     _lib.impl(_name, _cuda(_name), "CUDA")
 
-_RSVD_KEYS = [k for k in ("CPU", "CUDA") if not torch._C._dispatch_has_kernel_for_dispatch_key("pkt::rsvd", k)]
-for _key in _RSVD_KEYS:
-    _lib.impl("rsvd", _rsvd_torch, _key)
+_RSVD: dict[str, Callable[..., Any]] = {"rsvd": _rsvd_torch, "rsvd_batch": _rsvd_batch_torch}
+# What pkt._C did not register when it was loaded.
+_RSVD_IN_TORCH = [
+    (name, key)
+    for name in _RSVD
+    for key in ("CPU", "CUDA")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pkt::{name}", key)
+]
+for _name, _key in _RSVD_IN_TORCH:
+    _lib.impl(_name, _RSVD[_name], _key)
 
 
 def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     """(which implementation `pkt::name` uses on that device, why), for `pkt env`."""
     device = torch.device(device)
-    if name == "rsvd":
-        if device.type.upper() not in _RSVD_KEYS:
+    if name in _RSVD:
+        if (name, device.type.upper()) not in _RSVD_IN_TORCH:
             return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
@@ -280,7 +302,13 @@ def _fake_nothing(*args: Any) -> None:
     return None
 
 
-for _name in ("abs_accumulate_", "linear_sensitivity_", "linear_sensitivity_tiles_", "embedding_sensitivity_"):
+for _name in (
+    "abs_accumulate_",
+    "abs_accumulate_many_",
+    "linear_sensitivity_",
+    "linear_sensitivity_tiles_",
+    "embedding_sensitivity_",
+):
     torch.library.register_fake(f"pkt::{_name}", _fake_nothing, lib=_lib)
 
 
@@ -298,8 +326,16 @@ def _fake_rsvd(
     return empty(n, rank), empty(rank), empty(m, rank), empty(4)
 
 
+def _fake_rsvd_batch(
+    a: Sequence[Tensor], rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    U, S, V, _ = ([result[i] for result in map(functools.partial(_fake_rsvd, rank=rank), a)] for i in range(4))
+    return U, S, V, a[0].new_empty(len(a), 4, dtype=torch.float32)
+
+
 torch.library.register_fake("pkt::best_window", _fake_best_window, lib=_lib)
 torch.library.register_fake("pkt::rsvd", _fake_rsvd, lib=_lib)
+torch.library.register_fake("pkt::rsvd_batch", _fake_rsvd_batch, lib=_lib)
 
 
 # --- checked entry points -------------------------------------------------------------------------------------------
@@ -354,6 +390,20 @@ def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
     same = acc.shape == theta.shape == grad.shape
     _require(same, "abs_accumulate_", f"shapes differ: acc {_shape(acc)}, theta {_shape(theta)}, grad {_shape(grad)}")
     torch.ops.pkt.abs_accumulate_(acc, theta, grad)
+
+
+def abs_accumulate_many_(acc: Sequence[Tensor], theta: Sequence[Tensor], grad: Sequence[Tensor]) -> None:
+    """`abs_accumulate_` for every (acc, theta, grad): on a GPU one launch for a list of small parameters."""
+    op = "abs_accumulate_many_"
+    _require(
+        len(acc) == len(theta) == len(grad), op, f"lists of {len(acc)}, {len(theta)} and {len(grad)} tensors differ"
+    )
+    for a, t, g in zip(acc, theta, grad, strict=True):
+        _check_scores(op, a, theta=t, grad=g)
+        same = a.shape == t.shape == g.shape and a.device == acc[0].device
+        _require(same, op, f"shapes or devices differ: acc {_shape(a)}, theta {_shape(t)}, grad {_shape(g)}")
+    if acc:
+        torch.ops.pkt.abs_accumulate_many_(list(acc), list(theta), list(grad))
 
 
 def _check_linear(
@@ -426,6 +476,14 @@ def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step
     return offset, total
 
 
+def _check_rsvd(op: str, name: str, a: Tensor, rank: int, oversample: int, iters: int) -> None:
+    _require(a.ndim == 2, op, f"{name} must be a matrix, not {_shape(a)}")
+    _require(a.dtype in _FLOATS[:3], op, f"{name} must be bf16, fp16 or fp32, not {_shape(a)}")
+    _require(0 < rank <= min(a.shape), op, f"rank {rank} is not between 1 and min{tuple(a.shape)}, the shape of {name}")
+    good = 0 <= oversample < 2**31 and 0 <= iters < 2**31
+    _require(good, op, f"oversample {oversample} and iters {iters} must be between 0 and 2**31 - 1")
+
+
 def rsvd(
     a: Tensor, rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -434,10 +492,25 @@ def rsvd(
     bf16, fp16 or fp32, any strides: a view is neither copied nor widened as a whole. Returns fp32 U [n, rank], S [rank],
     V [m, rank] and stats [4] (`pkt.rsvd_reference` gives its layout), all on `a`'s device, the same bytes for the same seed.
     """
-    op = "rsvd"
-    _require(a.ndim == 2, op, f"needs a matrix, not {_shape(a)}")
-    _require(a.dtype in _FLOATS[:3], op, f"needs bf16, fp16 or fp32, not {_shape(a)}")
-    _require(0 < rank <= min(a.shape), op, f"rank {rank} is not between 1 and min{tuple(a.shape)}")
-    _require(oversample >= 0 and iters >= 0, op, f"oversample {oversample} and iters {iters} must not be negative")
+    _check_rsvd("rsvd", "a", a, rank, oversample, iters)
     u, s, v, stats = torch.ops.pkt.rsvd(a, rank, oversample, iters, seed)
+    return u, s, v, stats
+
+
+def rsvd_batch(
+    a: Sequence[Tensor], rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """`rsvd` of each matrix, of whatever shapes and dtypes, on one device: lists of U, S and V, and stats [len(a), 4].
+
+    On the CPU the bytes of `rsvd` one by one; on a GPU the matrices share the small kernels' launches.
+    """
+    op = "rsvd_batch"
+    for i, matrix in enumerate(a):
+        _check_rsvd(op, f"a[{i}]", matrix, rank, oversample, iters)
+        _require(
+            matrix.device == a[0].device, op, f"a[{i}] is on {matrix.device}, a[0] on {a[0].device}; move them to one"
+        )
+    if not a:
+        return [], [], [], torch.empty(0, 4)
+    u, s, v, stats = torch.ops.pkt.rsvd_batch(list(a), rank, oversample, iters, seed)
     return u, s, v, stats

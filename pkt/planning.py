@@ -109,6 +109,17 @@ def assemble(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> 
     return whole
 
 
+def lora_matrix(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> Tensor:
+    """What B A of a target's pair stands for: its matrix; LoRA writes an embedding [vocabulary, d] as (B A)ᵀ."""
+    matrix = assemble(entries, matrix_of)
+    return matrix.t() if entries[0].kind == "embedding" else matrix
+
+
+def source_names(entries: Sequence[Entry]) -> str:
+    """The teacher's matrices behind a target, as errors name them."""
+    return ", ".join(dict.fromkeys(e.source for e in entries))
+
+
 @dataclass
 class TransferPlan:
     """A list of entries with the models and options they were made for; prints as a table."""

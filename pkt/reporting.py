@@ -196,11 +196,13 @@ def environment() -> dict[str, Any]:
     table = []
     for op in (
         "abs_accumulate_",
+        "abs_accumulate_many_",
         "linear_sensitivity_",
         "linear_sensitivity_tiles_",
         "embedding_sensitivity_",
         "best_window",
         "rsvd",
+        "rsvd_batch",
     ):
         for device in devices:
             used, why = ops.implementation(op, device)

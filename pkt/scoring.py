@@ -18,6 +18,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,7 @@ from pkt import ops
 from pkt.errors import PktError
 from pkt.head_loss import Tokens, head_losses, probabilities
 from pkt.models import decoder_layers, kind_of, layer_of
-from pkt.seeds import IGNORE
+from pkt.seeds import IGNORE, Seeds
 from pkt.storage import atomic_file, safetensors_header, write_tensors
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -134,7 +135,8 @@ def sensitivity(
 
     model: any nn.Module; it is scored in eval mode and left exactly as it was found, also when interrupted.
     loader: batches; for the default loss mappings with `labels` and what the model's forward takes. A batch's first
-        dimension is the sample. S does not depend on how samples are batched, padded on the right or ordered.
+        dimension is the sample. S does not depend on how samples are batched, padded on the right or ordered. What
+        `pkt.load_seeds` returns is taken as it is.
     loss_fn(model, batch) -> [B]: one loss per sample; default: cross-entropy, the mean over each sample's target tokens,
         shifted by one for logits [B, T, V]. A model that only gives a scalar loss is run one sample at a time.
     params: a regular expression or a list of names; the other parameters are not scored.
@@ -144,12 +146,25 @@ def sensitivity(
     Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
     gradient that is not finite (naming the sample and the first bad parameter), and an empty loader.
     """
-    if tile is not None and tile < 1:
-        raise PktError(f"tile={tile} must be at least 1")
+    if not isinstance(model, nn.Module):
+        raise PktError(f"sensitivity takes a model in memory, not {model!r}; pkt.transfer takes checkpoint directories")
+    if isinstance(loader, (str, bytes, os.PathLike)):
+        raise PktError(
+            f"sensitivity takes batches, not the file {loader!r}; read it with pkt.load_seeds(path, tokenizer)"
+        )
+    if torch.is_inference_mode_enabled():
+        raise PktError("sensitivity needs gradients; call it outside torch.inference_mode()")
     names = _choose(model, params)
-    batches = list(loader)
+    parameters = dict(model.named_parameters())
+    if any(parameters[name].is_meta for name in names):
+        raise PktError("the model has parameters on the meta device, so without values; load its weights first")
+    if tile is not None and not 1 <= tile <= max(max(parameters[name].shape, default=1) for name in names):
+        raise PktError(f"tile={tile} must be at least 1 and no larger than the largest matrix")
+    batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
     if not batches:
         raise PktError("the loader gave no batches; there is nothing to score on")
+    for batch in batches:
+        _check_batch(model, batch, loss_fn)
     scorer = Scorer(model, names, tile=tile)
     loss_fn = loss_fn or default_loss
     sizes = [batch_size(batch) for batch in batches]
@@ -159,6 +174,22 @@ def sensitivity(
     if device is not None:
         scores = {name: score.to(device) for name, score in scores.items()}
     return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
+
+
+def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
+    """Refuse what would otherwise stop torch inside the model."""
+    if loss_fn is None and (not isinstance(batch, Mapping) or "labels" not in batch):
+        raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return
+    if isinstance(ids, Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise PktError(
+            f"token ids {int(ids.min())} to {int(ids.max())} are not all in the model's {rows}; "
+            "the tokenizer and the model do not belong together"
+        )
 
 
 def _choose(model: nn.Module, params: str | Iterable[str] | None) -> list[str]:
@@ -399,6 +430,7 @@ class Scorer:
         self.uses: dict[str, int] = defaultdict(int)
         self.delivered: set[str] = set()
         self.pending: dict[str, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
+        self.dense: list[tuple[Tensor, Tensor, Tensor]] = []
         self.sums: list[tuple[str, Tensor]] = []
         self.peak: Tensor | None = None
 
@@ -658,9 +690,11 @@ class Scorer:
     def _accumulate(self, kind: str, name: str, saved: Tensor, dy: Tensor) -> None:
         parameter = self.parameters[name].detach()
         if kind == "dense":
-            acc = self._accumulator(name)
-            for grad in dy:
-                self._add_abs(acc, parameter, grad)
+            acc, total = self._accumulator(name), dy.abs().sum(0)
+            if acc.shape == parameter.shape:
+                self.dense.append((acc, parameter, total))
+            else:
+                self._add_abs(acc, parameter, total)
             return
         layout = self._rows(dy)
         if layout is None:
@@ -695,7 +729,14 @@ class Scorer:
         acc += ops.tile_sums(whole, self.tile)
 
     def _flush(self) -> None:
-        """Parameters used more than once: the sum of a sample's uses comes before the absolute value."""
+        """What waits for the end of a batch: vectors, all at once, and parameters used more than once.
+
+        Of the latter the sum of a sample's uses comes before the absolute value.
+        """
+        if self.dense:
+            accs, parameters, grads = zip(*self.dense, strict=True)
+            ops.abs_accumulate_many_(accs, parameters, grads)
+            self.dense.clear()
         for name, uses in self.pending.items():
             parameter = self.parameters[name].detach()
             acc = self._accumulator(name)

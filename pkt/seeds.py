@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError
+from pkt.models import quiet
 from pkt.storage import os_errors, sha256
 
 IGNORE = -100
@@ -82,7 +83,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     r"""(line number, row) of a JSONL file. Lines end at "\n" only: U+2028 and its like are legal inside JSON strings."""
     path = Path(path)
     if not path.is_file():
-        raise PktError(f"{path} does not exist; name a JSONL file with rows {FORMS}")
+        raise PktError(
+            f"{path} {'is not a file' if path.exists() else 'does not exist'}; name a JSONL file with rows {FORMS}"
+        )
     with os_errors(f"reading {path}"):
         data = path.read_bytes()
     for number, line in enumerate(data.split(b"\n"), 1):
@@ -92,6 +95,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except UnicodeDecodeError as error:
             raise PktError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from error
+        except RecursionError:
+            raise PktError(f"{path}:{number}: nested too deeply; each line must be one of {FORMS}") from None
         except json.JSONDecodeError as error:
             raise PktError(
                 f"{path}:{number}: not valid JSON ({error.msg}); each line must be one of {FORMS}"
@@ -125,12 +130,13 @@ def load_seeds(
     if limit is not None and limit < 1:
         raise PktError(f"limit={limit} leaves no rows; use at least 1")
     examples: list[Example] = []
-    for number, row in read_rows(path):
-        if limit is not None and len(examples) == limit:
-            break
-        where = f"{path}:{number}"
-        pieces, special = _pieces(row, tokenizer, where)
-        examples.append(_encode(pieces, special, tokenizer, loss, max_length, where, number))
+    with quiet():  # tokenizers warn of rows longer than the model, before they are truncated
+        for number, row in read_rows(path):
+            if limit is not None and len(examples) == limit:
+                break
+            where = f"{path}:{number}"
+            pieces, special = _pieces(row, tokenizer, where)
+            examples.append(_encode(pieces, special, tokenizer, loss, max_length, where, number))
     if not examples:
         raise PktError(f"{path} has no rows; add some of the form {FORMS}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
@@ -220,6 +226,12 @@ def _encode(
 ) -> Example:
     """Tokenize the joined text once, so that no token boundary depends on where the answer starts."""
     text = "".join(piece for piece, _ in pieces)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PktError(
+            f"{where}: not text: half of a surrogate pair at character {error.start}; repair the row"
+        ) from error
     bounds: list[tuple[int, int]] = []
     position = 0
     for piece, answer in pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -82,6 +83,13 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def sweep_scratch(out: Path) -> None:
+    """Remove the scratch folders that killed writers of `out` left; only for who holds `out` against other writers."""
+    for entry in out.absolute().parent.glob(f".{glob.escape(out.name)}.????????"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def atomic_file(out: str | Path) -> Iterator[Path]:
     """Yield a scratch path beside `out` that becomes `out` in one rename, or disappears."""
@@ -95,7 +103,8 @@ def atomic_file(out: str | Path) -> Iterator[Path]:
             yield scratch
             os.replace(scratch, out)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def _umask() -> int:

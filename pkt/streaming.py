@@ -956,8 +956,8 @@ class Engine:
 
         with self._replaced(handler), contextlib.suppress(_ReachedError):
             self.model(**self._inputs(batch))
-        for hidden, *call in calls:
-            self._call(0, hidden, (call[0], call[1]))
+        for hidden, args, kwargs in calls:
+            self._call(0, hidden, (args, kwargs))
 
     def _forward(self, index: int, chunks: list[Chunk], store: Boundaries, top: int) -> None:
         following = self.layer_names[index + 1] if index + 1 < top else self.layer_names[index]

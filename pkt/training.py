@@ -50,8 +50,6 @@ def train(
 
     Raises `PktError` for bad data, a mismatch of student and extraction, or an `out` that is another run's.
     """
-    from transformers import set_seed
-
     if batch_size < 1 or micro_batch < 1 or epochs <= 0 or lr <= 0 or save_steps < 1:
         raise PktError("epochs, lr, batch size, micro batch and save steps must be positive")
     if mode not in MODES:
@@ -78,6 +76,8 @@ def train(
         "student": fingerprint(student),
     }
     checkpoint = _start_run(out, settings)
+    from transformers import set_seed
+
     set_seed(seed)
     model = inject(load_model(student), ext, mode=mode, dropout=dropout)
     if checkpoint is None:

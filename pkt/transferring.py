@@ -34,7 +34,7 @@ from pkt import ops
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract, versions
-from pkt.factorization import Split, check_rank, factorize
+from pkt.factorization import Split, check_rank, factorize_all
 from pkt.models import (
     ModelSpec,
     Target,
@@ -55,9 +55,10 @@ from pkt.planning import (
     Pairing,
     TransferPlan,
     Vocabulary,
-    assemble,
     check_options,
+    lora_matrix,
     read_vocabulary,
+    source_names,
 )
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
@@ -70,6 +71,7 @@ from pkt.storage import (
     os_errors,
     read_json,
     sha256,
+    sweep_scratch,
     write_json,
     write_tensors,
 )
@@ -399,6 +401,7 @@ class Job:
         for task, (name, extraction) in enumerate(extractions.items()):
             target = out / name if name else out
             if force or not self.several or not self.finished_one(target, name):
+                sweep_scratch(target)
                 extraction.save(target, force=force)
             if folder.scores_file(task).is_file():
                 with os_errors(f"writing {target / SCORES}"):
@@ -440,7 +443,6 @@ class Harvest:
         """Choose and factorize what this part gives to the student."""
         sums = {name: score.sum(dtype=torch.float64).item() for name, score in scores.items()}
         record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
         wanted = self._wanted(key, scores)
         groups = {group for group, _, _ in wanted}
 
@@ -451,10 +453,9 @@ class Harvest:
         for group, target, feeds in wanted:
             name = f"{group}/{target.suffix}"
             entries = [self.pairing.entry(f, score_of, expert_of, whole=sums[f.source.parameter]) for f in feeds]
-            found: dict[str, Any] = {"entries": [e.to_json() for e in entries]}
-            record["entries"][name] = found
-            if len(groups) == 1 or not self.ranked:
-                factors[name], found["energy"] = self._factorize(entries, weight)
+            record["entries"][name] = {"entries": [e.to_json() for e in entries]}
+        at_once = len(groups) == 1 or not self.ranked
+        factors = self._factorize(record["entries"], weight) if at_once else {}
         self.records[key], self.factors[key] = record, factors
         if isinstance(key, int) and self.ranked:
             self._forget_losers()
@@ -475,17 +476,21 @@ class Harvest:
             wanted += [(group, target, feeds) for target, feeds in mine if feeds]
         return wanted
 
-    def _factorize(self, entries: list[Entry], weight: Callable[[str], Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
+    def _factorize(
+        self, targets: dict[str, dict[str, Any]], weight: Callable[[str], Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B for each target of one part, whose energies are filled in."""
+
         def matrix_of(entry: Entry) -> Tensor:
             source = self.pairing.by_module[entry.source]
             return source.oriented(weight(source.parameter), entry.expert)
 
-        region = assemble(entries, matrix_of)
-        # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-        matrix = region.t() if entries[0].kind == "embedding" else region
-        names = dict.fromkeys(e.source for e in entries)
-        found = factorize(matrix, **self.factorization, name=", ".join(names))
-        return (found.A.cpu(), found.B.cpu()), found.energy
+        entries = [[Entry.from_json(e) for e in target["entries"]] for target in targets.values()]
+        matrices = [lora_matrix(mine, matrix_of) for mine in entries]
+        found = factorize_all(matrices, [source_names(mine) for mine in entries], **self.factorization)
+        for target, factors in zip(targets.values(), found, strict=True):
+            target["energy"] = factors.energy
+        return {name: (factors.A.cpu(), factors.B.cpu()) for name, factors in zip(targets, found, strict=True)}
 
     def _best(self) -> list[int]:
         scored = sorted(
@@ -522,10 +527,8 @@ class Harvest:
             late = sorted({n for k, n in place_of.values() if k == key and n not in self.factors[key]})
             if late:
                 with weights_of(key) as weight:
-                    for name in late:
-                        found = self.records[key]["entries"][name]
-                        made = [Entry.from_json(e) for e in found["entries"]]
-                        self.factors[key][name], found["energy"] = self._factorize(made, weight)
+                    waiting = {name: self.records[key]["entries"][name] for name in late}
+                    self.factors[key].update(self._factorize(waiting, weight))
         entries, pairs, energies = [], {}, {}
         for module, (part, name) in place_of.items():
             found, (A, B) = self.records[part]["entries"][name], self.factors[part][name]

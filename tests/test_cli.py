@@ -21,6 +21,7 @@ from conftest import ASSETS, save, write_rows
 from safetensors.torch import load_file, save_file
 
 import pkt
+from pkt.evaluation import evaluate
 from pkt.storage import MANIFEST, atomic_file, atomic_folder
 
 PKT = [sys.executable, "-m", "pkt"]
@@ -147,7 +148,7 @@ def test_help_version_and_env() -> None:
         assert run(command, "--help")
     assert pkt.__version__ in run("--version")
     found = json.loads(run("env", "--json"))
-    assert {row["op"] for row in found["ops"]} >= {"pkt::linear_sensitivity_", "pkt::rsvd"}
+    assert {row["op"] for row in found["ops"]} >= {"pkt::linear_sensitivity_", "pkt::rsvd", "pkt::rsvd_batch"}
     assert "pkt::best_window" in run("env")
 
 
@@ -190,6 +191,17 @@ class TestBadInput:
         assert "s.jsonl:2: not valid JSON" in transfer(seeds=write_rows(tmp_path / "s.jsonl", good, "{oops"))
         assert "has no rows" in transfer(seeds=write_rows(tmp_path / "e.jsonl"))
         assert "does not exist" in transfer(seeds=tmp_path / "missing.jsonl")
+
+    def test_models_that_cannot_be_evaluated(self, student_dir: Path, seed_file: Path, tokenizer: Any) -> None:
+        rows = pkt.load_seeds(seed_file, tokenizer)
+        model = oracle.llama(vocab=len(tokenizer))
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+        with pytest.raises(pkt.PktError, match=r"the loss on .*seeds\.jsonl is nan"):
+            evaluate(model, rows)
+        with pytest.raises(pkt.PktError, match="does not exist in the model"):
+            evaluate(oracle.llama(vocab=20), rows)
+        assert "pkt runs on cpu and cuda" in fails("evaluate", student_dir, seed_file, "--device", "meta")
 
     def test_a_row_without_target_tokens(
         self, transfer: Any, teacher_dir: Path, student_dir: Path, seed_file: Path

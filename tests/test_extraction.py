@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import pkt
+from pkt import ops
 from pkt.adapters import read_adapter
+from pkt.factorization import factorize_all
 from pkt.models import load_model
 from pkt.storage import MANIFEST
 
@@ -82,9 +84,30 @@ def test_bad_matrices_are_named() -> None:
     bad[3, 4] = float("nan")
     with pytest.raises(pkt.PktError, match="layer 3 contains NaN or Inf"):
         pkt.factorize(bad, 4, name="layer 3")
-    for matrix, message in ((torch.zeros(3), "only a matrix"), (torch.zeros(3, 3, dtype=torch.int64), "int64")):
-        with pytest.raises(pkt.PktError, match=message):
-            pkt.factorize(matrix, 1)
+    for matrix, message in (
+        (torch.zeros(3), "only a matrix"),
+        (torch.zeros(2, 3, 4), "only a matrix"),
+        (torch.zeros(3, 3, dtype=torch.int64), "int64"),
+        (torch.zeros(3, 3, dtype=torch.complex64), "complex64"),
+    ):
+        with pytest.raises(pkt.PktError, match=f"layer 3 is .*{message}"):
+            pkt.factorize(matrix, 1, name="layer 3")
+
+
+@pytest.mark.parametrize("options", [{"rank": 5}, {"energy": 0.9, "max_rank": 40}])
+def test_all_at_once_are_the_bytes_of_one_by_one(options: Any) -> None:
+    matrices = [spectrum("flat", 90, 70), spectrum("exponential", 30, 8).bfloat16().t(), spectrum("decaying").t()]
+    found = factorize_all(matrices, ["x", "y", "z"], **options)
+    for matrix, factors in zip(matrices, found, strict=True):
+        alone = pkt.factorize(matrix, **options)
+        assert torch.equal(factors.A, alone.A)
+        assert torch.equal(factors.B, alone.B)
+        assert factors.energy == alone.energy
+    if "energy" in options:
+        assert len({f.rank for f in found}) == 3
+    matrices[2][4, 5] = float("-inf")
+    with pytest.raises(pkt.PktError, match="z contains NaN or Inf"):
+        factorize_all(matrices, ["x", "y", "z"], **options)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +192,16 @@ def test_a_teacher_on_disk_and_one_in_memory_give_the_same(teacher_dir: Path, ma
         for module, pair in ext.pairs.items():
             assert torch.equal(pair.A, made.pairs[module].A)
             assert torch.equal(pair.B, made.pairs[module].B)
+
+
+def test_a_layer_waits_for_its_factors_once(
+    teacher_dir: Path, made: pkt.Extraction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    rsvd_batch = ops.rsvd_batch
+    monkeypatch.setattr(ops, "rsvd_batch", lambda a, *args, **kw: batches.append(len(a)) or rsvd_batch(a, *args, **kw))
+    pkt.extract(teacher_dir, made.plan, rank=4, progress=False)
+    assert sorted(batches) == [1, 1, 7, 7]
 
 
 def test_ranks_no_matrix_has_are_refused_together(teacher_dir: Path, made: pkt.Extraction) -> None:

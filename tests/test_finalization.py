@@ -449,6 +449,19 @@ def command(*args: Any) -> Any:
     return done.output
 
 
+def test_a_pickled_adapter_is_read_only_if_that_is_safe(student_folder: Path, ext: Any, tmp_path: Path) -> None:
+    save_quietly(pkt.inject(student_folder, ext), tmp_path / "trained")
+    pkt.finalize(tmp_path / "trained", tmp_path / "out")
+    state = load_file(tmp_path / "trained" / WEIGHTS)
+    (tmp_path / "trained" / WEIGHTS).unlink()
+    torch.save(state, tmp_path / "trained" / "adapter_model.bin")
+    pkt.finalize(tmp_path / "trained", tmp_path / "same")
+    assert (tmp_path / "same" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    torch.save({"run me": student_folder}, tmp_path / "trained" / "adapter_model.bin")
+    with pytest.raises(pkt.PktError, match=r"adapter_model\.bin is a pickle that cannot be loaded safely"):
+        pkt.finalize(tmp_path / "trained", tmp_path / "again")
+
+
 def test_the_command(student_folder: Path, ext: Any, tmp_path: Path) -> None:
     model = trained(student_folder, ext)
     save_quietly(model, tmp_path / "trained")

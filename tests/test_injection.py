@@ -320,9 +320,11 @@ def test_save_residual_is_for_residual(student_folder: Path, ext: Any, tmp_path:
         write_injected(student_folder, tmp_path / "ext", tmp_path / "start", save_residual=tmp_path / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_student(tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install pkt-transfer[clients])")
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     # bitsandbytes packs 4-bit weights on the CPU in blocks of 64.
@@ -348,3 +350,6 @@ def test_a_quantized_student(tmp_path: Path, bits: int) -> None:
     assert done.check.gap > 0  # the quantization's error, stated and not refused
     with pytest.raises(pkt.PktError, match="which are quantized here"):
         pkt.inject(load(), ext, mode="residual")
+    own = get_peft_model(load(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(pkt.PktError, match=r"initialize before quantizing(.|\n)*q_proj: .* of u?int8"):
+        pkt.initialize_pissa_weights(own)

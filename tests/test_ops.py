@@ -79,6 +79,22 @@ def test_abs_accumulate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert oracle.relative_error(acc, expected) < 1e-6
 
 
+def test_abs_accumulate_many_is_abs_accumulate_of_each() -> None:
+    thetas = [torch.randn(s).to(d) for s, d in [((7,), torch.float32), ((3, 5), torch.bfloat16), ((0,), torch.float32)]]
+    grads = [torch.randn(t.shape) for t in thetas]
+    accs, expected = [torch.rand(t.shape) for t in thetas], []
+    for acc, theta, grad in zip(accs, thetas, grads, strict=True):
+        expected.append(acc.clone())
+        ops.abs_accumulate_(expected[-1], theta, grad)
+    ops.abs_accumulate_many_(accs, thetas, grads)
+    assert all(map(torch.equal, accs, expected))
+    ops.abs_accumulate_many_([], [], [])
+    with pytest.raises(pkt.PktError, match="lists of 3, 3 and 2 tensors differ"):
+        ops.abs_accumulate_many_(accs, thetas, grads[:2])
+    with pytest.raises(pkt.PktError, match=r"shapes or devices differ: acc \[7\]"):
+        ops.abs_accumulate_many_(accs, thetas[::-1], grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding_sensitivity_sums_duplicates_within_a_sample_first(dtype: torch.dtype) -> None:
     ids = torch.tensor([4, 4, 2, 0, 4, 2, 9])
@@ -97,6 +113,9 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
     w, x, dy, starts, lens = case([3, 4], 6, 5, torch.float32)
     check = torch.library.opcheck
     check(torch.ops.pkt.abs_accumulate_.default, (torch.zeros(6, 5), w, w))
+    check(
+        torch.ops.pkt.abs_accumulate_many_.default, ([torch.zeros(6, 5), torch.zeros(3)], [w, w[0, :3]], [w, w[1, :3]])
+    )
     check(torch.ops.pkt.linear_sensitivity_.default, (torch.zeros(6, 5), w, x, dy, starts, lens))
     check(torch.ops.pkt.linear_sensitivity_tiles_.default, (torch.zeros(3, 3), w, x, dy, starts, lens, 2))
     check(
@@ -105,10 +124,11 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
     )
     check(torch.ops.pkt.best_window.default, (torch.rand(6, 5), 3, 2))
     check(torch.ops.pkt.rsvd.default, (torch.randn(12, 9), 3))
+    check(torch.ops.pkt.rsvd_batch.default, ([torch.randn(12, 9), torch.randn(4, 7).bfloat16()], 3))
 
 
 def test_every_op_says_what_it_uses_and_why() -> None:
-    for op in ("abs_accumulate_", "linear_sensitivity_", "best_window", "rsvd"):
+    for op in ("abs_accumulate_", "linear_sensitivity_", "best_window", "rsvd", "rsvd_batch"):
         used, why = ops.implementation(op, "cpu")
         assert used in ("torch", "C++")
         assert why
@@ -156,8 +176,32 @@ def test_other_ops_refuse_bad_arguments() -> None:
         )
     with pytest.raises(pkt.PktError, match="tiles"):
         ops.linear_sensitivity_tiles_(torch.zeros(2, 2), *case([3], 6, 5, torch.float32), 2)
-    for bad, message in ((torch.zeros(3), "matrix"), (torch.zeros(3, 3, dtype=torch.int64), "bf16, fp16 or fp32")):
-        with pytest.raises(pkt.PktError, match=message):
-            ops.rsvd(bad, 1)
-    with pytest.raises(pkt.PktError, match="rank 4"):
-        ops.rsvd(torch.zeros(3, 5), 4)
+
+
+@pytest.mark.parametrize(
+    ("bad", "rank", "message"),
+    [
+        (torch.zeros(3), 1, r"must be a matrix, not \[3\]"),
+        (torch.zeros(2, 3, 4), 1, "must be a matrix"),
+        (torch.zeros(3, 3, dtype=torch.int64), 1, "bf16, fp16 or fp32, not .* int64"),
+        (torch.zeros(3, 3, dtype=torch.complex64), 1, "bf16, fp16 or fp32, not .* complex64"),
+        (torch.zeros(3, 5), 4, r"rank 4 is not between 1 and min\(3, 5\)"),
+        (torch.zeros(3, 5), 0, "rank 0"),
+        (torch.zeros(3, 5), -2, "rank -2"),
+        (torch.zeros(0, 5), 1, r"min\(0, 5\)"),
+    ],
+)
+def test_rsvd_refuses_bad_matrices_and_ranks(bad: Tensor, rank: int, message: str) -> None:
+    with pytest.raises(pkt.PktError, match=f"pkt::rsvd: .*{message}"):
+        ops.rsvd(bad, rank)
+    with pytest.raises(pkt.PktError, match=rf"pkt::rsvd_batch: .*{message}"):
+        ops.rsvd_batch([torch.zeros(9, 9), bad], rank)
+
+
+def test_rsvd_refuses_bad_options_and_mixed_devices() -> None:
+    for options in ({"oversample": -1}, {"iters": -1}, {"oversample": 2**31}, {"iters": 2**63 - 1}):
+        with pytest.raises(pkt.PktError, match=r"must be between 0 and 2\*\*31 - 1"):
+            ops.rsvd(torch.zeros(3, 5), 1, **options)
+    with pytest.raises(pkt.PktError, match=r"a\[1\] is on meta, a\[0\] on cpu"):
+        ops.rsvd_batch([torch.zeros(3, 5), torch.zeros(3, 5, device="meta")], 1)
+    assert [len(x) for x in ops.rsvd_batch([], 1)] == [0, 0, 0, 0]

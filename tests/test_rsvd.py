@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -242,9 +244,7 @@ def test_any_shape_stride_and_dtype(
 
 @pytest.mark.parametrize("implementation", ["registered", "torch"])
 def test_the_batch_is_each_matrix_by_itself(implementation: str) -> None:
-    if implementation == "registered" and not hasattr(torch.ops.pkt, "rsvd_batch"):
-        pytest.skip("pkt::rsvd_batch is not defined")
-    batch_rsvd = torch.ops.pkt.rsvd_batch if implementation == "registered" else rsvd_reference.rsvd_batch
+    batch_rsvd = ops.rsvd_batch if implementation == "registered" else rsvd_reference.rsvd_batch
     shapes = [(120, 300), (300, 120), (120, 300), (5, 3), (400, 380)]
     batch = [gaussian(n, m, seed=i).to(torch.bfloat16) for i, (n, m) in enumerate(shapes)]
     U, S, V, stats = batch_rsvd(batch, 3, 16, 4, 0)
@@ -262,3 +262,15 @@ def test_philox_signs_are_the_published_generator() -> None:
     assert signs[0].tolist() == expected
     assert torch.equal(signs[:, :30], rsvd_reference.philox_signs(2, 30, 0, 0, torch.device("cpu")))
     assert abs(rsvd_reference.philox_signs(1000, 200, 7, 1, torch.device("cpu")).mean()) < 0.01
+
+
+@pytest.mark.skipif(ops.implementation("rsvd", "cpu")[0] != "C++", reason="pkt._C is not built")
+def test_a_basis_too_wide_for_its_eigenproblem_is_refused() -> None:
+    # With a limit on the memory, for without the check it would take 20 GB.
+    script = (
+        "import resource, torch; from pkt import ops;"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
+        "ops.rsvd(torch.zeros(1, 1).expand(60_000, 50_000), 12_000)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pkt::rsvd: a basis of 50000 columns is too wide; use a smaller rank" in run.stderr

@@ -108,10 +108,9 @@ def test_it_can_be_captured_in_a_graph() -> None:
 
 
 @needs_extension
-@pytest.mark.skipif(not hasattr(torch.ops.pkt, "rsvd_batch"), reason="pkt::rsvd_batch is not defined")
 def test_a_batch_larger_than_one_launch() -> None:
     shapes = [(500 + 7 * i, 900 - 11 * i) for i in range(19)] + [(5, 3)]
     batch = [gaussian(n, m, seed=n).to(torch.float16 if n % 3 == 0 else torch.bfloat16).cuda() for n, m in shapes]
-    U, S, V, stats = torch.ops.pkt.rsvd_batch(batch, 3, 16, 4, 0)
+    U, S, V, stats = ops.rsvd_batch(batch, 3)
     for i, a in enumerate(batch):
         check(a.cpu(), (U[i].cpu(), S[i].cpu(), V[i].cpu(), stats[i].cpu()), 3, floor=TWO_HALVES)

@@ -246,6 +246,12 @@ def test_emulated_cuda_batches_unequal_shapes(library: ctypes.CDLL) -> None:
         torch.testing.assert_close(result[1], alone[1], rtol=1e-5, atol=0)
 
 
+def test_emulated_cuda_where_only_the_narrow_matrices_of_a_batch_fit_in_shared_memory(library: ctypes.CDLL) -> None:
+    batch = [gaussian(n, m, seed=n).float() for n, m in ((90, 60), (40, 6))]
+    for a, result in zip(batch, on_emulated_cuda(library, batch, 6, shared_limit=2000), strict=True):
+        check(a, result, 6)
+
+
 @pytest.mark.parametrize("shared_limit", [160 * 1024, 0], ids=["shared", "global"])
 def test_emulated_cuda_has_no_race(library: ctypes.CDLL, shared_limit: int) -> None:
     """Threads that take turns backwards give the same bytes, with the small matrices in shared and in global memory."""

@@ -385,6 +385,23 @@ class TestBadInput:
         with pytest.raises(pkt.PktError, match="no batches"):
             pkt.sensitivity(oracle.llama(), [], progress=False)
 
+    def test_what_is_no_model_and_no_batch(self) -> None:
+        model, batch = oracle.llama(), oracle.padded(SAMPLES[:2])
+        for bad_model, loader, message in (
+            ("teacher", [batch], "takes a model in memory, not 'teacher'"),
+            (model, "seeds.jsonl", "read it with pkt.load_seeds"),
+            (model, [{k: v for k, v in batch.items() if k != "labels"}], "mappings with 'labels'"),
+            (model, [{**batch, "input_ids": batch["input_ids"] + 1000}], "are not all in the model's"),
+            (oracle.llama().to("meta"), [batch], "on the meta device"),
+        ):
+            with pytest.raises(pkt.PktError, match=message):
+                pkt.sensitivity(bad_model, loader, progress=False)  # type: ignore[arg-type]
+        with torch.inference_mode(), pytest.raises(pkt.PktError, match="inference_mode"):
+            pkt.sensitivity(model, [batch], progress=False)
+        for tile in (0, 1 << 20):
+            with pytest.raises(pkt.PktError, match="no larger than the largest matrix"):
+                pkt.sensitivity(model, [batch], tile=tile, progress=False)
+
     def test_unknown_parameters(self) -> None:
         with pytest.raises(pkt.PktError, match="no parameter nothing"):
             pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:1], 1), params=["nothing"], progress=False)

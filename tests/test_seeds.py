@@ -120,6 +120,8 @@ def test_truncation_keeps_targets_or_says_so(tmp_path: Path) -> None:
         ({"prompt": 3, "completion": "b"}, "must be strings"),
         ({"text": ""}, "not empty"),
         ({"text": 7}, "must be a string"),
+        ({"text": "a\ud800"}, "half of a surrogate pair at character 1"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_malformed_rows_name_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -131,6 +133,8 @@ def test_malformed_rows_name_file_and_line(tmp_path: Path, row: Any, message: st
 def test_files_that_are_none(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(pkt.PktError, match="does not exist"):
         pkt.load_seeds(tmp_path / "no.jsonl", tokenizer)
+    with pytest.raises(pkt.PktError, match="is not a file"):
+        pkt.load_seeds(tmp_path, tokenizer)
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(pkt.PktError, match="has no rows"):
         pkt.load_seeds(tmp_path / "empty.jsonl", tokenizer)
