@@ -30,7 +30,7 @@ from pkt.evaluation import evaluate, final_answer
 from pkt.extraction import Extraction
 from pkt.finalization import finalize
 from pkt.injection import inject, load_with_adapter, wrap
-from pkt.models import spec_of, load_model, load_tokenizer
+from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 from pkt.seeds import Seeds, load_seeds
 from pkt.storage import MANIFEST, check_output_folder, os_errors, write_json

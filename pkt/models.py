@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import re
@@ -93,6 +94,31 @@ FUSED: dict[str, Fused] = {
 # Rows (q, k, v) or columns (o) of these roles are heads side by side.
 HEAD_ROWS = ("q", "k", "v")
 HEAD_COLUMNS = ("o",)
+
+# Quantizations that transformers undoes, and the packages that it takes (GGUF files: gguf).
+DEQUANTIZED: dict[str, tuple[str, ...]] = {"bitsandbytes": ("bitsandbytes", "accelerate")}
+
+# Architectures (model_type) that tests/test_families.py runs end to end. Others work by discovery, or say what is missing.
+TESTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+)
 
 # Tables that PEFT knows by name.
 PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -453,10 +479,15 @@ def load_config(path: str | Path) -> Any:
     if local is not None:
         if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
             raise PktError(f"{path} is an adapter folder; a model directory with a config.json is needed here")
-        read_json(local / "config.json")
+        if _gguf(path) is None:
+            read_json(local / "config.json")
     try:
         with quiet():
-            return AutoConfig.from_pretrained(str(path))
+            config = AutoConfig.from_pretrained(str(path), **_gguf_option(path))
+            if _gguf(path) is not None and hasattr(config, "quantization_config"):
+                # Its weights are whole again once loaded.
+                del config.quantization_config
+            return config
     except (OSError, ValueError, KeyError) as error:
         raise PktError(f"{path}: not a model transformers can read: {first_line(error)}") from error
 
@@ -468,7 +499,7 @@ def load_tokenizer(path: str | Path) -> Any:
     _local(path)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(path))
+            return AutoTokenizer.from_pretrained(str(path), **_gguf_option(path))
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise PktError(f"{path}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
 
@@ -479,7 +510,7 @@ def check_checkpoint(path: str | Path) -> None:
     Raises `PktError` naming the file. A model on the Hub is left to transformers.
     """
     local = _local(path)
-    if local is None:
+    if local is None or _gguf(path) is not None:
         return
     index = local / "model.safetensors.index.json"
     if index.is_file():
@@ -506,20 +537,77 @@ def check_checkpoint(path: str | Path) -> None:
             ) from error
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+def _gguf(path: str | Path) -> Path | None:
+    """The GGUF file of a directory that holds nothing else to load."""
+    local = _local(path)
+    if local is None or (local / "config.json").is_file():
+        return None
+    files = sorted(local.glob("*.gguf"))
+    if len(files) > 1:
+        raise PktError(f"{path} holds {len(files)} GGUF files; leave one of them there")
+    return files[0] if files else None
+
+
+def _gguf_option(path: str | Path) -> dict[str, Any]:
+    file = _gguf(path)
+    if file is None:
+        return {}
+    if importlib.util.find_spec("gguf") is None:
+        raise PktError(f"{file} needs the package gguf to be read: pip install gguf")
+    return {"gguf_file": file.name}
+
+
+def check_quantization(path: str | Path) -> None:
+    """Refuse a teacher whose quantized weights cannot be made whole here, from its configuration alone."""
+    method = _quantization(load_config(path))
+    if method is None:
+        return
+    if method not in DEQUANTIZED:
+        raise PktError(
+            f"{path} is quantized with {method}, which pkt cannot undo; convert it to bf16 or fp16 safetensors, or to GGUF"
+        )
+    missing = [name for name in DEQUANTIZED[method] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PktError(
+            f"{path} is quantized with {method}; install {', '.join(missing)}, or convert it to bf16 or fp16 safetensors"
+        )
+
+
+def _quantization(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    dequantize: bool = False,
+) -> Any:
     """A causal language model from a checkpoint directory or the Hub, in eval mode, in its own dtype unless one is given.
 
-    Raises `PktError` for a damaged checkpoint, and for one that leaves parameters of the model unset.
+    A GGUF file is read at its dequantized weights, fp32 unless a dtype is given. dequantize: give back whole weights for a
+    checkpoint of bitsandbytes too. Raises `PktError` for a damaged checkpoint, for one that leaves parameters of the model
+    unset, and, with `dequantize`, for a quantization that cannot be undone.
     """
     from transformers import AutoModelForCausalLM
 
     check_checkpoint(path)
-    load_config(path)
+    quantized = _quantization(load_config(path)) is not None
+    if dequantize:
+        check_quantization(path)
+    option = _gguf_option(path)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype or "auto", output_loading_info=True
+                str(path), dtype=dtype or (torch.float32 if option else "auto"), output_loading_info=True, **option
             )
+            if quantized and dequantize:
+                model = model.dequantize()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise PktError(f"{path}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(info.get("missing_keys", ())) + sorted(str(k) for k in info.get("mismatched_keys", ()))
@@ -534,7 +622,7 @@ def fingerprint(model: Any) -> str:
     """A hash that changes when a checkpoint does: names, shapes and file ends, not every byte of a large model."""
     if isinstance(model, (str, Path)) and Path(model).is_dir():
         parts: list[bytes | str] = []
-        for file in sorted(Path(model).glob("*.safetensors")):
+        for file in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.gguf")]):
             with open(file, "rb") as handle:
                 parts += [file.name, str(file.stat().st_size), handle.read(1 << 16)]
                 handle.seek(max(0, file.stat().st_size - (1 << 16)))
@@ -570,6 +658,43 @@ def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:
     return sorted(((t, s) for t, s in pairs if t >= 0), key=lambda pair: pair[1])
 
 
+def supported() -> list[tuple[str, bool, str]]:
+    """(what, whether it works here, why) for checkpoint formats and architectures."""
+    rows = [
+        ("safetensors", True, "read one decoder layer at a time"),
+        ("pickle (*.bin)", True, "loaded whole, where that is safe; convert to safetensors to stream it"),
+    ]
+    for name, packages in (("GGUF", ("gguf",)), *DEQUANTIZED.items()):
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        why = "loaded whole, scored at its dequantized weights"
+        rows.append((name, not missing, f"pip install {' '.join(missing)}" if missing else why))
+    rows.append(("other quantizations", False, "convert to bf16 or fp16 safetensors, or to GGUF"))
+    from transformers import CONFIG_MAPPING
+
+    for name in TESTED:
+        here = name in CONFIG_MAPPING
+        rows.append((name, here, "tested end to end" if here else "this version of transformers does not have it"))
+    rows.append(("other causal language models", True, "by discovery; `pkt models DIR` shows what is found"))
+    return rows
+
+
+def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
+    """(matrix in its place, shape, what pkt takes it for) for each kind of matrix of a model."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    for target in spec.targets:
+        name = target.module if target.layer is None else f"{spec.layers}.*.{target.suffix}"
+        shape = " x ".join(map(str, (*((target.experts,) if target.experts else ()), *target.shape)))
+        roles = ", ".join(role for role, _ in target.roles() if role)
+        if not roles:
+            roles = (
+                "unknown: fed from the same name only, or by --map or --roles"
+                if target.layer is not None
+                else "left alone"
+            )
+        rows.setdefault(f"{name} {shape}", (name, shape, f"{roles} (each of its experts)" if target.experts else roles))
+    return list(rows.values())
+
+
 class Weights:
     """Parameters by name, one at a time: of a model in memory, or straight out of a safetensors checkpoint."""
 
@@ -586,7 +711,7 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         if self.model is None and name not in self.files:
             # Saved under other names (an old layout, a pickle, the Hub): let transformers map them.
-            self.model = load_model(self.path)
+            self.model = load_model(self.path, dequantize=True)
         if self.model is not None:
             try:
                 return self.model.get_parameter(name).detach()

@@ -298,7 +298,7 @@ def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None =
             return Teacher(model, files, wanted, _match_names(model, files))
         except NotLayeredError as error:
             note = f"{teacher} is loaded whole, not layer by layer: {error}"
-    loaded = load_model(teacher, dtype=dtype)
+    loaded = load_model(teacher, dtype=dtype, dequantize=True)
     return Teacher(**{**vars(open_teacher(loaded, device)), "note": note})
 
 

@@ -39,6 +39,7 @@ from pkt.models import (
     ModelSpec,
     Target,
     check_checkpoint,
+    check_quantization,
     check_tokenizer,
     fingerprint,
     load_config,
@@ -270,6 +271,8 @@ class Job:
         self.batch_size, self.keep_scores, self.device, self.dtype = batch_size, keep_scores, device, dtype
         self.teacher, self.student = with_roles(spec_of(teacher), roles), with_roles(spec_of(student), roles)
         check_rank(*(factorization[k] for k in ("rank", "max_rank", "energy", "split")))
+        if isinstance(teacher, (str, Path)):
+            check_quantization(teacher)
         self.vocabulary = vocabulary
         self.pairing = Pairing(self.teacher, self.student, options, vocabulary)
         check_rank_fits(self.pairing, factorization["rank"], factorization["energy"])
@@ -319,7 +322,7 @@ class Job:
         """All that a result depends on, by the names a refusal uses."""
         stamps = {}
         if not isinstance(self.model, nn.Module) and Path(self.model).is_dir():
-            for file in sorted(Path(self.model).glob("*.safetensors")):
+            for file in sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.gguf")]):
                 stamps[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
         return {
             "teacher": self.teacher.identity(),
@@ -690,7 +693,9 @@ class Runner:
 
         job = self.job
         warnings.warn(f"{job.teacher.name} is scored whole, not layer by layer: {why}", PktWarning, stacklevel=4)
-        model = job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype)
+        model = (
+            job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype, dequantize=True)
+        )
         if not isinstance(job.model, nn.Module):
             model = model.to(job.device)
         found = {}
