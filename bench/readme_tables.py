@@ -58,11 +58,24 @@ def bench_table() -> str:
     return "\n".join(lines)
 
 
+def families_table() -> str:
+    found = load("families.json")
+    if found is None:
+        return "(no run is committed yet)"
+    lines = ["| family | S against autograd | read from disk | fed in a student of its own kind |", "|---|---|---|---|"]
+    for name, row in found.items():
+        fed = ", ".join(row.get("fed", ())) + "".join(f"; {note}" for note in row.get("notes", ()))
+        error = "not reached" if row["error"] is None else f"{row['error']:.0e}"
+        state = fed if row["passed"] else f"**fails**: {row.get('reason', 'see the test')}"
+        lines.append(f"| {name} (`{row['class']}`) | {error} | {row.get('read', '')} | {state} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     new = text
-    for name, table in (("demo table", demo_table()), ("bench table", bench_table())):
+    for name, table in (("demo table", demo_table()), ("bench table", bench_table()), ("families", families_table())):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
         new = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", new, flags=re.S)
     if "--check" in sys.argv:

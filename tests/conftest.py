@@ -35,6 +35,7 @@ def families_table(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         import families
 
         path = Path(__file__).parents[1] / "bench" / "results" / "families.json"
+        assert set(rows) == set(families.FAMILIES), "run every family's test in one process (-n 0)"
         ordered = {name: rows[name] for name in families.FAMILIES}
         path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 

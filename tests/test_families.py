@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,10 @@ class TestVocabularies:
             pkt.plan(sens, teacher, student, map_vocabulary=True)
 
 
+def bitsandbytes_runs() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
 def words(tokens: list[str]) -> Any:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -494,3 +500,123 @@ def test_long_lists_of_rows_are_packed() -> None:
     region.put(back, region.cut(matrix))
     assert torch.equal(back[::3], matrix[::3])
     assert not back[1::3].any()
+
+
+# --- quantized teachers ---------------------------------------------------------------------------------------------
+
+
+def write_gguf(model: Any, file: Path, tokens: int) -> None:
+    """A Llama model as llama.cpp stores it: matrices in 8 bits (Q8_0), rows of q and k in its order of rotary pairs."""
+    import gguf
+    from gguf.constants import GGMLQuantizationType
+
+    config = model.config
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(tokens)
+    for name, parameter in model.named_parameters():
+        module = name.removesuffix(".weight")
+        place = outside.get(module)
+        if place is None:
+            _, _, layer, rest = module.split(".", 3)
+            place = f"blk.{layer}.{names[rest]}"
+        value = parameter.detach()
+        if module.endswith(("q_proj", "k_proj")):
+            count = heads if module.endswith("q_proj") else kv
+            value = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        array = value.numpy()
+        if value.ndim == 2:
+            packed = gguf.quants.quantize(array, GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{place}.weight", packed, raw_dtype=GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(f"{place}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class TestQuantized:
+    def test_a_gguf_teacher_is_scored_at_its_dequantized_weights(self, tmp_path: Path) -> None:
+        pytest.importorskip("gguf", reason="the package gguf is not installed")
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+        model, student = families.model("Llama", **sizes), families.model("Llama", "student")
+        (tmp_path / "teacher").mkdir()
+        write_gguf(model, tmp_path / "teacher" / "model.gguf", families.VOCAB)
+        loaded = load_model(tmp_path / "teacher")
+        for name, parameter in model.named_parameters():
+            # Q8_0: half a step of 1/127 of the largest of 32 weights, and a scale kept in fp16.
+            gap = float((loaded.get_parameter(name) - parameter).detach().abs().max())
+            assert gap <= float(parameter.detach().abs().max()) * (1 / 254 + 2.0**-11), name
+        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, progress=False)
+        sens = pkt.sensitivity(loaded, BATCHES, progress=False)
+        assert worst_error(sens, oracle.sensitivity(loaded, oracle.batched(SAMPLES, 1))) <= 1e-5
+        assert places(ext.plan) == places(pkt.plan(sens, tmp_path / "teacher", student))
+        (tmp_path / "teacher" / "second.gguf").write_bytes(b"GGUF")
+        with pytest.raises(pkt.PktError, match="holds 2 GGUF files"):
+            load_model(tmp_path / "teacher")
+
+    def test_a_missing_reader_and_other_quantizations_say_what_to_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import pkt.models
+
+        found = importlib.util.find_spec
+        gone = ("gguf", "bitsandbytes")
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name in gone else found(name, *rest)
+        )
+        student = families.model("Llama", "student")
+        (tmp_path / "gguf").mkdir()
+        (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+        with pytest.raises(pkt.PktError, match="pip install gguf"):
+            pkt.transfer(tmp_path / "gguf", student, seeds())
+        for method, message in (
+            ("gptq", "quantized with gptq, which pkt cannot undo; convert it to bf16 or fp16 safetensors, or to GGUF"),
+            ("bitsandbytes", "install bitsandbytes, or convert it"),
+        ):
+            folder = tmp_path / method
+            families.model("Llama").save_pretrained(folder)
+            config = json.loads((folder / "config.json").read_text())
+            quantization = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+            (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+            with pytest.raises(pkt.PktError, match=message):
+                pkt.transfer(folder, student, seeds())
+        rows = {name: (here, why) for name, here, why in pkt.models.supported()}
+        assert rows["GGUF"] == (False, "pip install gguf")
+        assert rows["safetensors"][0]
+
+    @pytest.mark.skipif(not bitsandbytes_runs(), reason="bitsandbytes is not installed")
+    def test_a_bitsandbytes_teacher_is_scored_at_its_dequantized_weights(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        families.model("Llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "whole")
+        packed = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "whole", quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
+        )
+        packed.save_pretrained(tmp_path / "teacher")
+        student = families.model("Llama", "student")
+        with pytest.raises(pkt.PktError, match=r"quantized weight; .*dequantize\(\) first"):
+            pkt.sensitivity(packed, BATCHES, progress=False)
+        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, progress=False)
+        whole = load_model(tmp_path / "teacher", dequantize=True)
+        sens = pkt.sensitivity(whole, BATCHES, progress=False)
+        assert places(ext.plan) == places(pkt.plan(sens, whole, student))
+
+
+def test_the_table_of_architectures_names_what_is_tested() -> None:
+    from pkt.models import TESTED
+
+    assert set(TESTED) == {families.FAMILIES[f]("teacher").model_type for f in families.FAMILIES}
