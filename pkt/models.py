@@ -95,6 +95,11 @@ FUSED: dict[str, Fused] = {
 HEAD_ROWS = ("q", "k", "v")
 HEAD_COLUMNS = ("o",)
 
+# How checkpoints name what transformers has renamed since: part of a parameter's name -> in the files.
+RENAMED = {"lm_head.weight": "embed_out.weight", ".mlp.": ".block_sparse_moe."}
+# The matrices that files hold for each expert -> the 3-D parameter transformers joins them into, in this order.
+EXPERT_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
 # Quantizations that transformers undoes, and the packages that it takes (GGUF files: gguf).
 DEQUANTIZED: dict[str, tuple[str, ...]] = {"bitsandbytes": ("bitsandbytes", "accelerate")}
 
@@ -693,6 +698,18 @@ def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
             )
         rows.setdefault(f"{name} {shape}", (name, shape, f"{roles} (each of its experts)" if target.experts else roles))
     return list(rows.values())
+
+
+def stored_names(name: str, shape: tuple[int, ...], prefix: str) -> Iterator[list[str]]:
+    """Ways in which a checkpoint may hold a parameter: the tensors whose bytes, one after another, are it."""
+    names = [name, name.removeprefix(prefix)]
+    names += [name.replace(now, then) for now, then in RENAMED.items() if now in name]
+    yield from ([n] for n in names)
+    if len(shape) == 3:
+        for full in names:
+            parent, _, key = full.rpartition(".")
+            for parts in EXPERT_FILES.get(key, ()):
+                yield [f"{parent}.{expert}.{part}.weight" for expert in range(shape[0]) for part in parts]
 
 
 class Weights:
