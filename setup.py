@@ -24,7 +24,7 @@ PYTHON_TAG = "cp310"
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
 CPU_KERNELS = ["cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
-CPU_SOURCES = ["extension", "rsvd_cpu", "block_krylov", "orthonormalize", *CPU_KERNELS]
+CPU_SOURCES = ["extension", "window_search", "rsvd_cpu", "block_krylov", "orthonormalize", *CPU_KERNELS]
 CUDA_SOURCES = ["rsvd_cuda"]
 
 

@@ -12,7 +12,7 @@ fused losses elsewhere do not give).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 # Elements of one block of logits: 256 MiB of fp32 on a GPU; on a CPU what its caches can use.
-BLOCK = {"cpu": 1 << 22}
+BLOCK = {"cpu": 1 << 21}
 BLOCK_DEFAULT = 1 << 26
+# Tokens of one product of the backward pass; elsewhere all at once.
+TOKENS = {"cpu": 256}
 
 Record = Callable[[int, Tensor], None]  # (first vocabulary row of the block, P [tokens, rows])
 
@@ -95,6 +97,17 @@ def probabilities(tokens: Tokens, part: slice, columns: Tensor, first: int | Non
     return p.mul_(tokens.scale[part, None])
 
 
+def _equal_parts(count: int, size: int) -> Iterator[tuple[slice, int]]:
+    """Slices of `size` that cover `count`, and where each one's new rows begin: the last overlaps the one before it.
+
+    The CPU's matrix library keeps code and buffers for every shape it has met, so a last part of its own shape, another one
+    for every batch, would cost more memory than the rows that are computed twice cost time.
+    """
+    for fresh in range(0, count, max(1, size)):
+        stop = min(fresh + size, count)
+        yield slice(max(0, stop - size), stop), fresh
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,11 +117,11 @@ class _HeadLoss(torch.autograd.Function):
         height = block_rows(weight.shape[0], rows.device)
         work = tokens.lse.dtype
         picked = torch.empty_like(tokens.lse)
-        for top in range(0, len(rows), height):
-            part = slice(top, top + height)
+        for part, _ in _equal_parts(len(rows), height):
             logits = (rows[part] @ weight.t()).to(work)
-            tokens.lse[part] = logits.logsumexp(1)
             picked[part] = logits.gather(1, tokens.targets[part, None])[:, 0]
+            top = logits.amax(1, keepdim=True)
+            tokens.lse[part] = logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
         losses = torch.zeros(len(tokens.counts), dtype=work, device=rows.device)
         return losses.index_add_(0, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
 
@@ -116,13 +129,17 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         tokens, weight = ctx.tokens, ctx.weight
         tokens.scale.copy_((grads[0] / tokens.counts)[tokens.sample])
-        everything = slice(0, len(tokens.hidden))
-        dh = torch.zeros(tokens.hidden.shape, dtype=tokens.lse.dtype, device=tokens.hidden.device)
-        height = -(-block_rows(len(tokens.hidden), weight.device) // ctx.multiple) * ctx.multiple
+        count, device = len(tokens.hidden), weight.device
+        dh = torch.zeros(tokens.hidden.shape, dtype=tokens.lse.dtype, device=device)
+        # A power of two, so that batches of other sizes need no products of other shapes.
+        height = 1 << (block_rows(count, device).bit_length() - 1)
+        height = -(-height // ctx.multiple) * ctx.multiple
         for first in range(0, weight.shape[0], height):
             columns = weight[first : first + height]
-            p = probabilities(tokens, everything, columns, first, None).to(weight.dtype)
-            dh += p @ columns
+            p = torch.empty(count, len(columns), dtype=weight.dtype, device=device)
+            for part, fresh in _equal_parts(count, TOKENS.get(device.type, count)):
+                p[part] = probabilities(tokens, part, columns, first, None)
+                dh[fresh : part.stop] += (p[part] @ columns)[fresh - part.start :]
             ctx.record(first, p)
         return None, dh.to(tokens.hidden.dtype), None, None, None, None
 

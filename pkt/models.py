@@ -205,6 +205,23 @@ def decoder_layers(model: nn.Module) -> str | None:
     return best
 
 
+# Settings that make logits something else than the head's product (Gemma 2, Granite, Cohere).
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def plain_head(model: Any) -> tuple[nn.Linear, nn.Module] | None:
+    """(head, the model below it) when logits may be nothing but their product; only running the model confirms it."""
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+        return None
+    head, below = model.get_output_embeddings(), model.base_model
+    if below is model or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+        return None
+    config = getattr(model, "config", None)
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS):
+        return None
+    return head, below
+
+
 def layer_of(parameter: str, layers: str | None) -> int | None:
     """The decoder layer a parameter or module belongs to, or None."""
     if layers is None:

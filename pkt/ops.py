@@ -24,6 +24,8 @@ from pkt.rsvd_reference import rsvd_batch as _rsvd_batch_torch
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of one block of a gradient on the CPU: 1 MiB of fp32 stays in a core's L2 while it is folded into the scores.
 _BLOCK_ELEMENTS = 1 << 18
+# What `best_window` and sums in fp64 need besides the scores on a CPU.
+SEARCH_BYTES = 48 * _BLOCK_ELEMENTS
 
 _lib = torch.library.Library("pkt", "DEF")
 _lib.define("abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad) -> ()")
@@ -124,6 +126,15 @@ def _linear_sensitivity_tiles_torch(
         tiles[part.start // tile : -(-part.stop // tile)] += tile_sums(total, tile)
 
 
+def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
+    """Σ in fp64 of all values, or of a matrix along `dim`. On a CPU torch's own would first make an fp64 copy of the whole."""
+    if values.ndim == 0 or values.device.type != "cpu":
+        return values.sum(dtype=torch.float64) if dim is None else values.sum(dim, dtype=torch.float64)
+    rows = max(1, _BLOCK_ELEMENTS * values.shape[0] // max(1, values.numel()))
+    parts = [p.sum(dtype=torch.float64) if dim is None else p.sum(dim, dtype=torch.float64) for p in values.split(rows)]
+    return torch.cat(parts) if dim == 1 else torch.stack(parts).sum(0)
+
+
 def embedding_rows(
     ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
@@ -157,37 +168,47 @@ def _best_window_torch(
     """Exact integer sums of every window, by prefix sums (their wrap-around cancels in the differences)."""
     exponent = torch.frexp(score.max().double()).exponent
     scale = torch.ldexp(torch.ones((), dtype=torch.float64, device=score.device), window_bits(rows, cols) - exponent)
-    # A block of rows at a time, so that no fp64 copy of the scores exists.
-    height = max(1, _BLOCK_ELEMENTS // score.shape[1]) if score.device.type == "cpu" else score.shape[0]
-    blocks = ((part.double() * scale).add_(0.5).floor_() for part in score.split(height))
-    if rows == score.shape[0]:
-        sums = torch.zeros(1, score.shape[1], dtype=torch.int64, device=score.device)
-        for block in blocks:
-            sums += block.long().sum(0)
-    else:
-        quantized = torch.empty(score.shape, dtype=torch.int64, device=score.device)
-        for part, block in zip(quantized.split(height), blocks, strict=True):
-            part.copy_(block)
-        sums = _sliding(quantized, rows, row_step, 0)
-    sums = sums.sum(1, keepdim=True) if cols == score.shape[1] else _sliding(sums, cols, col_step, 1)
-    flat = sums.flatten()
-    # argmax does not promise the first of equal maxima.
-    total = flat.max()
-    first = (flat == total).to(torch.uint8).argmax() if flat.device.type == "cpu" else (flat == total).nonzero()[0, 0]
-    offset = torch.stack([first // sums.shape[1] * row_step, first % sums.shape[1] * col_step])
-    return offset, total
+
+    def quantized(part: Tensor) -> Tensor:
+        return (part.double() * scale).add_(0.5).floor_().long()
+
+    # A block of rows at a time, so that no copy of the scores exists; on a GPU, where launches cost, a larger one.
+    block = _BLOCK_ELEMENTS if score.device.type == "cpu" else 64 * _BLOCK_ELEMENTS
+    height = max(1, block // score.shape[1])
+    # Sums over rows top .. top + rows of each column, for the last row of the block before.
+    column = torch.zeros(1, score.shape[1], dtype=torch.int64, device=score.device)
+    for part in score[: rows - 1].split(height):
+        column += quantized(part).sum(0)
+    best: list[tuple[Tensor, Tensor]] = []
+    for top in range(0, score.shape[0] - rows + 1, height):
+        stop = min(top + height, score.shape[0] - rows + 1)
+        change = quantized(score[top + rows - 1 : stop + rows - 1])
+        change[1:] -= quantized(score[top : stop - 1])
+        sums = change.cumsum_(0).add_(column)
+        column = sums[-1:] - quantized(score[stop - 1 : stop])
+        sums = _sliding(sums[-top % row_step :: row_step], cols)[:, ::col_step]
+        if not sums.numel():
+            continue
+        flat = sums.flatten()
+        total = flat.max()
+        # argmax does not promise the first of equal maxima.
+        first = (
+            (flat == total).to(torch.uint8).argmax() if flat.device.type == "cpu" else (flat == total).nonzero()[0, 0]
+        )
+        row = top + -top % row_step + first // sums.shape[1] * row_step
+        best.append((total, torch.stack([row, first % sums.shape[1] * col_step])))
+    totals = torch.stack([total for total, _ in best])
+    # The first block of those that share the largest sum.
+    found = int((totals == totals.max()).to(torch.uint8).argmax())
+    return best[found][1], best[found][0]
 
 
-def _sliding(values: Tensor, width: int, step: int, dim: int) -> Tensor:
-    """Sums of `width` neighbours along `dim`; `values` is used up."""
-    prefix = values.cumsum_(dim)
-    n = values.shape[dim]
-    sums = torch.empty_like(prefix.narrow(dim, 0, n - width + 1))
-    sums.narrow(dim, 0, 1).copy_(prefix.narrow(dim, width - 1, 1))
-    torch.sub(
-        prefix.narrow(dim, width, n - width), prefix.narrow(dim, 0, n - width), out=sums.narrow(dim, 1, n - width)
-    )
-    return sums if step == 1 else sums.index_select(dim, torch.arange(0, n - width + 1, step, device=values.device))
+def _sliding(values: Tensor, width: int) -> Tensor:
+    """Sums of `width` neighbours in each row."""
+    prefix = values.cumsum(1)
+    sums = prefix[:, width - 1 :].clone()
+    sums[:, 1:] -= prefix[:, : values.shape[1] - width]
+    return sums
 
 
 # --- which implementation runs --------------------------------------------------------------------------------------
@@ -266,28 +287,32 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"pkt uses its torch implementations on this GPU: {reason}", PktWarning, stacklevel=4)
 
 
-for _name, _function in _TORCH.items():
-    _lib.impl(_name, _function, "CPU")
-    _lib.impl(_name, _cuda(_name), "CUDA")
-
 _RSVD: dict[str, Callable[..., Any]] = {"rsvd": _rsvd_torch, "rsvd_batch": _rsvd_batch_torch}
-# What pkt._C did not register when it was loaded.
-_RSVD_IN_TORCH = [
-    (name, key)
-    for name in _RSVD
-    for key in ("CPU", "CUDA")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pkt::{name}", key)
-]
-for _name, _key in _RSVD_IN_TORCH:
-    _lib.impl(_name, _RSVD[_name], _key)
+
+
+def _register() -> set[tuple[str, str]]:
+    """Register what pkt._C did not when it was loaded; returns what it did, as (op, dispatch key)."""
+    compiled = set()
+    for name in (*_TORCH, *_RSVD):
+        for key in ("CPU", "CUDA"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"pkt::{name}", key):
+                compiled.add((name, key))
+            elif name in _RSVD:
+                _lib.impl(name, _RSVD[name], key)
+            else:
+                _lib.impl(name, _TORCH[name] if key == "CPU" else _cuda(name), key)
+    return compiled
+
+
+_COMPILED = _register()
 
 
 def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     """(which implementation `pkt::name` uses on that device, why), for `pkt env`."""
     device = torch.device(device)
-    if name in _RSVD:
-        if (name, device.type.upper()) not in _RSVD_IN_TORCH:
-            return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
+    if (name, device.type.upper()) in _COMPILED:
+        return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
+    if name in _RSVD or (name == "best_window" and device.type == "cpu"):
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
         reason = _no_triton(device.index or 0)
@@ -472,7 +497,7 @@ def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step
     n, m = score.shape
     _require(0 < rows <= n and 0 < cols <= m, op, f"a {rows} x {cols} window does not fit in {n} x {m}")
     _require(row_step > 0 and col_step > 0, op, f"steps must be positive, not {row_step} and {col_step}")
-    offset, total = torch.ops.pkt.best_window(score, rows, cols, row_step, col_step)
+    offset, total = torch.ops.pkt.best_window(score.float(), rows, cols, row_step, col_step)
     return offset, total
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pkt import ops
 from pkt.errors import PktError
 from pkt.models import (
     FUSED,
@@ -655,9 +656,9 @@ class Pairing:
             seed=options["seed"],
             name=f"{target.module} {feed.role}" if target.parts else target.module,
         )
-        inside = caught(part, region, tile)
+        inside = caught_by(part, region, tile)
         if whole is None or expert is not None:
-            whole = score.sum(dtype=torch.float64).item()
+            whole = ops.double_sum(score).item()
         return Entry(
             source.module,
             target.module,
@@ -678,7 +679,7 @@ class Pairing:
             student=self.student.identity(),
             options=dict(self.options),
             layer_scores=layer_scores,
-            layer_shares=layer_shares(entries, self.student, chosen, layer_scores),
+            layer_shares=layer_shares_of(entries, self.student, chosen, layer_scores),
             notes=[*self.notes, *self._expert_note(entries), *self._partial_note(entries)],
         )
 
@@ -747,15 +748,15 @@ def _score_of(sens: Sensitivity, source: Target, teacher: ModelSpec) -> Tensor:
     return sens[name]
 
 
-def caught(score: Tensor, region: Region, tile: int | None) -> float:
+def caught_by(score: Tensor, region: Region, tile: int | None) -> float:
     """Σ of S in the region; of whole tiles when the scores are tile sums."""
     if tile is None:
-        return region.cut(score).sum(dtype=torch.float64).item()
+        return ops.double_sum(region.cut(score)).item()
     rows, cols = (tuple((a // tile, -(-b // tile)) for a, b in axis) for axis in (region.rows, region.cols))
-    return Region(region.shape, rows, cols).cut(score).sum(dtype=torch.float64).item()
+    return ops.double_sum(Region(region.shape, rows, cols).cut(score)).item()
 
 
-def layer_shares(entries: list[Entry], student: ModelSpec, chosen: list[int], scores: list[float]) -> list[float]:
+def layer_shares_of(entries: list[Entry], student: ModelSpec, chosen: list[int], scores: list[float]) -> list[float]:
     """Of each chosen teacher layer's whole sensitivity, the share inside the regions."""
     if not scores:
         return []

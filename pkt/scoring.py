@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.errors import PktError
 from pkt.head_loss import Tokens, head_losses, probabilities
-from pkt.models import decoder_layers, kind_of, layer_of
+from pkt.models import decoder_layers, kind_of, layer_of, plain_head
 from pkt.seeds import IGNORE, Seeds
 from pkt.storage import atomic_file, safetensors_header, write_tensors
 
@@ -81,7 +81,7 @@ class Sensitivity(Mapping[str, Tensor]):
         for name, score in self.scores.items():
             layer = layer_of(name, self.layers)
             if layer is not None:
-                found[layer] += score.double().sum().item()
+                found[layer] += ops.double_sum(score).item()
         if not found:
             raise PktError("these scores have no decoder layers; choose layers by an explicit list or a layer_map")
         return torch.tensor([found[i] for i in range(max(found) + 1)], dtype=torch.float64)
@@ -754,20 +754,22 @@ class Scorer:
 
     # -- the head, whose logits need not exist
 
-    def _find_head(self, batch: Any) -> None:
-        """Use the fused head when the model's logits are nothing but its head's product with the model below it."""
+    def _find_head(self, batch: Any, *, head_only: bool = False) -> None:
+        """Use the fused head when the model's logits are nothing but its head's product with the model below it.
+
+        head_only: of a tied table, this scorer sees no other use.
+        """
         model: Any = self.model
-        if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+        found = plain_head(model)
+        if found is None:
             return
-        head, below = model.get_output_embeddings(), model.base_model
-        if below is model or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
-            return
+        head, below = found
         name = self._tapped(head.weight)
         uses = sum(m._parameters.get("weight") is head.weight for m in self.model.modules())
         tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is head.weight]
         if name is None or uses != 1 + len(tables) or len(tables) > 1:
             return
-        if tables and type(tables[0]).forward is not nn.Embedding.forward:
+        if tables and type(tables[0]).forward is not nn.Embedding.forward and not head_only:
             # No tap on this table's other use (Gemma scales it): the two uses could not be joined.
             return
         seen: list[Tensor] = []
@@ -821,16 +823,12 @@ class Scorer:
         if layout is None:
             raise _RestartError
         rows, starts, lens = layout
-        tokens, parameter = self.tokens[-1], self.parameters[name].detach()
-        begin, count = (t.tolist() for t in tokens.spans())
+        parameter = self.parameters[name].detach()
         flat_ids, flat = ids.reshape(rows), dy.reshape(rows, -1)
         for sample in range(self.batch):
             one = slice(sample, sample + 1)
             touched, e = ops.embedding_rows(flat_ids, flat, starts[one], lens[one], parameter.shape[0])
-            part = slice(begin[sample], begin[sample] + count[sample])
-            table = parameter[touched]
-            p = probabilities(tokens, part, table, None, touched).to(parameter.dtype).to(e.dtype)
-            h = p.t() @ tokens.hidden[part].to(e.dtype)
+            h, table = self._head_rows(name, sample, touched), parameter[touched]
             change = ((h + e).abs_() - h.abs()) * table.to(e.dtype).abs()
             acc = self._accumulator(name)
             if self.tile is None:
@@ -838,6 +836,15 @@ class Scorer:
             else:
                 columns = torch.stack([ops.tile_sums(row, self.tile) for row in change])
                 acc.index_add_(0, touched // self.tile, columns)
+
+    def _head_rows(self, name: str, sample: int, ids: Tensor) -> Tensor:
+        """Rows `ids` of the gradient that one sample gives to the fused head, computed again."""
+        tokens, table = self.tokens[-1], self.parameters[name].detach()[ids]
+        starts, counts = tokens.spans()
+        part = slice(int(starts[sample]), int(starts[sample] + counts[sample]))
+        work = tokens.lse.dtype
+        p = probabilities(tokens, part, table, None, ids).to(table.dtype).to(work)
+        return p.t() @ tokens.hidden[part].to(work)
 
     def _whole_gradient(self, parameter: Tensor, uses: list[tuple[str, Tensor, Tensor]], sample: int) -> Tensor:
         work = torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -180,7 +180,7 @@ def select_region(
         row, col = (int(i) for i in ops.best_window(score, rows, cols, *steps)[0])
         return window(row, col, rows, cols)
     if strategy == "rows_cols":
-        return Region(shape, runs(_top(score.double().sum(1), rows)), runs(_top(score.double().sum(0), cols)))
+        return Region(shape, runs(_top(ops.double_sum(score, 1), rows)), runs(_top(ops.double_sum(score, 0), cols)))
     if strategy == "blocks":
         return _best_blocks(_axis_blocks(score, 1, rows), _axis_blocks(score, 0, cols), source_shape, shape)
     if strategy == "weights":
@@ -211,7 +211,7 @@ def block_side(length: int, wanted: int) -> int:
 
 def _axis_blocks(score: Tensor, summed: int, wanted: int) -> Tensor:
     """Sums over the whole blocks of one axis, fp64 [length // block]."""
-    line = score.double().sum(summed)
+    line = ops.double_sum(score, summed)
     side = block_side(len(line), wanted)
     return line[: len(line) // side * side].view(-1, side).sum(1)
 
@@ -259,7 +259,7 @@ def _from_tiles(
     chosen = []
     for axis, count in ((1, rows), (0, cols)):
         length, wanted = source_shape[1 - axis], shape[1 - axis]
-        picked = _top(score.double().sum(axis), count)
+        picked = _top(ops.double_sum(score, axis), count)
         chosen.append(((0, length),) if length == wanted else runs([i * tile for i in picked], tile))
     return Region(shape, chosen[0], chosen[1])
 

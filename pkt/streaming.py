@@ -14,7 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import functools
 import itertools
+import math
+import mmap
 import os
 import re
 import time
@@ -29,7 +33,17 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import check_checkpoint, hollow_model, layer_of, load_config, load_model, stored_names, unwrap
+from pkt.head_loss import BLOCK, BLOCK_DEFAULT
+from pkt.models import (
+    check_checkpoint,
+    hollow_model,
+    layer_of,
+    load_config,
+    load_model,
+    plain_head,
+    stored_names,
+    unwrap,
+)
 from pkt.scoring import Scorer, _real_lengths, _RestartError, _SampleError, default_loss
 from pkt.storage import os_errors, safetensors_header
 
@@ -48,6 +62,9 @@ _DTYPES = {
 _HALF = (torch.float16, torch.bfloat16)
 _ALIGN = 64
 _PROBE_TOKENS = 24
+_OWN_PAGES = 1 << 16
+# What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
+_LIBRARIES, _PER_SHAPE = 16 << 20, 10 << 20
 
 
 class NotLayeredError(Exception):
@@ -162,6 +179,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     view: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(view)
+
+
+def _in_own_pages(tensor: Tensor) -> Tensor:
+    """What stays, away from what comes and goes: on the heap it would keep the holes around it from being given back."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < _OWN_PAGES:
+        return tensor
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -317,6 +343,11 @@ def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None =
     return Teacher(**{**vars(open_teacher(loaded, device)), "note": note})
 
 
+def _dtype_of(teacher: Teacher) -> torch.dtype:
+    found = next((p.dtype for p in teacher.model.parameters() if p.is_floating_point()), torch.float32)
+    return teacher.dtype or found
+
+
 def _emptied(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
@@ -384,13 +415,10 @@ class Boundaries:
 
     def put(self, boundary: int, chunk: int, hidden: Tensor) -> None:
         key, place = (boundary, chunk), self.places[boundary]
-        if place == "device":
-            self.held[key] = hidden
+        if place != "disk":
+            self.held[key] = _in_own_pages(hidden if place == "device" else hidden.cpu().contiguous())
             return
         hidden = hidden.cpu().contiguous()
-        if place == "host":
-            self.held[key] = hidden
-            return
         self.shapes[key] = (hidden.shape, hidden.dtype)
         if self.thread is None:
             self._write(key, hidden)
@@ -418,6 +446,18 @@ class Boundaries:
         if self.shapes.pop(key, None) is not None:
             self._settle(key)
             self._file(key).unlink(missing_ok=True)
+
+    def spilled(self, name: str, tensor: Tensor) -> Tensor:
+        """A CPU tensor that is not wanted soon, in the pages of a file; the file goes with the tensor."""
+        if self.folder is None or "disk" not in self.places:
+            return tensor
+        file = self.folder / f"{name}.bin"
+        with os_errors(f"writing {file}"):
+            with open(file, "wb") as opened:
+                opened.write(_bytes_of(tensor.contiguous()))
+            mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            file.unlink()
+        return mapped.view(tensor.shape)
 
     def close(self) -> None:
         if self.thread is not None:
@@ -463,11 +503,14 @@ class _PartScorer(Scorer):
         """What backward passes inside deliver belongs to these samples, number `first` onwards of their task."""
         self._set_layout(batch, len(batch["input_ids"]))
         self._begin_batch()
+        self.tokens.clear()
         self.first = first
         with torch.enable_grad():
             yield
         self._check_finite(first)
         self._flush()
+        if self.anchor.device.type == "cpu":
+            _trim()
 
     def backward(self, losses: Tensor, leaf: Tensor | None) -> Tensor | None:
         """Backward from [B] losses, scaled where fp16 needs it; the gradient of `leaf`, its scale divided out."""
@@ -517,25 +560,39 @@ class _HeadScorer(_PartScorer):
         work = torch.float64 if dy.dtype == torch.float64 else torch.float32
         for j, (a, b) in enumerate(self.spans(dy)):
             ids = self.ids[j, : b - a].unique()
-            self.kept[self.first + j] = (ids, rows[a:b, ids].to(work).t() @ x[a:b].to(work) / self.scale)
+            kept = rows[a:b, ids].to(work).t() @ x[a:b].to(work) / self.scale
+            self.kept[self.first + j] = (ids, _in_own_pages(kept))
 
     def _add_abs(self, acc: Tensor, parameter: Tensor, grad: Tensor) -> None:
         super()._add_abs(acc, parameter, grad)
         if self.tied is not None and acc is self.acc.get(self.tied):
             ids = self.ids[0].unique()
-            self.kept[self.first] = (ids, grad[ids].float() / self.scale)
+            self.kept[self.first] = (ids, _in_own_pages(grad[ids].float() / self.scale))
+
+    def keep_fused(self) -> None:
+        """The same for the fused head, which shows no gradient of the whole table."""
+        if self.tied is None or self.fused is None:
+            return
+        assert self.lens is not None
+        for j, length in enumerate(self.lens.tolist()):
+            ids = self.ids[j, :length].unique()
+            self.kept[self.first + j] = (ids, _in_own_pages(self._head_rows(self.tied, j, ids) / self.scale))
 
 
 class _FrontScorer(_PartScorer):
-    """Joins the two uses of a tied table: |θ(H+E)| in place of |θH| for the rows that sample j's tokens touched."""
+    """Joins the two uses of a tied table: |θ(H+E)| − |θH| for the rows that sample j's tokens touched.
+
+    Only the change of the rows `touched` by any sample is accumulated; the table's scores themselves need no second copy.
+    """
 
     ids: Tensor
     head: dict[int, tuple[Tensor, Tensor]]
-    carried: Tensor
+    touched: Tensor
 
     def _accumulator(self, name: str, *, full: bool = False) -> Tensor:
         if name == self.tied and name not in self.acc:
-            self.acc[name] = self.carried.to(self.parameters[name].device).clone() * self.scale
+            shape = len(self.touched), *self.shapes[name][1:]
+            self.acc[name] = torch.zeros(shape, dtype=torch.float32, device=self.touched.device)
         return super()._accumulator(name, full=full)
 
     def _accumulate(self, kind: str, name: str, saved: Tensor, dy: Tensor) -> None:
@@ -564,7 +621,7 @@ class _FrontScorer(_PartScorer):
         weight = table[ids].to(embedding.dtype)
         head = head.to(embedding.dtype) * self.scale
         change = (weight * (head + embedding)).abs_() - (weight * head).abs_()
-        acc.index_add_(0, ids, change.to(acc.dtype))
+        acc.index_add_(0, torch.searchsorted(self.touched, ids), change.to(acc.dtype))
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------
@@ -641,7 +698,7 @@ class Engine:
     ) -> None:
         self.model, self.device, self.count, self.prefix = teacher.model, device, num_layers, layers
         self.on_part, self.on_commit, self.on_tick, self.prefetch = on_part, on_commit, on_tick, prefetch
-        self.stored_as = teacher.stored_as
+        self.stored_as, self.itemsize = teacher.stored_as, _dtype_of(teacher).itemsize
         self.loader = (
             None
             if teacher.source is None
@@ -851,10 +908,13 @@ class Engine:
     def chunks_of(self, tasks: Sequence[Sequence[dict[str, Tensor]]], sizes: list[list[int]]) -> list[Chunk]:
         """Each task's samples (batches of one, unpadded, in order) as micro-batches of the given sizes."""
         chunks = []
+        step = _width_step(self.device, self.itemsize, max(s["input_ids"].shape[1] for task in tasks for s in task))
         for task, samples in enumerate(tasks):
             first = 0
             for size in sizes[task]:
-                chunks.append(Chunk(task, first, _padded(samples[first : first + size])))
+                part = samples[first : first + size]
+                width = _rounded_up(max(s["input_ids"].shape[1] for s in part), step)
+                chunks.append(Chunk(task, first, _padded(part, width)))
                 first += size
         return chunks
 
@@ -1035,7 +1095,7 @@ class Engine:
         return [(chunk.first + j, slice(j, j + 1), chunk.sample(j)) for j in range(chunk.size)]
 
     def _score_head(self, chunks: list[Chunk], sizes: list[list[int]], store: Boundaries) -> Progress:
-        """The last norm, the head and the loss: one sample at a time, for the logits are the largest activation."""
+        """The last norm, the head and the loss; one sample at a time where the logits have to exist."""
         grads: dict[int, Tensor] = {}
         losses: list[list[float]] = [[] for _ in sizes]
         carried: list[dict[str, Tensor]] = [{} for _ in sizes]
@@ -1043,6 +1103,7 @@ class Engine:
             for task in range(len(sizes)):
                 mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
                 with self._scorer(_HeadScorer, "head", tied=self.tied) as scorer, self._named(task):
+                    self._find_head(scorer, mine[0][1], store.get(self.count, mine[0][0]))
 
                     def attempt(mine: Any = mine, scorer: Any = scorer, task: int = task) -> None:
                         losses[task] = []
@@ -1052,17 +1113,17 @@ class Engine:
                             grad = torch.zeros(
                                 hidden.shape, dtype=torch.float32 if scorer.half else hidden.dtype, device=hidden.device
                             )
-                            for first, rows, batch in self._pieces(chunk, alone=True):
+                            for first, rows, batch in self._pieces(chunk, alone=scorer.fused is None):
                                 length = batch["input_ids"].shape[1]
-                                value, found = self._head_of(scorer, batch, first, hidden[rows, :length])
-                                losses[task].append(value)
+                                values, found = self._head_of(scorer, batch, first, hidden[rows, :length])
+                                losses[task] += values
                                 grad[rows, :length] = found
-                            grads[number] = grad
+                            grads[number] = _in_own_pages(grad)
 
                     self._until_known(scorer, attempt)
                 scores = scorer.finish()
                 if self.tied is not None:
-                    carried[task] = self._carry(scorer, scores.pop(self.tied))
+                    carried[task] = self._carry(scorer, scores.pop(self.tied), store, task)
                 self.on_part(task, "head", scores, self.weight)
                 del scores, scorer
         for number in range(len(chunks)):
@@ -1074,10 +1135,30 @@ class Engine:
 
     def _head_of(
         self, scorer: _HeadScorer, batch: dict[str, Tensor], first: int, hidden: Tensor
-    ) -> tuple[float, Tensor]:
-        """Loss of one sample and the gradient at the last boundary."""
+    ) -> tuple[list[float], Tensor]:
+        """Losses of the samples and the gradient at the last boundary."""
         leaf = hidden.detach().requires_grad_()
         scorer.ids = batch["input_ids"].to(self.device)
+        with scorer.samples(batch, first):
+            loss_fn = default_loss if scorer.fused is None else scorer._head_loss
+            try:
+                with self._after_layers(batch, leaf) as inputs:
+                    losses = loss_fn(self.model, inputs).reshape(-1)
+            except _SampleError as error:
+                raise PktError(f"sample {first + error.sample} {error}") from None
+            values: list[float] = losses.detach().double().tolist()
+            for j, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise PktError(f"the loss of sample {first + j} is {value}; {scorer._blame()}")
+            grad = scorer.backward(losses, leaf)
+            scorer.keep_fused()
+        if grad is None or ("inputs_embeds" in inputs and inputs["inputs_embeds"].grad is not None):
+            raise NotLayeredError("its head uses more than the last layer's hidden states")
+        return values, grad
+
+    @contextlib.contextmanager
+    def _after_layers(self, batch: dict[str, Tensor], leaf: Tensor) -> Iterator[dict[str, Tensor]]:
+        """The model's inputs; inside, its last layer returns `leaf`."""
 
         def handler(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             return leaf if index == self.count - 1 else hidden
@@ -1087,19 +1168,14 @@ class Engine:
             # The table itself need not be there: nothing of what precedes the layers reaches the head.
             del inputs["input_ids"]
             inputs["inputs_embeds"] = torch.zeros_like(leaf, requires_grad=True)
-        with scorer.samples(batch, first):
-            try:
-                with self._replaced(handler), self._lazily(self.front):
-                    losses = default_loss(self.model, inputs).reshape(-1)
-            except _SampleError as error:
-                raise PktError(f"sample {first + error.sample} {error}") from None
-            value = float(losses.detach().double())
-            if not torch.isfinite(losses).all():
-                raise PktError(f"the loss of sample {first} is {value}; {scorer._blame()}")
-            grad = scorer.backward(losses, leaf)
-        if grad is None or ("inputs_embeds" in inputs and inputs["inputs_embeds"].grad is not None):
-            raise NotLayeredError("its head uses more than the last layer's hidden states")
-        return value, grad
+        with self._replaced(handler), self._lazily(self.front):
+            yield inputs
+
+    def _find_head(self, scorer: _HeadScorer, chunk: Chunk, hidden: Tensor) -> None:
+        """Whether the loss can be had without logits, tried on a few tokens."""
+        few = {k: v[:1, :_PROBE_TOKENS] for k, v in chunk.batch.items()}
+        with self._after_layers(few, hidden[:1, :_PROBE_TOKENS]) as inputs:
+            scorer._find_head(inputs, head_only=True)
 
     def _takes_embeddings(self) -> bool:
         import inspect
@@ -1132,11 +1208,11 @@ class Engine:
                     stack.callback(module.register_forward_pre_hook(before).remove)
             yield
 
-    def _carry(self, scorer: _HeadScorer, table: Tensor) -> dict[str, Tensor]:
+    def _carry(self, scorer: _HeadScorer, table: Tensor, store: Boundaries, task: int) -> dict[str, Tensor]:
         """A tied table's scores so far, and the gradient rows its other use will touch."""
         kept = [scorer.kept[k] for k in sorted(scorer.kept)]
         return {
-            "scores": table.cpu(),
+            "scores": store.spilled(f"tied-{task}", table.cpu()),
             "ids": torch.cat([ids for ids, _ in kept]).cpu(),
             "rows": torch.cat([rows for _, rows in kept]).cpu(),
             "counts": torch.tensor([len(ids) for ids, _ in kept]),
@@ -1144,8 +1220,8 @@ class Engine:
 
     def _score_layer(self, index: int, chunks: list[Chunk], store: Boundaries, state: Progress) -> Progress:
         grads: dict[int, Tensor] = {}
-        following = self.layer_names[index - 1] if index else self.front
-        with self.loaded(self.layer_names[index], following):
+        # What precedes the layers is not read ahead: a table may be many times a layer.
+        with self.loaded(self.layer_names[index], self.layer_names[index - 1] if index else None):
             for task in range(len(state.sizes)):
                 mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
                 with self._scorer(_PartScorer, index) as scorer, self._named(task):
@@ -1157,7 +1233,7 @@ class Engine:
                                 out = self._call(index, leaf, chunk.calls[index])
                                 grad = scorer.backward_from(out, state.grads[number].to(self.device), leaf)
                             assert grad is not None
-                            grads[number] = grad.detach().to(state.grads[number].device)
+                            grads[number] = _in_own_pages(grad.detach().to(state.grads[number].device))
 
                     self._until_known(scorer, attempt)
                 scores = scorer.finish()
@@ -1192,7 +1268,8 @@ class Engine:
                             continue
                     break
                 scores = scorer.finish()
-                self.on_part(task, "front", scores, self.weight)
+                with self._joined(scorer, scores, state.carried[task]):
+                    self.on_part(task, "front", scores, self.weight)
                 del scores, scorer
         self._tick("front", None, 1)
 
@@ -1201,9 +1278,27 @@ class Engine:
             return
         counts = carried["counts"].tolist()
         pairs = zip(carried["ids"].split(counts), carried["rows"].split(counts), strict=True)
-        scorer.head, scorer.carried = dict(enumerate(pairs)), carried["scores"]
+        scorer.head, scorer.touched = dict(enumerate(pairs)), carried["ids"].unique().to(self.device)
+
+    @contextlib.contextmanager
+    def _joined(self, scorer: _FrontScorer, scores: dict[str, Tensor], carried: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, a tied table's scores are those of both its uses. What was carried is as before afterwards."""
+        if self.tied is None:
+            yield
+            return
+        change, table = scores[self.tied], carried["scores"].to(self.device)
+        before = table[scorer.touched]
+        table[scorer.touched] = before + change
+        scores[self.tied] = table
+        try:
+            yield
+        finally:
+            # On a CPU it is the carried tensor itself, and a run that is out of memory now begins this part again.
+            table[scorer.touched] = before
 
     def _tick(self, phase: str, layer: int | None, steps: int) -> None:
+        if self.device.type == "cpu":
+            _trim()
         self.done_steps += steps
         seconds = time.perf_counter() - self.begin
         loader = self.loader
@@ -1220,6 +1315,19 @@ class Engine:
                 seconds * max(0, self.steps - self.done_steps) / self.done_steps,
             )
         )
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; other C libraries have none, or need none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: the C library would keep one micro-batch's beside the next one's."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 def _in_any_layer(name: str) -> str:
@@ -1244,9 +1352,21 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from itertools.chain.from_iterable(map(_tensors_in, value))
 
 
-def _padded(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples [1, T] of one task as one right-padded batch."""
-    longest = max(s["input_ids"].shape[1] for s in samples)
+def _width_step(device: torch.device, itemsize: int, longest: int) -> int:
+    """What the width of a micro-batch is a multiple of.
+
+    On a CPU the half types' matrix library keeps megabytes of code and buffers for every shape it has met, so widths are
+    rounded up to one of eight; it costs a few percent of padding.
+    """
+    return max(1, -(-longest // 8)) if device.type == "cpu" and itemsize == 2 else 1
+
+
+def _rounded_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _padded(samples: Sequence[dict[str, Tensor]], longest: int) -> dict[str, Tensor]:
+    """Samples [1, T] of one task as one batch, padded on the right to `longest`."""
     fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
         key: torch.cat([nn.functional.pad(s[key], (0, longest - s[key].shape[1]), value=fill) for s in samples])
@@ -1356,8 +1476,8 @@ def parse_size(text: str | int | None) -> int | None:
 class Sizes:
     """What the memory plan needs to know of a teacher, in elements and bytes, from its skeleton alone.
 
-    layer, front, head: parameters; linear_io: Σ of inputs and outputs of one layer's matrices; largest: elements of the
-    largest matrix.
+    layer, front, head: parameters; linear_io: Σ of inputs and outputs of one layer's matrices; largest, side: elements and
+    longer side of a layer's largest matrix; logits: whether the head's loss needs them (`pkt.models.plain_head`).
     """
 
     layers: int
@@ -1366,25 +1486,28 @@ class Sizes:
     head: int
     linear_io: int
     largest: int
+    side: int
     vocab: int
     hidden: int
     itemsize: int
     grad_itemsize: int
     tied: bool
+    logits: bool
 
 
 def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
     """Measure a teacher's skeleton."""
     model: Any = teacher.model
-    per_layer, io, outside, largest = [0] * count, [0] * count, 0, 1
+    per_layer, io, outside, largest, side = [0] * count, [0] * count, 0, 1, 1
     for name, parameter in model.named_parameters():
         index = layer_of(name, layers)
-        largest = max(largest, parameter.numel() if parameter.ndim > 1 else 1)
         if index is None:
             outside += parameter.numel()
-        else:
-            per_layer[index] += parameter.numel()
-            io[index] += sum(parameter.shape[-2:]) if parameter.ndim > 1 else 0
+            continue
+        per_layer[index] += parameter.numel()
+        if parameter.ndim > 1:
+            io[index] += sum(parameter.shape[-2:])
+            largest, side = max(largest, parameter.numel()), max(side, *parameter.shape)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     front = 0 if embedding is None else embedding.weight.numel()
@@ -1393,14 +1516,34 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = getattr(text, "hidden_size", None) or hidden
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    dtype = teacher.dtype or (torch.float32 if first is None else first.dtype)
+    dtype = _dtype_of(teacher)
     # Gradients between layers of an fp16 model are kept in fp32, whose range they need.
     grad_itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     rest = outside if tied else max(0, outside - front)
     return Sizes(
-        count, max(per_layer), front, rest, max(io), largest, vocab, hidden, dtype.itemsize, grad_itemsize, tied
+        layers=count,
+        layer=max(per_layer),
+        front=front,
+        head=rest,
+        linear_io=max(io),
+        largest=largest,
+        side=side,
+        vocab=vocab,
+        hidden=hidden,
+        itemsize=dtype.itemsize,
+        grad_itemsize=grad_itemsize,
+        tied=tied,
+        logits=plain_head(model) is None,
     )
+
+
+def _choosing(elements: int, side: int, *, itemsize: int, select: str, rank: int) -> int:
+    """Bytes that choosing and factorizing a region of one matrix takes at most."""
+    # Windows and sums are found a block at a time; other regions are copied, and single weights sorted.
+    region = {"window": 0, "random": 0, "weights": 32 * elements}.get(select, 4 * elements)
+    cut = 0 if select in ("window", "random") else itemsize * elements
+    width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
+    return max(min(ops.SEARCH_BYTES, 48 * elements), region, cut + 4 * side * 9 * width)
 
 
 def plan_memory(
@@ -1410,6 +1553,8 @@ def plan_memory(
     device: torch.device,
     batch_size: int,
     in_memory: bool,
+    select: str = "window",
+    rank: int = 16,
     device_memory: int | None = None,
     host_memory: int | None = None,
     scratch_free: int | None = None,
@@ -1430,55 +1575,50 @@ def plan_memory(
         device_limit = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
         host_limit = host_memory if host_memory is not None else free_host
     tokens = sum(map(sum, lengths))
-    parameters = sizes.layers * sizes.layer + sizes.front + (0 if sizes.tied else sizes.head)
+    # A tied table is loaded with what precedes the layers and with what follows them.
+    parameters = sizes.layers * sizes.layer + sizes.front + sizes.head
     flops = 8.0 * (sizes.layers * sizes.layer + sizes.head) * tokens
     weights, item = parameters * sizes.itemsize, sizes.itemsize
-    read = sizes.itemsize * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
+    read = item * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
+    table = max(sizes.head, sizes.front)
+    # A tied table's scores wait for its other use, with the gradient rows of the tokens that occur.
+    waiting = len(lengths) * 4 * table if sizes.tied and on_cpu else 0
+    rows = 4 * tokens * sizes.hidden if sizes.tied and on_cpu else 0
     smallest = 0
     for micro in _halvings(batch_size):
-        widest = max(size * longest for task in lengths for size, longest in _chunk_shapes(task, micro))
-        padded = sum(size * longest for task in lengths for size, longest in _chunk_shapes(task, micro))
+        shapes = _chunk_shapes(lengths, micro, device, item)
+        widest, padded = max(size * width for size, width in shapes), sum(size * width for size, width in shapes)
         boundary = padded * sizes.hidden * item
-        # Inputs and outputs of every matrix, as much of what lies between them, and fp32 copies of one matrix's.
-        work = widest * sizes.linear_io * 3 * item
-        longest = max(max(task) for task in lengths)
-        head_work = longest * sizes.vocab * (3 * 4 + 2 * item)
-        # The window search keeps int64 prefix sums: of the fp32 scores, twelve bytes an element and a copy.
-        search = (24 if on_cpu else 16) * min(sizes.largest, sizes.layer)
-        layer_part = {
-            "weights": sizes.layer * item * (1 if in_memory else 2),
-            "scores": 4 * sizes.layer,
-            "micro-batch": work,
-            "window search": search,
-        }
-        table = max(sizes.head, sizes.front)
-        head_part = {
-            "weights": (sizes.head + (0 if in_memory else sizes.layer)) * item,
-            "scores": 4 * table,
-            "tied scores": 4 * table if sizes.tied else 0,
-            "logits": head_work,
-            "window search": (16 if on_cpu else 8) * table,
-        }
-        fixed = max((layer_part, head_part), key=lambda part: sum(part.values()))
-        grads = 2 * padded * sizes.hidden * sizes.grad_itemsize
-        needed = sum(fixed.values()) + grads
+        part = functools.partial(_largest_part, sizes, lengths, widest, device, in_memory, select, rank)
+        always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize + rows}
+        if on_cpu:
+            kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
+            always["libraries"] = kept if item == 2 else min(_LIBRARIES, sizes.layer * 4)
+        fixed, with_waiting = {**part(0), **always}, {**part(waiting), **always}
+        needed = sum(fixed.values())
         smallest = needed
         if needed > device_limit:
             continue
-        streamed = not in_memory and (not resident or needed + weights > 0.8 * device_limit)
+        streamed = not in_memory and (not resident or sum(with_waiting.values()) + weights > 0.8 * device_limit)
         extra = 0 if streamed or in_memory else weights
         left = device_limit - needed - extra
-        on_device = min(sizes.layers + 1, max(0, left // max(1, boundary)))
+        fits = sum(with_waiting.values()) + extra + (sizes.layers + 1) * boundary <= device_limit
+        if fits:
+            fixed = with_waiting
+        # Where not everything fits, something goes to a file, and a tied table's scores then do first.
+        most = sizes.layers + 1 if fits or not waiting else sizes.layers
+        on_device = min(most, max(0, left // max(1, boundary)))
         on_host = min(sizes.layers + 1 - on_device, max(0, int(0.9 * host_limit) // max(1, boundary)))
         on_disk = sizes.layers + 1 - on_device - on_host
-        if on_disk and scratch_free is not None and on_disk * boundary > scratch_free:
+        disk = on_disk * boundary + (waiting if on_disk else 0)
+        if on_disk and scratch_free is not None and disk > scratch_free:
             raise PktError(
-                f"activations need {_size(on_disk * boundary)} beside memory and the scratch disk has "
+                f"activations need {_size(disk)} beside memory and the scratch disk has "
                 f"{_size(scratch_free)} free; name a larger disk with --scratch, or allow more with --host-memory"
             )
         # The last boundaries are wanted first and soonest: they stay nearest.
         places: list[Place] = [*["disk"] * on_disk, *["host"] * on_host, *["device"] * on_device]  # type: ignore[list-item]
-        device_use = {**fixed, "gradients at the boundary": grads, "activations": on_device * boundary}
+        device_use = {**fixed, "activations": on_device * boundary}
         if extra:
             device_use["resident weights"] = extra
         return MemoryPlan(
@@ -1487,7 +1627,7 @@ def plan_memory(
             resident=bool(extra) or in_memory,
             device=device_use,
             host=on_host * boundary,
-            disk=on_disk * boundary,
+            disk=disk,
             read=0 if in_memory else (weights if extra else read),
             flops=flops,
             device_limit=device_limit,
@@ -1505,9 +1645,51 @@ def _halvings(size: int) -> Iterator[int]:
     yield 1
 
 
-def _chunk_shapes(lengths: Sequence[int], micro: int) -> list[tuple[int, int]]:
-    """(samples, longest) of each micro-batch."""
-    return [(len(part), max(part)) for i in range(0, len(lengths), micro) if (part := lengths[i : i + micro])]
+def _chunk_shapes(
+    lengths: Sequence[Sequence[int]], micro: int, device: torch.device, itemsize: int
+) -> list[tuple[int, int]]:
+    """(samples, padded width) of each micro-batch."""
+    step = _width_step(device, itemsize, max(map(max, lengths)))
+    parts = [task[i : i + micro] for task in lengths for i in range(0, len(task), micro)]
+    return [(len(part), _rounded_up(max(part), step)) for part in parts]
+
+
+def _largest_part(
+    sizes: Sizes,
+    lengths: Sequence[Sequence[int]],
+    widest: int,
+    device: torch.device,
+    in_memory: bool,
+    select: str,
+    rank: int,
+    waiting: int,
+) -> dict[str, int]:
+    """What a decoder layer takes on the device, or the head, whichever takes more; waiting: bytes of tied tables' scores."""
+    item, table = sizes.itemsize, max(sizes.head, sizes.front)
+    choose = functools.partial(_choosing, itemsize=item, select=select, rank=rank)
+    # Inputs and outputs of every matrix and of what lies between them, and fp32 copies of one matrix's.
+    work = widest * sizes.linear_io * (2 * item + 4)
+    if sizes.logits:
+        head_work = max(map(max, lengths)) * sizes.vocab * (3 * 4 + 2 * item)
+    else:
+        # A block of logits, its copies in fp32, and what the last norm keeps.
+        block = min(BLOCK.get(device.type, BLOCK_DEFAULT), widest * sizes.vocab)
+        head_work = block * (2 * item + 8) + widest * sizes.hidden * (4 * item + 32)
+    loaded = 1 if in_memory else 2
+    # Micro-batches are gone when regions are chosen.
+    layer = {
+        "weights": loaded * sizes.layer * item,
+        "scores": 4 * sizes.layer,
+        "tied scores": waiting,
+        "work": max(work, choose(sizes.largest, sizes.side)),
+    }
+    head = {
+        "weights": (sizes.head + (loaded - 1) * sizes.layer) * item,
+        "scores": 4 * table,
+        "tied scores": max(0, waiting - 4 * table),
+        "work": max(head_work, choose(table, max(sizes.vocab, sizes.hidden))),
+    }
+    return max((layer, head), key=lambda part: sum(part.values()))
 
 
 def _free_memory() -> int:

@@ -444,7 +444,7 @@ class Harvest:
 
     def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         """Choose and factorize what this part gives to the student."""
-        sums = {name: score.sum(dtype=torch.float64).item() for name, score in scores.items()}
+        sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
         record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
         wanted = self._wanted(key, scores)
         groups = {group for group, _, _ in wanted}
@@ -622,6 +622,8 @@ class Runner:
             device=job.device,
             batch_size=job.batch_size,
             in_memory=teacher.source is None,
+            select=job.options["select"],
+            rank=job.factorization["rank" if job.factorization["energy"] is None else "max_rank"],
             scratch_free=shutil.disk_usage(self.activations).free,
             device_memory=self.limits["device_memory"],
             host_memory=self.limits["host_memory"],

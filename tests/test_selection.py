@@ -41,6 +41,30 @@ def test_windows_equal_brute_force_on_random_matrices_ties_included(values: int)
         assert tuple(offset.tolist()) == brute_force(score, rows, cols, *steps)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_window_search_is_that_of_torch(threads: int) -> None:
+    if ops.implementation("best_window", "cpu")[0] != "C++":
+        pytest.skip("pkt._C is not built")
+    rng, before = np.random.default_rng(0), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for trial in range(60):
+            n, m = rng.integers(1, 300, 2).tolist()
+            rows, cols, *steps = (int(rng.integers(1, top + 1)) for top in (n, m, 4, 4))
+            score = torch.from_numpy(rng.random((m, n) if trial % 3 == 1 else (n, 2 * m))).float()
+            score = score.t() if trial % 3 == 1 else score[:, ::2] if trial % 3 == 2 else score[:, :m]
+            if trial % 2:
+                score = (4 * score).floor() / 4  # ties
+            for one, other in zip(
+                torch.ops.pkt.best_window(score, rows, cols, *steps),
+                ops._best_window_torch(score, rows, cols, *steps),
+                strict=True,
+            ):
+                assert torch.equal(one, other), (n, m, rows, cols, steps)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_window_sums_are_exact_where_fp32_prefix_sums_are_not() -> None:
     score = torch.full((300, 400), 1.0)
     score[200, 300] = 1.0 + 2**-20
