@@ -193,7 +193,8 @@ def transfer(
     options continues, and a finished `out` is returned as it is. device_memory, host_memory: limits in bytes or as "16GB"
     (default: what is free); scratch: a folder for activations that fit in neither. keep_scores: also write the scores, or
     their tile sums, to `out`/scores.safetensors, for `pkt.plan` with other options. batch_size: samples at once, at most.
-    The other arguments are those of `pkt.load_seeds`, `pkt.plan` and `pkt.extract`.
+    map_vocabulary: True, or both tokenizers (teacher's, student's). The other arguments are those of `pkt.load_seeds`,
+    `pkt.plan` and `pkt.extract`.
 
     on_memory is told what will be used before any weight is read; on_tick of each finished layer; on_plan of each plan.
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
@@ -820,6 +821,10 @@ class RunFolder:
             self.value = read_json(file)
             self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
             recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
+            if recorded and self.value.get("format") == "pkt-run-1":
+                raise PktError(
+                    f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
+                )
             if not recorded or self.value.get("format") != RUN_FORMAT:
                 raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
             different = sorted(k for k in {*inputs, *recorded} if inputs.get(k) != recorded.get(k))
