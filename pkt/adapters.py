@@ -210,7 +210,9 @@ def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[
 def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Adapter:
     """The adapter in a PEFT state dict (adapter names removed), with the configuration's scales folded into B."""
     if config.get("peft_type") != "LORA":
-        raise PktError(f"{what} is a {config.get('peft_type')} adapter; pkt handles LoRA")
+        found_type = config.get("peft_type")
+        method = f"is a {found_type} adapter" if found_type else f"has no peft_type in its {CONFIG}"
+        raise PktError(f"{what} {method}; pkt handles LoRA")
     for key, name in NOT_PLAIN.items():
         if config.get(key):
             raise PktError(f"{what} uses {name}, which plain LoRA factors cannot represent; train without it")
@@ -232,7 +234,13 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
             raise PktError(
                 f"{what}: the LoRA factors of {module} contain NaN or Inf; training diverged before it was saved"
             )
-        scale = _scale(module, a.shape[0], config)
+        try:
+            scale = _scale(module, a.shape[0], config)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PktError(
+                f"{what}: its {CONFIG} gives {module} no scale (lora_alpha is {config.get('lora_alpha', 'missing')}); copy the "
+                "adapter's configuration again"
+            ) from error
         work = torch.float64 if b.dtype == torch.float64 else torch.float32
         pairs[module] = Pair(a.to(work), b.to(work) * scale, "embedding" if embedding else kind)
     if not pairs:

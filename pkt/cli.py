@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ app = typer.Typer(
 out_console = Console()
 err_console = Console(stderr=True)
 _debug = False
+_command = ""  # the one that runs
 
 
 class KeepScores(str, enum.Enum):
@@ -148,13 +150,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    global _debug, _command
+    _debug, _command = debug, context.invoked_subcommand or ""
 
 
 def _layers(text: str) -> str | list[int]:
@@ -195,6 +198,11 @@ def _device(text: str | None) -> Any:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PktError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
+
+
+def next_line(command: str) -> None:
+    """What to type next, on one line whatever its length, so that it can be copied."""
+    out_console.print(f"next: {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -311,7 +319,7 @@ def transfer(
         return
     for folder, ext in results.items():
         out_console.print(f"{folder}: {ext}", highlight=False)
-        out_console.print(f"next: pkt train {student} {folder} DATA.jsonl --out RUN", highlight=False)
+        next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
 
 
 def _seed_sets(seeds: Path | None, tasks: list[str] | None) -> Any:
@@ -443,6 +451,7 @@ def inject(
         Path | None,
         typer.Option("--save-residual", help="Folder for the complete base of --mode residual; default: OUT/base."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Write the injected adapter as a folder that any trainer can start from (residual: its base too)."""
     from pkt.training import write_injected
@@ -456,9 +465,10 @@ def inject(
         alpha=alpha,
         rslora=rslora,
         save_residual=save_residual,
+        force=force,
     )
     for line in written:
-        out_console.print(line, highlight=False, soft_wrap=True)
+        out_console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="The main path")
@@ -475,9 +485,12 @@ def train(
     dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
     warmup: Annotated[float, typer.Option("--warmup", help="Steps, or a share of them below 1.")] = 0.0,
     max_length: LengthOption = 2048,
-    max_steps: Annotated[int, typer.Option("--max-steps", help="Stop after so many steps.")] = -1,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Stop after so many steps; default: when the epochs are done.")
+    ] = None,
     save_steps: Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.")] = 50,
     seed: SeedOption = 0,
+    force: Annotated[bool, typer.Option("--force", help="Start over; what pkt wrote in OUT is removed.")] = False,
 ) -> None:
     """Inject an extraction into the student and train it with transformers' Trainer (the paper's settings)."""
     from pkt.training import train as run
@@ -498,9 +511,10 @@ def train(
         max_steps=max_steps,
         save_steps=save_steps,
         seed=seed,
+        force=force,
     )
     out_console.print(f"{out}: trained; logs for TensorBoard in {out / 'logs'}", highlight=False)
-    out_console.print(f"next: pkt finalize {out} --out ADAPTER", highlight=False)
+    next_line(f"pkt finalize {shlex.quote(str(out))} --out ADAPTER")
 
 
 @app.command(rich_help_panel="The main path")
@@ -683,12 +697,20 @@ def main() -> None:
     """Entry point: one red line for what the user can mend, exit code 1; 130 for Ctrl-C."""
     try:
         app()
-    except PktError as error:
+    except (PktError, OSError) as error:
         if _debug:
             raise
         err_console.print("error:", style="bold red", end=" ")
         err_console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err_console.print("stopped", style="red")
-        sys.exit(130)
+    except SystemExit as done:
+        if done.code == 130:  # typer's answer to Ctrl-C
+            err_console.print(_stopped(), style="red")
+        raise
+
+
+def _stopped() -> str:
+    """What there is to say after Ctrl-C."""
+    if _command not in ("transfer", "train"):
+        return "stopped"
+    return f"stopped; the same command continues{', without --force' if '--force' in sys.argv else ''}"

@@ -14,7 +14,9 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from pkt.injection import inject, load_with_adapter, wrap
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 from pkt.seeds import Seeds, load_seeds
-from pkt.storage import MANIFEST, check_output_folder, os_errors, write_json
+from pkt.storage import MANIFEST, check_output_folder, os_errors, read_json, write_json
 from pkt.training import fit
 from pkt.transferring import score_seeds
 
@@ -44,6 +46,7 @@ BATCH = 32
 EPOCHS = 2.0
 TRAIN_ROWS, HELD_OUT = 512, 64
 CHOOSING_SEED = 1000
+STARTED = {"format": "pkt-demo-1", "kind": "demo", "finished": False}
 
 Start = Callable[[int], Any]  # training seed -> a model ready to train
 
@@ -91,11 +94,13 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
         console.print(text, highlight=False)
 
     begin = time.perf_counter()
-    check_output_folder(out, force=force)
+    # What an interrupted demo left is nothing to keep.
+    unfinished = (out / MANIFEST).is_file() and read_json(out / MANIFEST) == STARTED
+    check_output_folder(out, force=force or unfinished)
     shutil.rmtree(out, ignore_errors=True)
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / MANIFEST, {"format": "pkt-demo-1", "kind": "demo", "finished": False})
+        write_json(out / MANIFEST, STARTED)
     teacher, student, data = ASSETS / "teacher", ASSETS / "student", ASSETS / "data"
     tokenizer = load_tokenizer(student)
     rows = load_seeds(data / "train.jsonl", tokenizer)
@@ -133,7 +138,9 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     knows = evaluate(load_model(teacher, dtype=torch.float32), test_rows, tokenizer=tokenizer, exact_match=True)
     results: dict[str, dict[str, Any]] = {}
     # Models this small do not fill two cores from one process.
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    # Ctrl-C ends the workers without a word of theirs.
+    with ProcessPoolExecutor(os.cpu_count(), spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         jobs = {name: pool.submit(_measure, name, folders, out, seeds) for name in starts(ext, ext, ext)}
         for name, job in jobs.items():
             results[name] = job.result()
@@ -167,7 +174,7 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
         picture = _picture(ext, summary, rows_head(load_seeds(data / "seeds.jsonl", tokenizer)))
         (out / "demo.png").write_bytes(picture)
         (out / "demo.html").write_text(_page(summary, picture), encoding="utf-8")
-        write_json(out / MANIFEST, {"format": "pkt-demo-1", "kind": "demo", "finished": True})
+        write_json(out / MANIFEST, {**STARTED, "finished": True})
     say(f"{out / 'demo.png'} and {out / 'demo.html'} show it; {time.perf_counter() - begin:.0f} seconds in all")
     return summary
 
@@ -186,14 +193,14 @@ def _measure(name: str, folders: dict[str, Path], out: Path, seeds: int) -> dict
     for rate in RATES:
         torch.manual_seed(CHOOSING_SEED)
         model = start(CHOOSING_SEED)
-        _fit(model, train_rows, out, rate, CHOOSING_SEED, epochs=EPOCHS / 2)
+        _fit(model, train_rows, rate, CHOOSING_SEED, epochs=EPOCHS / 2)
         chosen[rate] = evaluate(model, choice_rows).nll
     rate = min(chosen, key=lambda r: chosen[r])
     runs, found = [], {}
     for seed in range(seeds):
         torch.manual_seed(seed)
         model = start(seed)
-        _fit(model, train_rows, out, rate, seed)
+        _fit(model, train_rows, rate, seed)
         runs.append(evaluate(model, test_rows, tokenizer=tokenizer, exact_match=True))
         if seed == 0 and name.startswith("PKT"):
             found["finalize_gap"] = _finalize(model, out, test_rows)
@@ -220,12 +227,12 @@ def rows_head(rows: Seeds, count: int = 32) -> Seeds:
     return Seeds(list(rows[:count]), rows.source, rows.pad_id)
 
 
-def _fit(model: Any, rows: Seeds, out: Path, rate: float, seed: int, epochs: float = EPOCHS) -> None:
-    with _silence():
+def _fit(model: Any, rows: Seeds, rate: float, seed: int, epochs: float = EPOCHS) -> None:
+    with _silence(), tempfile.TemporaryDirectory(prefix="pkt-demo-") as folder:
         fit(
             model,
             rows,
-            out / "scratch" / str(os.getpid()),
+            Path(folder),
             epochs=epochs,
             batch_size=BATCH,
             micro_batch=BATCH,
@@ -336,7 +343,13 @@ def _picture(ext: Extraction, summary: dict[str, Any], seeds: Seeds) -> bytes:
         nll, {n: r["nll"] for n, r in methods.items()}, summary["untrained"]["nll"], "test NLL, lower is better"
     )
     scores = {n: [100 * m for m in r["exact_match"]] for n, r in methods.items()}
-    plot_methods(match, scores, 100 * summary["untrained"]["exact_match"], "exact match %, higher is better")
+    plot_methods(
+        match,
+        scores,
+        100 * summary["untrained"]["exact_match"],
+        "exact match %, higher is better",
+        guess=100 * summary["guess"]["exact_match"],
+    )
     match.set_yticks(range(len(scores)), [""] * len(scores))
     return png_bytes(figure)
 

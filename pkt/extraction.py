@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import platform
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from pkt.factorization import Split, check_rank, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
 from pkt.planning import Entry, TransferPlan, lora_matrix, source_names
 from pkt.progress import bar
-from pkt.storage import MANIFEST, atomic_folder, read_json, write_json
+from pkt.storage import MANIFEST, as_path, atomic_folder, read_json, write_json
 from pkt.version import __version__
 
 FORMAT = "pkt-extraction-1"
@@ -71,25 +73,48 @@ class Extraction:
     @classmethod
     def load(cls, folder: str | Path) -> Extraction:
         """Read what `save` wrote. Raises `PktError` for anything else."""
-        folder = Path(folder)
+        folder = as_path(folder, "an extraction, or the path of its folder,")
         manifest = read_manifest(folder)
         if manifest.get("kind") != "extraction":
             raise PktError(
-                f"{folder} is not an extraction but {manifest.get('kind', 'something else')}; run `pkt inspect {folder}`"
+                f"{folder} is {name_kind(manifest)}, not an extraction; run `pkt inspect {shlex.quote(str(folder))}`"
             )
         plan = TransferPlan.from_json(manifest["plan"])
+        if not ("name" in plan.student and "name" in plan.teacher and {"select", "modules"} <= set(plan.options)):
+            raise PktError(
+                f"{folder / MANIFEST} is damaged: its plan names no models or options; make the extraction again"
+            )
         adapter, _ = read_adapter(folder)
         kinds: dict[str, Kind] = manifest["kinds"]
         adapter = split_tied(adapter, plan.student.get("tied_head"))
-        if set(adapter.pairs) != set(kinds):
-            raise PktError(f"{folder}: {MANIFEST} and the weights list different modules; the folder was changed")
+        planned = {entry.target for entry in plan.entries}
+        if not set(adapter.pairs) == set(kinds) == planned == set(manifest["energies"]):
+            raise PktError(
+                f"{folder}: {MANIFEST} and the weights list different modules; the folder was changed, make it again"
+            )
         pairs = {m: Pair(adapter.pairs[m].A, adapter.pairs[m].B, kinds[m]) for m in kinds}
         rest = {k: v for k, v in manifest.items() if k not in ("format", "kind", "plan", "kinds", "ranks", "energies")}
         return cls(pairs, manifest["energies"], plan, rest)
 
 
+# What pkt writes, by the kind in its manifest: in words, and the entries that are always there.
+KINDS: dict[str, tuple[str, dict[str, type]]] = {
+    "extraction": ("an extraction", {"plan": dict, "kinds": dict, "energies": dict}),
+    "run": ("a training run", {"mode": str, "student": str, "settings": dict}),
+    "adapter": ("a finalized adapter", {"mode": str, "base": str}),
+    "residual-base": ("the shifted base of a residual injection", {}),
+    "model": ("a merged model", {}),
+    "demo": ("a demo's folder", {}),
+}
+
+
+def name_kind(manifest: Mapping[str, Any]) -> str:
+    """What a folder with this manifest is, in words."""
+    return KINDS.get(str(manifest.get("kind")), ("something else",))[0]
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """pkt.json of a folder that pkt wrote."""
+    """pkt.json of a folder that pkt wrote. Raises `PktError` where it is missing, or is not whole."""
     folder = Path(folder)
     if not folder.is_dir():
         raise PktError(f"{folder} does not exist; name a folder that pkt wrote")
@@ -98,6 +123,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict):
         raise PktError(f"{folder / MANIFEST} is not a manifest of pkt's; the folder was changed")
+    wanted = KINDS.get(str(manifest.get("kind")), ("", {}))[1]
+    bad = [key for key, form in wanted.items() if not isinstance(manifest.get(key), form)]
+    if bad:
+        raise PktError(f"{folder / MANIFEST} is damaged: {name_kind(manifest)} without {', '.join(bad)}; make it again")
     return manifest
 
 
@@ -149,6 +178,12 @@ def extract(
     max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for
     weights that are not finite.
     """
+    if not isinstance(plan, TransferPlan):
+        raise PktError(
+            f"a plan is needed, not {type(plan).__name__}; make one with pkt.plan, or TransferPlan.from_json"
+        )
+    if not isinstance(teacher, torch.nn.Module):
+        teacher = as_path(teacher, "a teacher (a model, or the path of its checkpoint)")
     spec = spec_of(teacher)
     check_extraction(plan, spec, rank, max_rank, energy, split)
     weights = Weights(teacher)
@@ -192,7 +227,7 @@ A LoRA extraction made by [pkt](https://pypi.org/project/pkt-transfer/) {version
 Source of the method: *Seeking Neural Nuggets* (ICLR 2024, arXiv 2310.11451).
 
 **Loaded by plain PEFT this adapter is added to the student, which changes the student at once.** The method means it as a
-start for training with the student's function unchanged at step 0: `pkt train {student} DIR DATA.jsonl`, or
+start for training with the student's function unchanged at step 0: `pkt train {quoted} DIR DATA.jsonl --out RUN`, or
 `model = pkt.inject(student, DIR)` in front of any trainer, then `pkt.finalize(model, OUT)` for a plain adapter.
 
 | | |
@@ -208,6 +243,13 @@ No claim of transfer is made by this card: measure against plain LoRA, PiSSA and
 """
 
 
+def describe_factorization(extraction: Extraction) -> dict[str, Any]:
+    """The options that were in use: the largest rank and the energy go together."""
+    found = extraction.provenance.get("factorization", {})
+    unused = ("energy", "max_rank") if found.get("energy") is None else ("rank",)
+    return {k: v for k, v in found.items() if k not in unused}
+
+
 def model_card(extraction: Extraction) -> str:
     """README.md of an extraction folder, from its provenance alone."""
     plan, seeds = extraction.plan, extraction.provenance.get("seeds", {})
@@ -216,11 +258,12 @@ def model_card(extraction: Extraction) -> str:
         base=plan.student["name"],
         teacher=plan.teacher["name"],
         student=plan.student["name"],
+        quoted=shlex.quote(plan.student["name"]),
         version=__version__,
         summary=extraction,
         seeds=f"{count} samples, fingerprint {str(seeds.get('fingerprint', 'unknown'))[:16]}",
         layers="; ".join(plan.summary()[:1]),
         select=plan.options["select"],
         modules=plan.options["modules"],
-        factorization=", ".join(f"{k} {v}" for k, v in extraction.provenance.get("factorization", {}).items()),
+        factorization=", ".join(f"{k} {v}" for k, v in describe_factorization(extraction).items()),
     )

@@ -29,11 +29,20 @@ from pkt.adapters import (
     split_tied,
 )
 from pkt.errors import PktError
-from pkt.extraction import Extraction, versions
+from pkt.extraction import Extraction, read_manifest, versions
 from pkt.injection import SHIFTED, compare_sketch, name_of, put_adapter, record_of, spec_of_base, subtract
 from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import load_seeds
-from pkt.storage import MANIFEST, atomic_folder, check_output_folder, read_json, write_json
+from pkt.storage import (
+    MANIFEST,
+    as_path,
+    atomic_folder,
+    check_apart,
+    check_output_folder,
+    is_stored,
+    read_json,
+    write_json,
+)
 from pkt.version import __version__
 
 FORMAT = "pkt-adapter-1"
@@ -122,15 +131,21 @@ def finalize(
     lacks it. samples: token ids, or a JSONL file of rows, for the check of the logits (random ids by default).
 
     Raises `PktError` when the injection cannot be recognised, the student is not the one that was trained, the factors are
-    not finite, an exact result does not reproduce the trained logits, or `out` holds something else.
+    not finite, an exact result does not reproduce the trained logits, or an output folder holds something else, overlaps
+    with what is read, or does not fit on the disk. Nothing is left behind then: `out` and `merge` appear together.
     """
-    check_output_folder(out, force=force)
+    out = check_output_folder(out, force=force)
     if merge is not None:
-        check_output_folder(merge, force=force)
+        merge = check_output_folder(merge, force=force)
+        check_apart(out, merge)
     if dtype not in TOLERANCE:
         raise PktError(f"dtype={dtype} is not a type for factors; choose float32, bfloat16 or float16")
     source = read_source(model_or_dir, extraction)
     original = _original(model_or_dir, student, source)
+    read = [g for g in (model_or_dir, original, source.adapter.base, extraction, samples) if is_stored(g)]
+    for written in (out, merge):
+        if written is not None:
+            check_apart(written, *read)
     if merge is not None and not isinstance(original, (str, Path)):
         raise PktError("a merged model is written from the original student's directory; pass student=DIR")
     spec = spec_of(original) if original is not None else spec_of_base(_unwrapped(model_or_dir))
@@ -153,12 +168,15 @@ def finalize(
         elif original is None or not isinstance(original, (nn.Module, str, Path)):
             result.unchecked = "the original student's weights are not at hand; pass student="
         else:
-            result.check = self_check(model_or_dir, source, scratch, original, _token_ids(samples, original))
+            token_ids = _token_ids(samples, original, spec.vocab_size)
+            result.check = self_check(model_or_dir, source, scratch, original, token_ids)
             _judge(result, model_or_dir, original, exact=rank is None and embeddings)
         write_json(scratch / MANIFEST, _manifest(result))
         (scratch / "README.md").write_text(_card(result), encoding="utf-8", newline="\n")
-    if merge is not None:
-        write_merged(adapter, original, merge, force=force)
+        if merge is not None:
+            # Both are written whole before either is renamed into place.
+            with atomic_folder(merge, force=force) as merged:
+                _write_merged(merged, adapter, original)
     return result
 
 
@@ -166,7 +184,14 @@ def read_source(source: Any, extraction: Extraction | str | Path | None = None) 
     """The adapter in a model or a folder, and how it was injected. Raises `PktError` where that would be a guess."""
     if extraction is not None and not isinstance(extraction, Extraction):
         extraction = Extraction.load(extraction)
-    found = _read_model(_unwrapped(source)) if isinstance(source, nn.Module) else _read_folder(Path(source))
+    if isinstance(source, nn.Module):
+        found = _read_model(_unwrapped(source))
+    else:
+        found = _read_folder(as_path(source, "a trained model, or the path of its folder,"))
+    if extraction is not None and found.mode != "residual":
+        raise PktError(
+            f"an extraction is of use for a residual adapter only, and this one is {found.mode}; leave it out"
+        )
     if found.mode == "residual" and found.initial is None and extraction is not None:
         # An adapter of one's own configuration may use a part of the extraction.
         found.initial = {m: p for m, p in extraction.pairs.items() if m in found.adapter.pairs}
@@ -228,7 +253,7 @@ def _read_folder(folder: Path) -> Source:
     if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
         raise PktError(f"{folder} is a model, not an adapter folder; name the folder that holds the trained adapter")
     run = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / MANIFEST).is_file()), None)
-    manifest = {} if run is None else read_json(run / MANIFEST)
+    manifest = {} if run is None else read_manifest(run)
     kind = manifest.get("kind")
     if kind == "extraction" and run == folder:
         raise PktError(
@@ -448,12 +473,26 @@ def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
         model.train(training)
 
 
-def _token_ids(samples: Any, student: Any) -> Sequence[Sequence[int]] | None:
-    """The first rows of a file as token ids; anything else as it is."""
-    if not isinstance(samples, (str, Path)):
-        return samples  # type: ignore[no-any-return]
-    name = student if not isinstance(student, nn.Module) else name_of(student)
-    return [example.input_ids for example in load_seeds(samples, load_tokenizer(name), limit=8)]
+def _token_ids(samples: Any, student: Any, vocab_size: int | None) -> list[list[int]] | None:
+    """The first rows of a file as token ids, or the ids given; raises `PktError` for what a model cannot read."""
+    if samples is None:
+        return None
+    if isinstance(samples, (str, Path)):
+        name = student if not isinstance(student, nn.Module) else name_of(student)
+        samples = [example.input_ids for example in load_seeds(samples, load_tokenizer(name), limit=8)]
+    try:
+        rows = [torch.as_tensor(row) for row in samples]
+        sound = all(r.ndim == 1 and len(r) and not r.is_floating_point() and r.min() >= 0 for r in rows)
+    except (TypeError, ValueError, RuntimeError):
+        sound = False
+    if not sound or not rows:
+        raise PktError(
+            "samples must be one or more rows of token ids, such as [[5, 17, 3]], or the path of a JSONL file"
+        )
+    largest = max(int(r.max()) for r in rows)
+    if vocab_size is not None and largest >= vocab_size:
+        raise PktError(f"samples hold the token id {largest}, but the student embeds only {vocab_size}")
+    return [r.tolist() for r in rows]
 
 
 def _random_samples(vocab_size: int) -> list[list[int]]:
@@ -525,15 +564,13 @@ def _card(result: Finalized) -> str:
     return CARD.format(base=result.base, rank=rank, version=__version__, mode=result.mode, report=report)
 
 
-def write_merged(adapter: Adapter, student: str | Path, out: str | Path, *, force: bool = False) -> None:
+def _write_merged(folder: Path, adapter: Adapter, student: str | Path) -> None:
     """The whole student with the adapter's change added in fp32 and rounded once; a tied table gets it once."""
     model = load_model(student)
     # Adding the change is subtracting its opposite.
     subtract(model, {m: Pair(p.A.float(), -p.B.float(), p.kind) for m, p in adapter.pairs.items()})
-    with atomic_folder(out, force=force) as scratch, quiet():
-        model.save_pretrained(scratch)
+    with quiet():
+        model.save_pretrained(folder)
         if (Path(student) / "tokenizer_config.json").is_file():
-            load_tokenizer(student).save_pretrained(scratch)
-        write_json(
-            scratch / MANIFEST, {"format": FORMAT, "kind": "model", "base": adapter.base, "versions": versions()}
-        )
+            load_tokenizer(student).save_pretrained(folder)
+    write_json(folder / MANIFEST, {"format": FORMAT, "kind": "model", "base": adapter.base, "versions": versions()})

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
 from pkt.factorization import factorize_all
 from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
+from pkt.storage import as_path
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")
@@ -65,17 +67,12 @@ def inject(
     `PktWarning` says so when the checkpoint is armed again. Raises `PktError` listing every module of the extraction that the
     student does not have in that shape, and for a base that another injection has shifted.
     """
-    if mode not in MODES:
-        raise PktError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if not 0 <= dropout < 1:
-        raise PktError(f"dropout={dropout} must be in [0, 1)")
-    if alpha is not None and alpha <= 0:
-        raise PktError(f"alpha={alpha} must be positive; leave it out for a scale of 1")
+    check_settings(mode, dropout, alpha)
     if not isinstance(ext, Extraction):
         ext = Extraction.load(ext)
     if not isinstance(student, nn.Module):
-        student = load_model(student)
-    wrapped = hasattr(student, "peft_config")
+        student = load_model(as_path(student, "a student (a model, or the path of its checkpoint)"))
+    wrapped = _is_peft_model(student)
     if wrapped and adapter_name in student.peft_config:
         return _arm_again(student, ext, mode, adapter_name)
     if wrapped and mode == "residual":
@@ -86,12 +83,43 @@ def inject(
     spec = spec_of_base(student) if wrapped else spec_of_model(student)
     check_fit(ext.pairs, spec, "the extraction")
     _check_unshifted(student)
+    _check_weights(student.get_base_model() if wrapped else student, ext.pairs)
     base = student.get_base_model() if wrapped else student
     adapter = Adapter(ext.pairs, name_of(base), spec.head if spec.tied else None)
     config = adapter.config(dropout=dropout, multiple=2 if mode == "paired" else 1, alpha=alpha, rslora=rslora)
     model = _add_adapter(student, config, adapter_name) if wrapped else wrap(student, config, adapter_name)
     initialize_lora_weights(model, ext, mode=mode, adapter_name=adapter_name)
     return model
+
+
+def check_settings(mode: str, dropout: float, alpha: float | None = None) -> None:
+    """Refuse an injection no adapter can have, before anything is loaded."""
+    if mode not in MODES:
+        raise PktError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if not 0 <= dropout < 1:
+        raise PktError(f"dropout={dropout} must be in [0, 1)")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise PktError(f"alpha={alpha} must be positive and finite; leave it out for a scale of 1")
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    """Whether this is a PeftModel; a plain model with adapters inside is refused, since its PeftModel is needed."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return True
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise PktError(
+            "this model has been wrapped already: PEFT put LoRA layers into it in place; pass the PeftModel that pkt.inject "
+            "or get_peft_model returned, or load the student again"
+        )
+    return False
+
+
+def _check_weights(student: nn.Module, pairs: Mapping[str, Pair]) -> None:
+    """Refuse a student without values."""
+    layers = {m: student.get_submodule(m) for m in pairs}
+    empty = [m for m, layer in layers.items() if getattr(layer, "base_layer", layer).weight.is_meta]
+    if empty:
+        raise PktError(f"the student's weights are on the meta device, without values ({_few(empty)}); load them first")
 
 
 def initialize_lora_weights(
@@ -110,6 +138,7 @@ def initialize_lora_weights(
     spec = spec_of_base(peft_model)
     check_fit(ext.pairs, spec, "the extraction")
     _check_unshifted(peft_model)
+    _check_weights(peft_model.get_base_model(), ext.pairs)
     _tie(peft_model)
     pairs = {m: p for m, p in ext.pairs.items() if _lora_parameters(peft_model, m, p, adapter_name) is not None}
     unused = [m for m in ext.pairs if m not in pairs]
@@ -382,7 +411,7 @@ def _arm_again(model: Any, ext: Extraction, mode: Mode, name: str) -> Any:
 
 
 def _config(model: Any, name: str) -> Any:
-    if not hasattr(model, "peft_config") or name not in model.peft_config:
+    if not _is_peft_model(model) or name not in model.peft_config:
         raise PktError(f"this model has no adapter {name!r}; make it with peft.get_peft_model or pkt.inject")
     return model.peft_config[name]
 

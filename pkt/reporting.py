@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from pkt import ops
 from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction import Extraction, read_manifest, versions
+from pkt.extraction import Extraction, describe_factorization, read_manifest, versions
 from pkt.finalization import read_source
 from pkt.models import spec_of
 from pkt.planning import TransferPlan
@@ -51,6 +52,8 @@ def plot_window(axes: Any, score: torch.Tensor, plan: TransferPlan, source: str)
     if len(entry.region.rows) == len(entry.region.cols) == 1:
         (a, b), (c, d) = entry.region.rows[0], entry.region.cols[0]
         axes.add_patch(Rectangle((c, a), d - c, b - a, fill=False, edgecolor="white", linewidth=1.5))
+    axes.set_xlabel("input")
+    axes.set_ylabel("output")
     axes.set_title(f"log S of {source}\nwindow catches {100 * entry.share:.0f}%", fontsize=9)
 
 
@@ -81,7 +84,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         ("student", plan.student["name"]),
         ("seeds", ext.provenance.get("seeds", {}).get("source", "")),
         *plan.options.items(),
-        *ext.provenance.get("factorization", {}).items(),
+        *((k, v) for k, v in describe_factorization(ext).items() if (k, v) != ("seed", plan.options.get("seed"))),
     ]
     sections.append({"heading": "What was done", "head": ["", ""], "rows": facts})
     if plan.layer_scores:
@@ -130,6 +133,7 @@ def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, 
 
 def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[str, Any]:
     """is, student and next of a folder; for an extraction also where it came from."""
+    quoted = shlex.quote(str(folder))
     if kind == "extraction":
         ext = Extraction.load(folder)
         base = ext.plan.student["name"]
@@ -139,14 +143,14 @@ def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[
             "student": base,
             "seeds": ext.provenance.get("seeds", {}).get("source"),
             "holds": str(ext),
-            "next": f"pkt train {base} {folder} DATA.jsonl --out RUN",
+            "next": f"pkt train {shlex.quote(base)} {quoted} DATA.jsonl --out RUN",
         }
     if kind == "run" and manifest["settings"].get("epochs"):
         finished = manifest.get("finished")
         return {
             "is": f"a training run ({manifest['mode']}, {'finished' if finished else 'unfinished'})",
             "student": manifest["student"],
-            "next": f"pkt finalize {folder} --out ADAPTER" if finished else "the same pkt train command resumes it",
+            "next": f"pkt finalize {quoted} --out ADAPTER" if finished else "the same pkt train command resumes it",
         }
     if kind == "run":
         return {
@@ -177,7 +181,7 @@ def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[
     return {
         "is": f"a trained adapter, injected by pkt as {source.mode} (known from {source.how})",
         "student": source.student,
-        "next": f"pkt finalize {folder} --out ADAPTER",
+        "next": f"pkt finalize {quoted} --out ADAPTER",
     }
 
 
@@ -207,11 +211,16 @@ def environment() -> dict[str, Any]:
     return {"versions": found, "ops": table}
 
 
-def plot_methods(axes: Any, results: dict[str, list[float]], reference: float, label: str) -> None:
-    """One point per training seed and a bar at the mean, per method; a dashed line for the untrained student."""
+def plot_methods(
+    axes: Any, results: dict[str, list[float]], reference: float, label: str, guess: float | None = None
+) -> None:
+    """One point per training seed and a bar at the mean, per method; a dashed line where `guess` lies."""
     for row, values in enumerate(results.values()):
         axes.plot(values, [row] * len(values), "o", color=TAKEN, alpha=0.6, markersize=5)
         axes.plot([np.mean(values)] * 2, [row - 0.25, row + 0.25], color="black", linewidth=2)
+    if guess is not None:
+        axes.axvline(guess, color="black", linestyle="--", linewidth=1, label="guessing the commonest answer")
+        axes.legend(fontsize=7)
     axes.set_yticks(range(len(results)), list(results), fontsize=8)
     axes.invert_yaxis()
     axes.set_title(f"{label}\n(points: training seeds; untrained student {reference:.2f})", fontsize=9)

@@ -4,40 +4,68 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from pkt.errors import PktError
 
 MANIFEST = "pkt.json"
+LOCK = "lock"
 
 
 @contextlib.contextmanager
 def os_errors(action: str) -> Iterator[None]:
-    """Turn the operating system's refusals (disk full, no permission) into one `PktError`."""
+    """Turn the operating system's refusals (disk full, no permission) into one `PktError`, whichever library met them."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        code = _errno(error)
+        if code is None:
+            raise
+        name = getattr(error, "filename", None)
+        if name is not None and str(name) not in action:
+            action = f"{action} ({name})"
         hint = {
             errno.ENOSPC: "free some space, or write to another disk",
             errno.EDQUOT: "your disk quota is used up; free some space, or write elsewhere",
             errno.EACCES: "check the permissions of that path",
             errno.EROFS: "that file system is read-only; write elsewhere",
             errno.EFBIG: "the file-size limit was reached; raise it (ulimit -f) or write elsewhere",
-        }.get(error.errno or 0)
+        }.get(code)
         if hint is None:
             raise PktError(f"{action}: {error}") from error
-        raise PktError(f"{action}: {os.strerror(error.errno or 0)}; {hint}") from error
+        raise PktError(f"{action}: {os.strerror(code)}; {hint}") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The operating system's error number behind an exception (0: it does not say which), or None for any other error."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if type(error).__name__ == "SafetensorError" and (match := re.search(r"os error (\d+)", str(error))):
+        return int(match[1])
+    # torch.save forgets the number; a write that fails midway is a full disk in all likelihood.
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos", str(error)):
+        return errno.ENOSPC
+    return None
+
+
+def as_path(value: Any, what: str) -> Path:
+    """The path a caller named; raises `PktError` for anything but a name."""
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    raise PktError(f"{what} is needed, not {type(value).__name__}")
 
 
 def check_output_folder(out: str | Path, *, force: bool = False) -> Path:
@@ -45,7 +73,7 @@ def check_output_folder(out: str | Path, *, force: bool = False) -> Path:
 
     With `force`, a folder that pkt itself wrote (it has a pkt.json) is replaced; anything else never is.
     """
-    out = Path(out)
+    out = as_path(out, "the path of an output folder")
     if out.is_file():
         raise PktError(f"{out} is a file; name a folder that does not exist yet")
     if out.is_dir() and any(out.iterdir()):
@@ -61,6 +89,54 @@ def check_output_folder(out: str | Path, *, force: bool = False) -> Path:
     return out
 
 
+def is_stored(value: Any) -> TypeGuard[str | Path]:
+    """Whether this names a file or folder here, rather than being a value in memory or a model on the Hub."""
+    return isinstance(value, (str, os.PathLike)) and os.path.exists(value)
+
+
+def check_apart(out: str | Path, *others: str | Path) -> None:
+    """Refuse an output folder that is, holds or lies in a folder that the same call reads or writes."""
+    here = as_path(out, "the path of an output folder").resolve()
+    for other in others:
+        there = Path(other).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            where = "are the same folder" if here == there else "lie one in the other"
+            raise PktError(f"{out} and {other} {where}; name an output folder apart from it")
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, out: Path) -> Iterator[None]:
+    """Hold `folder`, made if need be, against a second writer of `out`; it goes again if nothing was put in it.
+
+    The lock dies with its process. Raises `PktError` while another process holds it.
+    """
+    file = folder / LOCK
+    with os_errors(f"writing {folder}"):
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # its last holder has just removed the folder
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), os.stat(file)):
+                    break
+            except BlockingIOError:
+                os.close(lock)
+                raise PktError(f"another run is writing {out}; wait for it, stop it, or name another folder") from None
+            except FileNotFoundError:
+                pass
+            os.close(lock)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(lock)
+
+
 @contextlib.contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a scratch folder beside `out` that becomes `out` in one rename, or disappears."""
@@ -72,6 +148,7 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         with os_errors(f"writing {out}"):
             yield scratch
             scratch.chmod(0o777 & ~_umask())
+            share_files(scratch)
             if out.is_dir():
                 old = out.with_name(f".{out.name}.old-{os.getpid()}")
                 os.replace(out, old)
@@ -113,22 +190,18 @@ def _umask() -> int:
     return mask
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")) -> None:
-    """safetensors, with the operating system's errors kept recognisable.
+def share_files(folder: Path) -> None:
+    """Give the weights in a folder the mode of the files beside them: safetensors makes its own readable to their owner only."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~_umask())
 
-    One metadata entry only: safetensors writes several in random order, and the same result must be the same bytes.
-    """
-    from safetensors import SafetensorError
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")) -> None:
+    """safetensors with one metadata entry: it writes several in random order, and the same result must be the same bytes."""
     from safetensors.torch import save_file
 
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, dict([metadata]))
-    except SafetensorError as error:
-        text = str(error)
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
-            if os.strerror(code) in text or f"os error {code}" in text:
-                raise OSError(code, os.strerror(code)) from error
-        raise
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, dict([metadata]))
+    path.chmod(0o666 & ~_umask())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -138,10 +211,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """JSON from a file; raises `PktError` naming the file and the line."""
     path = Path(path)
-    if not path.is_file():
-        raise PktError(f"{path} does not exist; check the path")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with os_errors(f"reading {path}"):
+            if not path.is_file():
+                raise PktError(f"{path} does not exist; check the path")
+            text = path.read_text(encoding="utf-8")
+        return json.loads(text)
     except UnicodeDecodeError as error:
         raise PktError(f"{path}: not UTF-8 text (byte {error.start}); this should be a JSON file") from error
     except json.JSONDecodeError as error:
@@ -153,8 +228,13 @@ def read_json(path: str | Path) -> Any:
 def safetensors_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file, checked against the file's length.
 
-    Raises `PktError` when the file is missing, truncated or not safetensors, naming the file.
+    Raises `PktError` when the file is missing, unreadable, truncated or not safetensors, naming the file.
     """
+    with os_errors(f"reading {path}"):
+        return _header(path)
+
+
+def _header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PktError(f"{path} is missing; download or copy the checkpoint again")
     size = path.stat().st_size

@@ -1667,14 +1667,16 @@ def _largest_part(
     """What a decoder layer takes on the device, or the head, whichever takes more; waiting: bytes of tied tables' scores."""
     item, table = sizes.itemsize, max(sizes.head, sizes.front)
     choose = functools.partial(_choosing, itemsize=item, select=select, rank=rank)
+    # Two blocks of a gradient: one sample's and the sum.
+    blocks = 8 * min(ops.GRADIENT_ELEMENTS, sizes.largest) if device.type == "cpu" else 0
     # Inputs and outputs of every matrix and of what lies between them, and fp32 copies of one matrix's.
-    work = widest * sizes.linear_io * (2 * item + 4)
+    work = widest * sizes.linear_io * (2 * item + 4) + blocks
     if sizes.logits:
-        head_work = max(map(max, lengths)) * sizes.vocab * (3 * 4 + 2 * item)
+        head_work = max(map(max, lengths)) * sizes.vocab * (3 * 4 + 2 * item) + blocks
     else:
         # A block of logits, its copies in fp32, and what the last norm keeps.
         block = min(BLOCK.get(device.type, BLOCK_DEFAULT), widest * sizes.vocab)
-        head_work = block * (2 * item + 8) + widest * sizes.hidden * (4 * item + 32)
+        head_work = block * (2 * item + 8) + widest * sizes.hidden * (4 * item + 32) + blocks
     loaded = 1 if in_memory else 2
     # Micro-batches are gone when regions are chosen.
     layer = {

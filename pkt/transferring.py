@@ -12,7 +12,6 @@ The same command continues there after any interruption and ends with the same b
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -66,9 +65,11 @@ from pkt.scoring import Sensitivity, sensitivity
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.selection import BLOCK, Strategy
 from pkt.storage import (
+    LOCK,
     MANIFEST,
     atomic_file,
     check_output_folder,
+    lock_folder,
     os_errors,
     read_json,
     sha256,
@@ -779,38 +780,23 @@ class RunFolder:
     def locked(out: Path, *, fresh: bool) -> Iterator[RunFolder]:
         """The run folder of `out`, held against a second run; removed when the work is done or nothing of it is."""
         path = run_path(out)
-        with os_errors(f"writing {path}"):
-            while True:
-                path.mkdir(parents=True, exist_ok=True)
-                lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.exists(path / "lock") and os.path.samestat(os.fstat(lock), os.stat(path / "lock")):
-                        break
-                except BlockingIOError:
-                    os.close(lock)
-                    raise PktError(
-                        f"another run is writing {out}; wait for it, stop it, or name another folder"
-                    ) from None
-                os.close(lock)
-        folder = RunFolder(path)
-        try:
-            if fresh:
-                folder.clear()
-            yield folder
-            shutil.rmtree(path, ignore_errors=True)
-        except BaseException:
-            if not folder.steps:
+        with lock_folder(path, out):
+            folder = RunFolder(path)
+            try:
+                if fresh:
+                    folder.clear()
+                yield folder
                 shutil.rmtree(path, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
+            except BaseException:
+                if not folder.steps:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
 
     def clear(self) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != "lock":
+            elif entry.name != LOCK:
                 entry.unlink()
 
     def bind(self, inputs: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import pkt
 from pkt.evaluation import evaluate
-from pkt.storage import MANIFEST, atomic_file, atomic_folder
+from pkt.storage import MANIFEST, atomic_file, atomic_folder, safetensors_header
 
 PKT = [sys.executable, "-m", "pkt"]
 
@@ -198,6 +199,84 @@ def test_errors_are_one_line_and_the_traceback_comes_with_debug(tmp_path: Path) 
         assert ("Traceback" in done.stderr) == traceback
         assert done.stdout == ""
     assert subprocess.run([*PKT, "inspect"], capture_output=True).returncode == 2
+
+
+def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
+    """The exit code of the entry point, and what it prints on stderr."""
+    from pkt import cli
+
+    monkeypatch.setattr(sys, "argv", ["pkt", *map(str, args)])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    return done.value.code, capsys.readouterr().err.replace("\n", " ").strip()
+
+
+def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any) -> None:
+    from pkt import finalization, training, transferring
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    for module, name in ((training, "train"), (transferring, "transfer"), (finalization, "finalize")):
+        monkeypatch.setattr(module, name, stop)
+    three = ("a", "b", "c", "--out", "d")
+    goes_on = "stopped; the same command continues"
+    for command, words in (
+        (("train", *three), goes_on),
+        (("transfer", *three), goes_on),
+        (("train", *three, "--force"), f"{goes_on}, without --force"),
+        (("finalize", "a", "--out", "d"), "stopped"),
+    ):
+        assert main_prints(monkeypatch, capsys, *command) == (130, words)
+
+
+def test_an_unreadable_file_is_one_line(
+    monkeypatch: Any, capsys: Any, student_dir: Path, extraction_dir: Path, tmp_path: Path
+) -> None:
+    import builtins
+
+    plain = builtins.open
+
+    def guarded(file: Any, *args: Any, **options: Any) -> Any:
+        if Path(str(file)).name in ("pkt.json", "adapter_model.safetensors", "notes.txt"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return plain(file, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+    monkeypatch.setattr("io.open", guarded)
+    with pytest.raises(pkt.PktError, match=r"reading .*pkt\.json: Permission denied; check the permissions"):
+        pkt.Extraction.load(extraction_dir)
+    with pytest.raises(pkt.PktError, match=r"adapter_model\.safetensors: Permission denied; check the permissions"):
+        safetensors_header(extraction_dir / "adapter_model.safetensors")
+    # What no function expected reaches the user as one line, too.
+    monkeypatch.setattr("pkt.reporting.inspect_folder", lambda *args: guarded("notes.txt"))
+    code, text = main_prints(monkeypatch, capsys, "inspect", tmp_path)
+    assert (code, text) == (1, "error: [Errno 13] Permission denied: 'notes.txt'")
+
+
+def test_what_to_type_next_can_be_typed(
+    student_dir: Path, extraction_dir: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from pkt import training, transferring
+
+    student, ext = tmp_path / "my student", tmp_path / "an extraction"
+    shutil.copytree(student_dir, student)
+    made = pkt.Extraction.load(extraction_dir)
+    made.plan.student["name"] = str(student)
+    made.save(ext)
+    expected = ["train", str(student), str(ext), "DATA.jsonl", "--out", "RUN"]
+    assert shlex.split(json.loads(run("inspect", ext, "--json"))["next"])[1:] == expected
+    card = re.search(r"`pkt (train .*?)`", (ext / "README.md").read_text())
+    assert card is not None
+    assert shlex.split(card[1]) == [*expected[:2], "DIR", *expected[3:]]
+    monkeypatch.setattr(transferring, "transfer", lambda *args, **options: made)
+    monkeypatch.setattr(training, "train", lambda *args, **options: None)
+    for command, words in (
+        (("transfer", "t", student, "seeds", "--out", ext), expected),
+        (("train", student, ext, "data", "--out", tmp_path / "r [x]"), ["finalize", str(tmp_path / "r [x]")]),
+    ):
+        (line,) = [line for line in run(*command).splitlines() if line.startswith("next:")]
+        assert shlex.split(line)[2:][: len(words)] == words
 
 
 def test_import_is_light() -> None:

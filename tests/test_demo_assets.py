@@ -142,3 +142,50 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert here == there
     # The small run draws the same problems first, so its seeds are the head of the shipped ones.
     assert rows("seeds", tmp_path) == rows("seeds")[: len(rows("seeds", tmp_path))]
+
+
+def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pkt import PktError, demonstration
+    from pkt.storage import MANIFEST
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(demonstration, "load_tokenizer", stop)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                demonstration.run_demo(out)
+            assert [p.name for p in out.iterdir()] == [MANIFEST]
+            (out / ".random-window.run").mkdir()
+    (out / MANIFEST).write_text(json.dumps({**demonstration.STARTED, "finished": True}))
+    with pytest.raises(PktError, match="already holds a result"):
+        demonstration.run_demo(out)
+
+
+def test_the_demos_training_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    from pkt import demonstration
+    from pkt.models import load_model
+    from pkt.seeds import load_seeds
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = load_seeds(ASSETS / "data" / "seeds.jsonl", tokenizer, limit=2)
+    demonstration._fit(load_model(ASSETS / "student"), rows, 1e-3, 0, epochs=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demos_pictures_say_what_they_show() -> None:
+    from pkt.planning import Entry, TransferPlan
+    from pkt.reporting import new_figure, plot_methods, plot_window
+    from pkt.selection import Region
+
+    _, (match, window) = new_figure(6, 3, 2)
+    plot_methods(match, {"PKT": [2.0, 4.0], "noise": [1.0, 3.0]}, 0.0, "exact match", guess=5.5)
+    (dashed,) = [line for line in match.lines if line.get_linestyle() == "--"]
+    assert list(dashed.get_xdata()) == [5.5, 5.5]
+    assert "guessing the commonest answer" in [text.get_text() for text in match.get_legend().get_texts()]
+    entry = Entry("m", "m", Region((4, 4), ((2, 6),), ((2, 6),)), 1.0, 0.5, "linear")
+    plot_window(window, torch.rand(8, 8), TransferPlan([entry], [0], {}, {}, {}, [], [], []), "m")
+    assert (window.get_xlabel(), window.get_ylabel()) == ("input", "output")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 import pkt
 from pkt import ops
-from pkt.adapters import read_adapter
+from pkt.adapters import WEIGHTS, read_adapter
 from pkt.factorization import factorize_all
 from pkt.models import load_model
 from pkt.storage import MANIFEST
@@ -232,3 +234,52 @@ def test_gpt2_round_trip_through_conv1d(tmp_path: Path) -> None:
         pair = ext.pairs[entry.target]
         best = float((torch.linalg.svdvals(region)[4:] ** 2).sum())
         assert float((region - (pair.B @ pair.A).double()).norm() ** 2) <= 1.01 * best
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda m: [1], "not a manifest of pkt's"),
+        (lambda m: {"kind": "run"}, "a training run without mode, student, settings"),
+        (lambda m: {"kind": "adapter", "mode": 5}, "a finalized adapter without mode, base"),
+        (lambda m: {k: v for k, v in m.items() if k != "energies"}, "an extraction without energies"),
+        (lambda m: {k: v for k, v in m.items() if k != "plan"}, "an extraction without plan"),
+        (lambda m: {**m, "plan": {**m["plan"], "student": {}}}, "names no models or options"),
+        (lambda m: {**m, "plan": {**m["plan"], "entries": m["plan"]["entries"][:3]}}, "list different modules"),
+        (lambda m: {**m, "energies": {}}, "list different modules"),
+    ],
+)
+def test_a_damaged_manifest_is_one_error_everywhere(
+    extraction_dir: Path, student_dir: Path, tmp_path: Path, damage: Any, words: str
+) -> None:
+    from pkt.reporting import inspect_folder, write_report
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(extraction_dir, folder)
+    manifest = damage(json.loads((folder / MANIFEST).read_text()))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for use in (inspect_folder, write_report, lambda f: pkt.inject(student_dir, f)):
+        with pytest.raises(pkt.PktError, match=words):
+            use(folder)
+    with pytest.raises(pkt.PktError, match=f"{words}|is an extraction, not a trained adapter"):
+        pkt.finalize(folder, tmp_path / "out")
+
+
+def test_arguments_of_other_types(made: pkt.Extraction, teacher_dir: Path) -> None:
+    for wrong in (None, 5, "plan.json"):
+        with pytest.raises(pkt.PktError, match=f"a plan is needed, not {type(wrong).__name__}"):
+            pkt.extract(teacher_dir, wrong)
+    for teacher in (None, 5, made):
+        with pytest.raises(pkt.PktError, match=f"a teacher .* is needed, not {type(teacher).__name__}"):
+            pkt.extract(teacher, made.plan)
+
+
+def test_the_report_says_each_option_once(extraction_dir: Path, tmp_path: Path) -> None:
+    from pkt.reporting import write_report
+
+    html = write_report(extraction_dir, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.count("<td>seed</td>") == 1
+    assert "<td>rank</td>" in html
+    assert "<td>energy</td>" not in html
+    assert "energy" not in re.findall("factorization.*", (extraction_dir / "README.md").read_text())[-1]
+    assert (extraction_dir / WEIGHTS).stat().st_mode == (extraction_dir / MANIFEST).stat().st_mode

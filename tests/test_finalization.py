@@ -508,3 +508,93 @@ def test_inspect_says_what_every_folder_is(student_folder: Path, ext: Any, tmp_p
     student("gpt2").save_pretrained(tmp_path / "gpt2")
     with pytest.raises(pkt.PktError, match="does not fit"):
         inspect_folder(tmp_path / "final", str(tmp_path / "gpt2"))
+
+
+def test_outputs_apart_from_each_other_and_from_what_is_read(student_folder: Path, ext: Any, tmp_path: Path) -> None:
+    """Checked before anything is written, and --force is no way around it."""
+    save_quietly(trained(student_folder, ext), tmp_path / "run" / "checkpoint")
+    (tmp_path / "run" / MANIFEST).write_text("{}")
+    before = contents(tmp_path)
+    for out, merge in (
+        ("x", "x"),
+        ("x/sub", "x"),
+        ("x", "x/sub"),
+        ("run/checkpoint", None),
+        ("run", None),
+        ("run/checkpoint/final", None),
+        ("x", "run"),
+        (student_folder, None),
+        (student_folder / "final", None),
+        ("x", student_folder),
+    ):
+        for folder in (out, merge):
+            if folder is not None and (tmp_path / folder).is_dir():
+                (tmp_path / folder / MANIFEST).write_text("{}")
+        with pytest.raises(pkt.PktError, match="name an output folder apart from it"):
+            pkt.finalize(
+                tmp_path / "run" / "checkpoint",
+                tmp_path / out,
+                merge=None if merge is None else tmp_path / merge,
+                force=True,
+            )
+    for folder in (student_folder, tmp_path / "run" / "checkpoint"):
+        (folder / MANIFEST).unlink()
+    assert contents(tmp_path) == before
+
+
+def test_the_adapter_and_the_merged_model_appear_together(
+    student_folder: Path, ext: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from safetensors import SafetensorError
+
+    model = trained(student_folder, ext)
+    plain = type(model.get_base_model()).save_pretrained
+
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(model.get_base_model()), "save_pretrained", full)
+    with pytest.raises(pkt.PktError, match="merged: No space left on device; free some space"):
+        pkt.finalize(model, tmp_path / "out", merge=tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(type(model.get_base_model()), "save_pretrained", plain)
+    pkt.finalize(model, tmp_path / "out", merge=tmp_path / "merged")
+    modes = {file.stat().st_mode for folder in ("out", "merged") for file in (tmp_path / folder).iterdir()}
+    assert len(modes) == 1
+
+
+def test_samples_that_no_model_can_read(student_folder: Path, ext: Any, tmp_path: Path) -> None:
+    model = trained(student_folder, ext)
+    for samples in ([], ["hello"], [[]], [[1.5]], [[-1]], [1, 2], 5):
+        with pytest.raises(pkt.PktError, match="samples must be one or more rows of token ids"):
+            pkt.finalize(model, tmp_path / "out", samples=samples)
+    with pytest.raises(pkt.PktError, match="the token id 5000, but the student embeds only 67"):
+        pkt.finalize(model, tmp_path / "out", samples=[[1, 5000]])
+    assert list(tmp_path.iterdir()) == []
+    assert pkt.finalize(model, tmp_path / "out", samples=IDS).check.samples == len(IDS)
+
+
+def test_arguments_of_other_types(student_folder: Path, ext: Any, tmp_path: Path) -> None:
+    model = trained(student_folder, ext)
+    for wrong in (None, 5, ext):
+        with pytest.raises(pkt.PktError, match=f"a trained model, .* not {type(wrong).__name__}"):
+            pkt.finalize(wrong, tmp_path / "out")
+        with pytest.raises(pkt.PktError, match="the path of an output folder is needed"):
+            pkt.finalize(model, wrong)
+    with pytest.raises(pkt.PktError, match="for a residual adapter only, and this one is paired"):
+        pkt.finalize(model, tmp_path / "out", extraction=ext)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), ("x", "x"), ("", "missing")])
+def test_a_configuration_without_a_scale(
+    student_folder: Path, ext: Any, tmp_path: Path, value: Any, shown: str
+) -> None:
+    save_quietly(pkt.inject(student_folder, ext), tmp_path / "trained")
+    config = json.loads((tmp_path / "trained" / CONFIG).read_text())
+    config = {**{k: v for k, v in config.items() if k not in ("lora_alpha", "alpha_pattern")}, "alpha_pattern": {}}
+    (tmp_path / "trained" / CONFIG).write_text(json.dumps(config if value == "" else {**config, "lora_alpha": value}))
+    with pytest.raises(pkt.PktError, match=rf"no scale \(lora_alpha is {shown}\)"):
+        pkt.finalize(tmp_path / "trained", tmp_path / "out")
+    (tmp_path / "trained" / CONFIG).write_text(json.dumps({**config, "peft_type": None}))
+    with pytest.raises(pkt.PktError, match="has no peft_type in its"):
+        pkt.finalize(tmp_path / "trained", tmp_path / "out")

@@ -264,9 +264,37 @@ def test_bad_options(student_folder: Path, ext: Any) -> None:
         ({"mode": "both"}, "mode='both' is unknown"),
         ({"dropout": 1.0}, r"dropout=1\.0 must be"),
         ({"alpha": 0.0}, "alpha=0.0 must be positive"),
+        ({"alpha": float("nan")}, "alpha=nan must be positive"),
+        ({"dropout": float("nan")}, "dropout=nan must be"),
     ):
         with pytest.raises(pkt.PktError, match=words):
             pkt.inject(student_folder, ext, **options)
+
+
+def test_a_model_that_was_wrapped_already(student_folder: Path, ext: Any) -> None:
+    plain = load_model(student_folder)
+    model = pkt.inject(plain, ext)
+    for mode in ("paired", "residual"):
+        with pytest.raises(pkt.PktError, match=r"has been wrapped already.*pass the PeftModel"):
+            pkt.inject(plain, ext, mode=mode)
+    with pytest.raises(pkt.PktError, match="has been wrapped already"):
+        pkt.initialize_lora_weights(plain, ext)
+    assert pkt.inject(model, ext) is model
+
+
+def test_a_student_without_weights(ext: Any) -> None:
+    model = student().to("meta")
+    with pytest.raises(pkt.PktError, match=r"on the meta device, without values \(model\.embed_tokens"):
+        pkt.inject(model, ext)
+    assert not hasattr(model, "peft_config")
+
+
+def test_arguments_of_other_types(student_folder: Path, ext: Any) -> None:
+    for wrong in (None, 5, ext.plan):
+        with pytest.raises(pkt.PktError, match=f"a student .* is needed, not {type(wrong).__name__}"):
+            pkt.inject(wrong, ext)
+        with pytest.raises(pkt.PktError, match=f"an extraction, .* is needed, not {type(wrong).__name__}"):
+            pkt.inject(student_folder, wrong)
 
 
 def test_a_student_that_does_not_fit_lists_every_module(ext: Any) -> None:
@@ -318,6 +346,36 @@ def test_save_residual_is_for_residual(student_folder: Path, ext: Any, tmp_path:
     ext.save(tmp_path / "ext")
     with pytest.raises(pkt.PktError, match="--save-residual writes the base of mode='residual'"):
         write_injected(student_folder, tmp_path / "ext", tmp_path / "start", save_residual=tmp_path / "base")
+    assert not (tmp_path / "start").exists()
+
+
+def test_the_residual_base_lies_apart_and_appears_with_its_adapter(
+    student_folder: Path, ext: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from safetensors import SafetensorError
+
+    ext.save(tmp_path / "ext")
+    where = (student_folder, tmp_path / "ext")
+    for out, base in (("j", "j"), ("j", "j/base"), ("j/start", "j"), ("ext/start", "j"), ("j", "ext/base")):
+        with pytest.raises(pkt.PktError, match="name an output folder apart from it"):
+            write_injected(*where, tmp_path / out, mode="residual", save_residual=tmp_path / base)
+    kind = type(student())
+    plain = kind.save_pretrained
+
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for base in (tmp_path / "base", None):
+        monkeypatch.setattr(kind, "save_pretrained", full)
+        with pytest.raises(pkt.PktError, match="No space left on device"):
+            write_injected(*where, tmp_path / "start", mode="residual", save_residual=base)
+        assert [p.name for p in tmp_path.iterdir()] == ["ext"]
+    monkeypatch.setattr(kind, "save_pretrained", plain)
+    for force in (False, True):
+        write_injected(*where, tmp_path / "start", mode="residual", save_residual=tmp_path / "base", force=force)
+    assert len({f.stat().st_mode for f in (*(tmp_path / "start").glob("*.*"), *(tmp_path / "base").glob("*.*"))}) == 1
+    with pytest.raises(pkt.PktError, match="replace it with --force"):
+        write_injected(*where, tmp_path / "start")
 
 
 @pytest.mark.slow
