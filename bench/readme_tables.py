@@ -58,6 +58,19 @@ def bench_table() -> str:
     return "\n".join(lines)
 
 
+def families_table() -> str:
+    found = load("families.json")
+    if found is None:
+        return "(no run is committed yet)"
+    lines = ["| family | S against autograd | read from disk | fed in a student of its own kind |", "|---|---|---|---|"]
+    for name, row in found.items():
+        fed = ", ".join(row.get("fed", ())) + "".join(f"; {note}" for note in row.get("notes", ()))
+        error = "not reached" if row["error"] is None else f"{row['error']:.0e}"
+        state = fed if row["passed"] else f"**fails**: {row.get('reason', 'see the test')}"
+        lines.append(f"| {name} (`{row['class']}`) | {error} | {row.get('read', '')} | {state} |")
+    return "\n".join(lines)
+
+
 def rsvd_table() -> str:
     found = load("rsvd_cpu.json")
     if found is None:
@@ -94,7 +107,7 @@ def rsvd_table() -> str:
 
 
 PAGES = {
-    "README.md": {"demo table": demo_table, "bench table": bench_table},
+    "README.md": {"demo table": demo_table, "bench table": bench_table, "families": families_table},
     "csrc/README.md": {"rsvd table": rsvd_table},
 }
 
