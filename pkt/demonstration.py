@@ -32,7 +32,7 @@ from pkt.evaluation import evaluate, final_answer
 from pkt.extraction import Extraction
 from pkt.finalization import finalize
 from pkt.injection import inject, load_with_adapter, wrap
-from pkt.models import load_model, load_tokenizer
+from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 from pkt.seeds import Seeds, load_seeds
 from pkt.storage import MANIFEST, check_output_folder, os_errors, read_json, write_json
@@ -329,7 +329,8 @@ def _show(console: Any, summary: dict[str, Any]) -> None:
 def _picture(ext: Extraction, summary: dict[str, Any], seeds: Seeds) -> bytes:
     figure, (layers, window, nll, match) = new_figure(17, 3.6, 4)
     plot_layers(layers, ext.plan)
-    source = next(e.source for e in ext.plan.entries if e.source.endswith("down_proj"))
+    downs = {t.module for t in spec_of(ASSETS / "teacher").targets if t.role == "down"}
+    source = next(e.source for e in ext.plan.entries if e.source in downs)
     sens = pkt.sensitivity(
         load_model(ASSETS / "teacher", dtype=torch.float32),
         seeds.batches(8),

@@ -16,7 +16,7 @@ from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.factorization import Split, check_rank, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
-from pkt.planning import TransferPlan
+from pkt.planning import Entry, TransferPlan, lora_matrix, source_names
 from pkt.progress import bar
 from pkt.storage import MANIFEST, as_path, atomic_folder, read_json, write_json
 from pkt.version import __version__
@@ -152,10 +152,10 @@ def check_extraction(
     faults = []
     for entry in plan.entries:
         source = sources.get(entry.source)
-        if source is None:
+        if source is None or (entry.expert is None) == bool(source.experts):
             faults.append(f"{entry.source}: the teacher has no such matrix")
-        elif energy is None and rank > min(entry.region.shape):
-            faults.append(f"{entry.target} {list(entry.region.shape)}: rank {rank} is above {min(entry.region.shape)}")
+        elif energy is None and rank > min(entry.target_shape):
+            faults.append(f"{entry.target} {list(entry.target_shape)}: rank {rank} is above {min(entry.target_shape)}")
     if faults:
         raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(faults))
 
@@ -190,20 +190,21 @@ def extract(
     sources = spec.by_module()
     pairs: dict[str, Pair] = {}
     energies: dict[str, float] = {}
-    with bar("factorizing", len(plan.entries) if progress else 0, unit="matrices") as advance:
-        for _, group in itertools.groupby(plan.entries, lambda entry: sources[entry.source].layer):
-            entries = list(group)
-            matrices = []
-            for entry in entries:
-                source = sources[entry.source]
-                region = entry.region.cut(source.oriented(weights[source.parameter]))
-                # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-                matrices.append(region.t() if entry.kind == "embedding" else region)
-            names = [entry.source for entry in entries]
+    targets = plan.by_target()
+
+    def matrix_of(entry: Entry) -> torch.Tensor:
+        source = sources[entry.source]
+        return source.oriented(weights[source.parameter], entry.expert)
+
+    with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
+        for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
+            layer = list(group)
+            matrices = [lora_matrix(targets[target], matrix_of) for target in layer]
+            names = [source_names(targets[target]) for target in layer]
             found = factorize_all(matrices, names, rank, max_rank=max_rank, energy=energy, split=split, seed=seed)
-            for entry, factors in zip(entries, found, strict=True):
-                pairs[entry.target] = Pair(factors.A, factors.B, entry.kind)
-                energies[entry.target] = factors.energy
+            for target, factors in zip(layer, found, strict=True):
+                pairs[target] = Pair(factors.A, factors.B, targets[target][0].kind)
+                energies[target] = factors.energy
             if progress:
                 advance(len(pairs))
     details = {

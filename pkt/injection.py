@@ -243,8 +243,11 @@ def wrap(student: nn.Module, config: dict[str, Any], adapter_name: str = ADAPTER
     """get_peft_model with the adapter of a tied head made one with the embedding's."""
     from peft import get_peft_model
 
+    # PEFT's class for causal models wants what only a model that generates has.
+    generates = hasattr(student, "prepare_inputs_for_generation")
     with quiet(), _expected_warnings():
-        model = get_peft_model(student, _lora_config(config), adapter_name=adapter_name)
+        lora = _lora_config(config if generates else {**config, "task_type": None})
+        model = get_peft_model(student, lora, adapter_name=adapter_name)
     _tie(model)
     return model
 
@@ -443,6 +446,8 @@ class _Transposed(nn.Module):
 def _tie(model: Any) -> None:
     """Make each adapter of a tied head one with the embedding's, in training and in merging."""
     base = model.get_base_model()
+    if not hasattr(base, "get_output_embeddings"):
+        return
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if not hasattr(head, "lora_A") or not hasattr(embedding, "lora_embedding_A"):
         return

@@ -1,17 +1,20 @@
 """All that pkt knows about Hugging Face architectures: where the decoder layers are, what each matrix is for, how to load.
 
-Nothing here names a model class. Layers are found in the module tree, roles by the short table below; an architecture that
-uses other names is taught to pkt by adding a line to `ROLES`.
+Nothing here names a model class. Layers are found in the module tree, roles by the short tables below; an architecture that
+uses other names is taught to pkt by a line in `ROLES` (here, or in a JSON file of the same form given to `roles=`), a fused
+projection with another layout by a line in `FUSED` (docs/adding-an-architecture.md).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -23,35 +26,107 @@ from pkt.errors import PktError
 from pkt.storage import read_json, safetensors_header, sha256
 
 Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+Runs: TypeAlias = tuple[tuple[int, int], ...]
 
-# Last part of a module's name -> (role, group). `modules=` of pkt.plan selects by group.
+# Last part, or last two parts, of a module's or expert parameter's name -> (role, group). `modules=` of pkt.plan selects by
+# role or group; matrices of one role feed each other whatever they are called.
 ROLES: dict[str, tuple[str, str]] = {
     "q_proj": ("q", "attention"),
     "k_proj": ("k", "attention"),
     "v_proj": ("v", "attention"),
     "o_proj": ("o", "attention"),
     "out_proj": ("o", "attention"),
-    "c_attn": ("qkv", "attention"),
-    "qkv_proj": ("qkv", "attention"),
-    "query_key_value": ("qkv", "attention"),
+    "wo": ("o", "attention"),
     "attn.c_proj": ("o", "attention"),
     "attention.dense": ("o", "attention"),
     "self_attention.dense": ("o", "attention"),
+    "self_attn.dense": ("o", "attention"),
+    "c_attn": ("qkv", "attention"),
+    "qkv_proj": ("qkv", "attention"),
+    "Wqkv": ("qkv", "attention"),
+    "wqkv": ("qkv", "attention"),
+    "query_key_value": ("qkv", "attention"),
     "gate_proj": ("gate", "ffn"),
     "up_proj": ("up", "ffn"),
     "down_proj": ("down", "ffn"),
     "gate_up_proj": ("gate_up", "ffn"),
+    "w1": ("gate", "ffn"),
+    "w3": ("up", "ffn"),
+    "w2": ("down", "ffn"),
     "c_fc": ("up", "ffn"),
     "mlp.c_proj": ("down", "ffn"),
     "fc1": ("up", "ffn"),
     "fc2": ("down", "ffn"),
+    "fc_in": ("up", "ffn"),
+    "fc_out": ("down", "ffn"),
     "dense_h_to_4h": ("up", "ffn"),
     "dense_4h_to_h": ("down", "ffn"),
+    # An expert that every token visits is not one of those a router chooses between.
+    **{
+        f"{shared}.{role}_proj": (f"shared_{role}", "ffn")
+        for shared in ("shared_expert", "shared_experts")
+        for role in ("gate", "up", "down")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How the rows of a fused projection lie: `groups` blocks one after another, each with its share of every role in order.
+
+    "kv_heads": as many groups as there are k (and v) heads, the queries of a group in front of its k and v.
+    """
+
+    roles: tuple[str, ...]
+    groups: int | Literal["kv_heads", "rows"] = 1
+
+
+# Role, module's name, or "model_type:name" -> layout; the most special one counts. Head counts follow from the shapes.
+FUSED: dict[str, Fused] = {
+    "qkv": Fused(("q", "k", "v")),
+    "gate_up": Fused(("gate", "up")),
+    "query_key_value": Fused(("q", "k", "v"), "kv_heads"),
+    "wqkv": Fused(("q", "k", "v"), "kv_heads"),
+    "gpt_bigcode:c_attn": Fused(("q", "k", "v"), "kv_heads"),
+    "codegen:qkv_proj": Fused(("q", "v", "k"), 4),
 }
 
 # Rows (q, k, v) or columns (o) of these roles are heads side by side.
 HEAD_ROWS = ("q", "k", "v")
 HEAD_COLUMNS = ("o",)
+
+# How checkpoints name what transformers has renamed since: part of a parameter's name -> in the files.
+RENAMED = {"lm_head.weight": "embed_out.weight", ".mlp.": ".block_sparse_moe."}
+# The matrices that files hold for each expert -> the 3-D parameter transformers joins them into, in this order.
+EXPERT_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
+# Quantizations that transformers undoes, and the packages that it takes (GGUF files: gguf).
+DEQUANTIZED: dict[str, tuple[str, ...]] = {"bitsandbytes": ("bitsandbytes", "accelerate")}
+
+# Architectures (model_type) that tests/test_families.py runs end to end. Others work by discovery, or say what is missing.
+TESTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+)
+
+# Tables that PEFT knows by name.
+PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -65,13 +140,25 @@ class Target:
     group: str  # attention, ffn, embedding or other
     layer: int | None = None
     suffix: str = ""  # the module's name within its layer; its whole name outside the layers
+    experts: int = 0  # of a 3-D parameter [experts, out, in], which `module` then names; `shape` is one expert's
+    parts: tuple[tuple[str, Runs], ...] = ()  # the rows of each role of a fused projection
 
     @property
     def parameter(self) -> str:
-        return f"{self.module}.weight"
+        return self.module if self.experts else f"{self.module}.weight"
 
-    def oriented(self, matrix: Tensor) -> Tensor:
-        """The parameter (or its scores) as `shape`: Conv1D stores its weight [in, out]. A view."""
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        shape = self.shape if self.kind != "conv1d" else self.shape[::-1]
+        return (self.experts, *shape) if self.experts else shape
+
+    def roles(self) -> tuple[tuple[str, Runs], ...]:
+        """(role, its rows) for every role of the matrix."""
+        return self.parts or ((self.role, ((0, self.shape[0]),)),)
+
+    def oriented(self, matrix: Tensor, expert: int | None = None) -> Tensor:
+        """The parameter (or its scores), or one expert of it, as `shape`: Conv1D stores its weight [in, out]. A view."""
+        matrix = matrix if expert is None else matrix[expert]
         return matrix.t() if self.kind == "conv1d" else matrix
 
 
@@ -88,6 +175,7 @@ class ModelSpec:
     head_dim: int | None
     tied: bool
     head: str | None = None  # the module that gives the logits
+    heads: int | None = None
     config: dict[str, Any] = field(repr=False, default_factory=dict)
 
     def by_module(self) -> dict[str, Target]:
@@ -95,7 +183,7 @@ class ModelSpec:
 
     def identity(self) -> dict[str, Any]:
         """What is written beside a result, and compared when it is used again."""
-        shapes = sorted(f"{t.module}{list(t.shape)}" for t in self.targets)
+        shapes = sorted(f"{t.module}{list(t.stored_shape if t.experts else t.shape)}" for t in self.targets)
         return {
             "name": self.name,
             "model_type": self.model_type,
@@ -151,12 +239,72 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _role(module: str) -> tuple[str, str]:
-    parts = module.split(".")
-    for key in (".".join(parts[-2:]), parts[-1]):
-        if key in ROLES:
-            return ROLES[key]
-    return parts[-1], "other"
+def _known(name: str, table: Mapping[str, Any]) -> str | None:
+    parts = name.split(".")
+    return next((key for key in (".".join(parts[-2:]), parts[-1]) if key in table), None)
+
+
+def _role(module: str, roles: Mapping[str, tuple[str, str]] = ROLES) -> tuple[str, str]:
+    key = _known(module, roles)
+    return ("", "other") if key is None else roles[key]
+
+
+def _fused_rows(layout: Fused, rows: int, heads: int | None, head_dim: int | None) -> tuple[tuple[str, Runs], ...]:
+    """The rows of each role; nothing when they do not come out even, and the matrix is then known only as a whole."""
+    groups: int
+    if "q" in layout.roles:
+        if not heads or not head_dim or rows % head_dim or (rows // head_dim - heads) % 2:
+            return ()
+        kv = (rows // head_dim - heads) // 2
+        sizes = {"q": heads * head_dim, "k": kv * head_dim, "v": kv * head_dim}
+        groups = kv if layout.groups == "kv_heads" else int(layout.groups)
+    else:
+        sizes = dict.fromkeys(layout.roles, rows // len(layout.roles))
+        groups = rows // len(layout.roles) if layout.groups == "rows" else int(layout.groups)
+    if groups < 1 or sum(sizes.values()) != rows or any(size < groups or size % groups for size in sizes.values()):
+        return ()
+    found: dict[str, list[tuple[int, int]]] = {role: [] for role in layout.roles}
+    start = 0
+    for _ in range(groups):
+        for role in layout.roles:
+            found[role].append((start, start + sizes[role] // groups))
+            start += sizes[role] // groups
+    return tuple((role, tuple(found[role])) for role in layout.roles)
+
+
+def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) -> ModelSpec:
+    """The spec with more lines for `ROLES`: a mapping or a JSON file, {"name": ["role", "group"]}."""
+    if roles is None:
+        return spec
+    lines = read_roles(roles)
+    targets = []
+    for target in spec.targets:
+        if _known(target.module, lines) is None or target.group == "embedding":
+            targets.append(target)
+            continue
+        role, group = _role(target.module, lines)
+        layout = FUSED.get(target.module.split(".")[-1]) or FUSED.get(role)
+        parts = () if layout is None else _fused_rows(layout, target.shape[0], spec.heads, spec.head_dim)
+        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts))
+    return dataclasses.replace(spec, targets=tuple(targets))
+
+
+def read_roles(roles: Mapping[str, Any] | str | Path) -> dict[str, tuple[str, str]]:
+    """Lines for `ROLES`. Raises `PktError` for what is not of their form."""
+    value = read_json(Path(roles)) if isinstance(roles, (str, Path)) else roles
+    known = sorted({role for role, _ in ROLES.values()})
+    if not isinstance(value, Mapping):
+        raise PktError(f'{roles}: a role file is a JSON object such as {{"fc_up": ["up", "ffn"]}}')
+    lines = {}
+    for name, line in value.items():
+        if not isinstance(line, (list, tuple)) or len(line) != 2 or line[0] not in known:
+            raise PktError(
+                f'roles: {name!r} has {line!r}; give [role, group] such as ["up", "ffn"], role one of {", ".join(known)}'
+            )
+        if line[1] not in ("attention", "ffn"):
+            raise PktError(f"roles: {name!r} has the group {line[1]!r}; choose attention or ffn")
+        lines[str(name)] = (str(line[0]), str(line[1]))
+    return lines
 
 
 def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
@@ -166,10 +314,30 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     embedding = _call(model, "get_input_embeddings")
     head = _call(model, "get_output_embeddings")
     tied = head is not None and embedding is not None and head.weight is embedding.weight
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None and heads:
+        head_dim = text.hidden_size // heads
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+
+    def described(target: Target, layout: Fused | None = None) -> Target:
+        """The target with its place in the model and the rows of its roles."""
+        name, last = target.module, target.module.split(".")[-1]
+        layer = layer_of(name, layers)
+        layout = layout or FUSED.get(f"{model_type}:{last}") or FUSED.get(last) or FUSED.get(target.role)
+        return dataclasses.replace(
+            target,
+            layer=layer,
+            suffix=name if layer is None else name[len(f"{layers}.{layer}.") if layers else len(f"{layer}.") :],
+            parts=() if layout is None else _fused_rows(layout, target.shape[0], heads, head_dim),
+        )
+
     targets, head_name = [], None
     for module_name, module in model.named_modules():
         if module is head:
             head_name = module_name
+        targets += [described(*found) for found in _experts(module_name, module)]
         kind = kind_of(module)
         if kind is None:
             continue
@@ -179,10 +347,6 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         if kind == "linear":
             # A 4-bit layer packs its weight, so its shape says nothing.
             rows, cols = int(module.out_features), int(module.in_features)
-        layer = layer_of(module_name, layers)
-        suffix = module_name
-        if layer is not None:
-            suffix = module_name[len(f"{layers}.{layer}.") :]
         if module is head:
             if tied:
                 continue
@@ -191,15 +355,11 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
             role, group = "embed", "embedding"
         else:
             role, group = _role(module_name)
-        targets.append(Target(module_name, kind, (rows, cols), role, group, layer, suffix))
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None and getattr(text, "num_attention_heads", None):
-        head_dim = text.hidden_size // text.num_attention_heads
+        targets.append(described(Target(module_name, kind, (rows, cols), role, group)))
     count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
-        model_type=str(getattr(config, "model_type", type(model).__name__)),
+        model_type=model_type,
         targets=tuple(targets),
         layers=layers,
         num_layers=count,
@@ -207,8 +367,24 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         head_dim=head_dim,
         tied=tied,
         head=head_name,
+        heads=heads,
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
+
+
+def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
+    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out] where their module says so."""
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 3 or _known(key, ROLES) is None:
+            continue
+        experts, rows, cols = parameter.shape
+        kind: Kind = "conv1d" if getattr(module, "is_transposed", False) else "linear"
+        role, group = _role(key)
+        layout = FUSED.get(role)
+        if layout is not None and not getattr(module, "is_concatenated", True):
+            layout = dataclasses.replace(layout, groups="rows")
+        shape = (cols, rows) if kind == "conv1d" else (rows, cols)
+        yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
 
 
 def _call(model: nn.Module, method: str) -> Any:
@@ -325,10 +501,15 @@ def load_config(path: str | Path) -> Any:
     if local is not None:
         if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
             raise PktError(f"{path} is an adapter folder; a model directory with a config.json is needed here")
-        read_json(local / "config.json")
+        if _gguf(path) is None:
+            read_json(local / "config.json")
     try:
         with quiet():
-            return AutoConfig.from_pretrained(str(path))
+            config = AutoConfig.from_pretrained(str(path), **_gguf_option(path))
+            if _gguf(path) is not None and hasattr(config, "quantization_config"):
+                # Its weights are whole again once loaded.
+                del config.quantization_config
+            return config
     except (OSError, ValueError, KeyError) as error:
         raise PktError(f"{path}: not a model transformers can read: {first_line(error)}") from error
 
@@ -340,7 +521,7 @@ def load_tokenizer(path: str | Path) -> Any:
     _local(path)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(path))
+            return AutoTokenizer.from_pretrained(str(path), **_gguf_option(path))
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise PktError(f"{path}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
 
@@ -351,7 +532,7 @@ def check_checkpoint(path: str | Path) -> None:
     Raises `PktError` naming the file. A model on the Hub is left to transformers.
     """
     local = _local(path)
-    if local is None:
+    if local is None or _gguf(path) is not None:
         return
     index = local / "model.safetensors.index.json"
     if index.is_file():
@@ -378,20 +559,77 @@ def check_checkpoint(path: str | Path) -> None:
             ) from error
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+def _gguf(path: str | Path) -> Path | None:
+    """The GGUF file of a directory that holds nothing else to load."""
+    local = _local(path)
+    if local is None or (local / "config.json").is_file():
+        return None
+    files = sorted(local.glob("*.gguf"))
+    if len(files) > 1:
+        raise PktError(f"{path} holds {len(files)} GGUF files; leave one of them there")
+    return files[0] if files else None
+
+
+def _gguf_option(path: str | Path) -> dict[str, Any]:
+    file = _gguf(path)
+    if file is None:
+        return {}
+    if importlib.util.find_spec("gguf") is None:
+        raise PktError(f"{file} needs the package gguf to be read: pip install gguf")
+    return {"gguf_file": file.name}
+
+
+def check_quantization(path: str | Path) -> None:
+    """Refuse a teacher whose quantized weights cannot be made whole here, from its configuration alone."""
+    method = _quantization(load_config(path))
+    if method is None:
+        return
+    if method not in DEQUANTIZED:
+        raise PktError(
+            f"{path} is quantized with {method}, which pkt cannot undo; convert it to bf16 or fp16 safetensors, or to GGUF"
+        )
+    missing = [name for name in DEQUANTIZED[method] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PktError(
+            f"{path} is quantized with {method}; install {', '.join(missing)}, or convert it to bf16 or fp16 safetensors"
+        )
+
+
+def _quantization(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    dequantize: bool = False,
+) -> Any:
     """A causal language model from a checkpoint directory or the Hub, in eval mode, in its own dtype unless one is given.
 
-    Raises `PktError` for a damaged checkpoint, and for one that leaves parameters of the model unset.
+    A GGUF file is read at its dequantized weights, fp32 unless a dtype is given. dequantize: give back whole weights for a
+    checkpoint of bitsandbytes too. Raises `PktError` for a damaged checkpoint, for one that leaves parameters of the model
+    unset, and, with `dequantize`, for a quantization that cannot be undone.
     """
     from transformers import AutoModelForCausalLM
 
     check_checkpoint(path)
-    load_config(path)
+    quantized = _quantization(load_config(path)) is not None
+    if dequantize:
+        check_quantization(path)
+    option = _gguf_option(path)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype or "auto", output_loading_info=True
+                str(path), dtype=dtype or (torch.float32 if option else "auto"), output_loading_info=True, **option
             )
+            if quantized and dequantize:
+                model = model.dequantize()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise PktError(f"{path}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(info.get("missing_keys", ())) + sorted(str(k) for k in info.get("mismatched_keys", ()))
@@ -406,7 +644,7 @@ def fingerprint(model: Any) -> str:
     """A hash that changes when a checkpoint does: names, shapes and file ends, not every byte of a large model."""
     if isinstance(model, (str, Path)) and Path(model).is_dir():
         parts: list[bytes | str] = []
-        for file in sorted(Path(model).glob("*.safetensors")):
+        for file in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.gguf")]):
             with open(file, "rb") as handle:
                 parts += [file.name, str(file.stat().st_size), handle.read(1 << 16)]
                 handle.seek(max(0, file.stat().st_size - (1 << 16)))
@@ -432,6 +670,65 @@ def check_tokenizer(tokenizer: Any, spec: ModelSpec) -> None:
         )
 
 
+def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:
+    """(teacher's id, student's id) of every token both tokenizers have, by the student's id.
+
+    Tokens are compared as strings; the marks "▁" and "Ġ" both mean a space.
+    """
+    spelled = {token.replace("▁", "Ġ"): index for token, index in teacher.get_vocab().items()}
+    pairs = [(spelled.get(token.replace("▁", "Ġ"), -1), index) for token, index in student.get_vocab().items()]
+    return sorted(((t, s) for t, s in pairs if t >= 0), key=lambda pair: pair[1])
+
+
+def supported() -> list[tuple[str, bool, str]]:
+    """(what, whether it works here, why) for checkpoint formats and architectures."""
+    rows = [
+        ("safetensors", True, "read one decoder layer at a time"),
+        ("pickle (*.bin)", True, "loaded whole, where that is safe; convert to safetensors to stream it"),
+    ]
+    for name, packages in (("GGUF", ("gguf",)), *DEQUANTIZED.items()):
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        why = "loaded whole, scored at its dequantized weights"
+        rows.append((name, not missing, f"pip install {' '.join(missing)}" if missing else why))
+    rows.append(("other quantizations", False, "convert to bf16 or fp16 safetensors, or to GGUF"))
+    from transformers import CONFIG_MAPPING
+
+    for name in TESTED:
+        here = name in CONFIG_MAPPING
+        rows.append((name, here, "tested end to end" if here else "this version of transformers does not have it"))
+    rows.append(("other causal language models", True, "by discovery; `pkt models DIR` shows what is found"))
+    return rows
+
+
+def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
+    """(matrix in its place, shape, what pkt takes it for) for each kind of matrix of a model."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    for target in spec.targets:
+        name = target.module if target.layer is None else f"{spec.layers}.*.{target.suffix}"
+        shape = " x ".join(map(str, (*((target.experts,) if target.experts else ()), *target.shape)))
+        roles = ", ".join(role for role, _ in target.roles() if role)
+        if not roles:
+            roles = (
+                "unknown: fed from the same name only, or by --map or --roles"
+                if target.layer is not None
+                else "left alone"
+            )
+        rows.setdefault(f"{name} {shape}", (name, shape, f"{roles} (each of its experts)" if target.experts else roles))
+    return list(rows.values())
+
+
+def stored_names(name: str, shape: tuple[int, ...], prefix: str) -> Iterator[list[str]]:
+    """Ways in which a checkpoint may hold a parameter: the tensors whose bytes, one after another, are it."""
+    names = [name, name.removeprefix(prefix)]
+    names += [name.replace(now, then) for now, then in RENAMED.items() if now in name]
+    yield from ([n] for n in names)
+    if len(shape) == 3:
+        for full in names:
+            parent, _, key = full.rpartition(".")
+            for parts in EXPERT_FILES.get(key, ()):
+                yield [f"{parent}.{expert}.{part}.weight" for expert in range(shape[0]) for part in parts]
+
+
 class Weights:
     """Parameters by name, one at a time: of a model in memory, or straight out of a safetensors checkpoint."""
 
@@ -448,7 +745,7 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         if self.model is None and name not in self.files:
             # Saved under other names (an old layout, a pickle, the Hub): let transformers map them.
-            self.model = load_model(self.path)
+            self.model = load_model(self.path, dequantize=True)
         if self.model is not None:
             try:
                 return self.model.get_parameter(name).detach()

@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import HEAD_COLUMNS, HEAD_ROWS, Kind, ModelSpec, Target, spec_of
+from pkt.models import (
+    FUSED,
+    HEAD_COLUMNS,
+    HEAD_ROWS,
+    ROLES,
+    Kind,
+    ModelSpec,
+    Runs,
+    Target,
+    load_tokenizer,
+    read_roles,
+    shared_vocabulary,
+    spec_of,
+    with_roles,
+)
 from pkt.scoring import Sensitivity
-from pkt.selection import LAYER_CHOICES, STRATEGIES, Region, Strategy, select_layers, select_region
+from pkt.selection import LAYER_CHOICES, STRATEGIES, Region, Strategy, runs, select_layers, select_region, through
 from pkt.storage import atomic_file, read_json, write_json
 
 GROUPS = ("all", "attention", "ffn", "embedding")
-FORMAT = "pkt-plan-1"
+FORMAT = "pkt-plan-2"
+READABLE = ("pkt-plan-1", FORMAT)  # 1 had one entry for each target
+_ROLES = {role for role, _ in ROLES.values()} | {r for f in FUSED.values() for r in f.roles} | {"embed", "head"}
+
+
+ModuleMap: TypeAlias = Mapping[str, str] | Sequence[str]
+Vocabulary: TypeAlias = tuple[Runs, Runs]  # rows of the teacher's tables, and the student's rows they feed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One student matrix (a module's name) and the part of a teacher's that feeds it.
+    """One student matrix (a module's name), or a part of it, and the part of a teacher's that feeds it.
 
-    score: Σ of S in the region; share: of its source matrix's whole S.
+    score: Σ of S in the region; share: of its source matrix's whole S. expert: of a source [experts, out, in]. place: where
+    in the target the region goes; None: it is all of it. What no entry of a target feeds is zero.
     """
 
     source: str
@@ -35,6 +58,67 @@ class Entry:
     score: float
     share: float
     kind: Kind  # of the target
+    expert: int | None = None
+    place: Region | None = None
+
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        shape = None if self.place is None else self.place.source_shape
+        return shape or self.region.shape
+
+    def to_json(self) -> dict[str, Any]:
+        value = {
+            "source": self.source,
+            "target": self.target,
+            "kind": self.kind,
+            "score": self.score,
+            "share": self.share,
+            "region": self.region.to_json(),
+        }
+        if self.expert is not None:
+            value["expert"] = self.expert
+        return value if self.place is None else {**value, "place": self.place.to_json()}
+
+    @classmethod
+    def from_json(cls, e: Mapping[str, Any]) -> Entry:
+        place = None if e.get("place") is None else Region.from_json(e["place"])
+        region = Region.from_json(e["region"])
+        return cls(e["source"], e["target"], region, e["score"], e["share"], e["kind"], e.get("expert"), place)
+
+    def describe(self) -> tuple[str, str, str, str]:
+        """A line of the plan's table."""
+        source = self.source if self.expert is None else f"{self.source}[{self.expert}]"
+        target = self.target if self.place is None else f"{self.target} {self.place.describe()}"
+        return source, target, self.region.describe(), f"{100 * self.share:.1f}%"
+
+
+def assemble(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> Tensor:
+    """A target's matrix [out, in] from all its entries; a view of the teacher's for a single window that is all of it."""
+    first = entries[0]
+    if len(entries) == 1 and first.place is None:
+        return first.region.cut(matrix_of(first))
+    whole: Tensor | None = None
+    for entry in entries:
+        piece = entry.region.cut(matrix_of(entry))
+        if whole is None:
+            whole = torch.zeros(entry.target_shape, dtype=piece.dtype, device=piece.device)
+        if entry.place is None:
+            whole.copy_(piece)
+        else:
+            entry.place.put(whole, piece)
+    assert whole is not None
+    return whole
+
+
+def lora_matrix(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> Tensor:
+    """What B A of a target's pair stands for: its matrix; LoRA writes an embedding [vocabulary, d] as (B A)ᵀ."""
+    matrix = assemble(entries, matrix_of)
+    return matrix.t() if entries[0].kind == "embedding" else matrix
+
+
+def source_names(entries: Sequence[Entry]) -> str:
+    """The teacher's matrices behind a target, as errors name them."""
+    return ", ".join(dict.fromkeys(e.source for e in entries))
 
 
 @dataclass
@@ -59,17 +143,6 @@ class TransferPlan:
         return json.dumps(value, indent=2)
 
     def as_dict(self) -> dict[str, Any]:
-        entries = [
-            {
-                "source": e.source,
-                "target": e.target,
-                "kind": e.kind,
-                "score": e.score,
-                "share": e.share,
-                "region": e.region.to_json(),
-            }
-            for e in self.entries
-        ]
         return {
             "format": FORMAT,
             "teacher": self.teacher,
@@ -79,8 +152,15 @@ class TransferPlan:
             "layer_scores": self.layer_scores,
             "layer_shares": self.layer_shares,
             "notes": self.notes,
-            "entries": entries,
+            "entries": [e.to_json() for e in self.entries],
         }
+
+    def by_target(self) -> dict[str, list[Entry]]:
+        """The entries of each student matrix."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.target, []).append(entry)
+        return found
 
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> TransferPlan:
@@ -95,15 +175,11 @@ class TransferPlan:
                 raise PktError(f"the plan is not valid JSON (line {error.lineno}: {error.msg})") from error
         else:
             value, where = read_json(source), str(source)
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        if not isinstance(value, dict) or value.get("format") not in READABLE:
             raise PktError(f"{where} is not a plan of this version of pkt ({FORMAT}); make one with `pkt plan`")
         try:
-            entries = [
-                Entry(e["source"], e["target"], Region.from_json(e["region"]), e["score"], e["share"], e["kind"])
-                for e in value["entries"]
-            ]
             return cls(
-                entries,
+                [Entry.from_json(e) for e in value["entries"]],
                 *(
                     value[k]
                     for k in ("layer_map", "teacher", "student", "options", "layer_scores", "layer_shares", "notes")
@@ -115,7 +191,7 @@ class TransferPlan:
             ) from error
 
     def __str__(self) -> str:
-        lines = [(e.source, e.target, e.region.describe(), f"{100 * e.share:.1f}%") for e in self.entries]
+        lines = [e.describe() for e in self.entries]
         head = ("source", "target", "region", "share of S")
         widths = [max(len(row[i]) for row in [head, *lines]) for i in range(4)]
         table = [
@@ -126,7 +202,13 @@ class TransferPlan:
 
     def summary(self) -> list[str]:
         """What the plan does, in a few lines."""
-        lines = [f"teacher layers {_spans(self.layer_map)} feed the student's {len(self.layer_map)} layers"]
+        lines = []
+        if self.layer_map:
+            total = self.student.get("num_layers", len(self.layer_map))
+            which = (
+                f"{total} layers" if total == len(self.layer_map) else f"first {len(self.layer_map)} of {total} layers"
+            )
+            lines.append(f"teacher layers {_spans(self.layer_map)} feed the student's {which}")
         if self.layer_shares:
             caught = ", ".join(f"{100 * s:.0f}%" for s in self.layer_shares)
             lines.append(f"share of each layer's sensitivity caught: {caught}")
@@ -147,63 +229,48 @@ def plan(
     modules: str = "all",
     align_heads: bool = False,
     layer_map: Sequence[int] | None = None,
+    module_map: ModuleMap | None = None,
+    partial: bool = False,
+    map_vocabulary: bool | tuple[Any, Any] = False,
+    roles: Any = None,
     seed: int = 0,
 ) -> TransferPlan:
     """Choose layers and regions (METHOD, sections 2 and 3) and check them against both models.
 
     teacher, student: a configuration, a model or a checkpoint directory. layers: sensitivity, first, last, random, or a list
     of teacher layers, one per student layer (`layer_map` is the same under the name people look for). select: window,
-    rows_cols, weights, blocks or random. modules: all, attention, ffn, embedding, or a regular expression on the student's
-    module names. align_heads: windows of q, k, v (rows) and o (columns) start at a head.
+    rows_cols, weights, blocks or random. modules: groups and roles, separated by commas, "-" in front of what is left out
+    (all, attention, ffn, embedding, q, k, v, o, gate, up, down: "all,-k,-v"), or a regular expression on the student's module
+    names. align_heads: windows of q, k, v (rows) and o (columns) start at a head.
+
+    Matrices feed each other by role: fused projections are cut into their roles and put together again, and the most
+    sensitive expert of a layer feeds a dense FFN. module_map: instead, exactly these pairs, {"teacher.*.fc1": "student.*.up"},
+    `*` standing for a number (for the layer's, the chosen teacher layer). roles: more lines for `pkt.models.ROLES`, or a JSON
+    file with them. map_vocabulary: feed embeddings and head by shared token strings; True reads both directories' tokenizers,
+    or pass (teacher's, student's). partial: where the teacher is smaller, feed what fits and leave zeros.
 
     Raises one `PktError` listing every module whose shape cannot be cut.
     """
-    teacher_spec, student_spec = spec_of(teacher), spec_of(student)
-    options = check_options(layers, select, modules, align_heads, layer_map, seed)
-    pairs, notes = pair_targets(teacher_spec, student_spec, modules=modules, align_heads=align_heads)
-    scores = None
-    if layers == "sensitivity" and layer_map is None:
-        scores = sens.layer_scores()
-        if len(scores) != teacher_spec.num_layers:
-            raise PktError(
-                f"the scores are of {len(scores)} layers, {teacher_spec.name} has {teacher_spec.num_layers}; "
-                "they were made from another model"
-            )
-    chosen = select_layers(
-        layers if layer_map is None else layer_map, teacher_spec.num_layers, student_spec.num_layers, scores, seed=seed
+    teacher_spec, student_spec = with_roles(spec_of(teacher), roles), with_roles(spec_of(student), roles)
+    vocabulary = read_vocabulary(map_vocabulary, teacher, student)
+    options = check_options(
+        layers, select, modules, align_heads, layer_map, seed, module_map, partial, vocabulary is not None, roles
     )
-    entries = []
-    by_module = teacher_spec.by_module()
-    for template, target in pairs:
-        source = (
-            template if target.layer is None else by_module[_in_layer(teacher_spec, template, chosen[target.layer])]
-        )
-        score = _score_of(sens, source, teacher_spec)
-        region = select_region(
-            score,
-            source.shape,
-            target.shape,
-            select,
-            tile=sens.tile,
-            steps=steps_of(source, target, teacher_spec) if align_heads else (1, 1),
-            seed=seed,
-            name=target.module,
-        )
-        caught, whole = caught_by(score, region, sens.tile), ops.double_sum(score).item()
-        entries.append(
-            Entry(source.module, target.module, region, caught, caught / whole if whole else 0.0, target.kind)
-        )
-    layer_scores = [] if sens.layers is None else sens.layer_scores().tolist()
-    return TransferPlan(
-        entries=entries,
-        layer_map=chosen,
-        teacher=teacher_spec.identity(),
-        student=student_spec.identity(),
-        options=options,
-        layer_scores=layer_scores,
-        layer_shares=layer_shares_of(entries, student_spec, chosen, layer_scores),
-        notes=notes,
-    )
+    return Pairing(teacher_spec, student_spec, options, vocabulary).plan(sens)
+
+
+def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Any, student: Any) -> Vocabulary | None:
+    """The rows that the two tokenizers share, or None when they are not wanted."""
+    if wanted is False:
+        return None
+    if wanted is True:
+        if not all(isinstance(m, (str, Path)) for m in (teacher, student)):
+            raise PktError("map_vocabulary=True reads the tokenizers of two directories; pass (teacher's, student's)")
+        wanted = load_tokenizer(teacher), load_tokenizer(student)
+    shared = shared_vocabulary(*wanted)
+    if not shared:
+        raise PktError("the two tokenizers share no token, so nothing can be mapped; leave map_vocabulary out")
+    return runs([t for t, _ in shared]), runs([s for _, s in shared])
 
 
 def check_options(
@@ -213,6 +280,10 @@ def check_options(
     align_heads: bool,
     layer_map: Sequence[int] | None,
     seed: int,
+    module_map: ModuleMap | None = None,
+    partial: bool = False,
+    map_vocabulary: bool = False,
+    roles: Any = None,
 ) -> dict[str, Any]:
     """Refuse an unknown option before anything slow starts; the options as they are recorded."""
     if select not in STRATEGIES:
@@ -221,110 +292,447 @@ def check_options(
         raise PktError(f"layers={layers!r} is unknown; choose one of {', '.join(LAYER_CHOICES)}, or list the layers")
     if align_heads and select not in ("window", "random"):
         raise PktError(f"align_heads concerns windows; select={select!r} does not cut windows")
-    if modules not in GROUPS:
+    if map_vocabulary and select == "weights":
+        raise PktError(
+            "select='weights' lays single weights out in the teacher's order, which a mapped vocabulary changes"
+        )
+    if _role_list(modules) is None:
         try:
             re.compile(modules)
         except re.error as error:
             raise PktError(
-                f"modules={modules!r} is neither one of {', '.join(GROUPS)} nor a regular expression: {error}"
+                f"modules={modules!r} is neither a list of {', '.join(GROUPS)} and roles ({', '.join(sorted(_ROLES))}) "
+                f"nor a regular expression: {error}"
             ) from error
     given = layers if layer_map is None else layer_map
-    return {
+    options: dict[str, Any] = {
         "layers": given if isinstance(given, str) else [int(i) for i in given],
         "select": select,
         "modules": modules,
         "align_heads": align_heads,
         "seed": seed,
     }
+    # Recorded only when used, so that results made without them stay what they were.
+    if module_map is not None:
+        options["module_map"] = _read_map(module_map)
+    if partial:
+        options["partial"] = True
+    if map_vocabulary:
+        options["map_vocabulary"] = True
+    if roles is not None:
+        options["roles"] = {name: list(line) for name, line in sorted(read_roles(roles).items())}
+    return options
 
 
-def pair_targets(
-    teacher: ModelSpec, student: ModelSpec, *, modules: str = "all", align_heads: bool = False
-) -> tuple[list[tuple[Target, Target]], list[str]]:
-    """(source, target) for every chosen student matrix, and notes on what is left out.
-
-    The source of a decoder layer's matrix stands for that place in whichever teacher layer is chosen. Raises one `PktError`
-    listing every module that has no source, or whose source is smaller than it in some direction.
-    """
-    notes: list[str] = []
-    wanted = [t for t in student.targets if _chosen(t, modules)]
-    if not wanted:
-        raise PktError(
-            f"modules={modules!r} chooses none of the student's matrices; their names are like {student.targets[0].module}"
-        )
-    if teacher.num_layers < student.num_layers:
-        raise PktError(
-            f"the teacher has {teacher.num_layers} layers, fewer than the student's {student.num_layers}; choose a deeper teacher"
-        )
-    same_vocabulary = teacher.vocab_size == student.vocab_size
-    if not same_vocabulary and any(t.group == "embedding" for t in wanted):
-        notes.append(
-            f"embeddings and head are left out: the vocabularies differ ({teacher.vocab_size} and {student.vocab_size} tokens)"
-        )
-        wanted = [t for t in wanted if t.group != "embedding"]
-    inside: dict[str, list[Target]] = {}
-    outside: dict[str, Target] = {}
-    for source in teacher.targets:
-        if source.layer is None:
-            outside[source.role if source.group == "embedding" else source.suffix] = source
-        else:
-            inside.setdefault(source.suffix, []).append(source)
-    if teacher.tied and "embed" in outside:
-        outside.setdefault("head", outside["embed"])
-    pairs: list[tuple[Target, Target]] = []
-    faults: list[str] = []
-    for target in wanted:
-        if target.layer is None:
-            one = outside.get(target.role if target.group == "embedding" else target.suffix)
-            sources = [] if one is None else [one]
-        else:
-            sources = inside.get(target.suffix, [])
-        if not sources:
-            faults.append(f"{target.module}: the teacher has no matrix in that place")
-            continue
-        for source in sources:
-            small = [f"{a} < {b}" for a, b in zip(source.shape, target.shape, strict=True) if a < b]
-            if small:
-                faults.append(
-                    f"{target.module} {list(target.shape)}: {source.module} is only {list(source.shape)} ({', '.join(small)})"
-                )
-                break
-            step = steps_of(source, target, teacher)
-            if align_heads and any(size % s for size, s in zip(target.shape, step, strict=True)):
-                faults.append(
-                    f"{target.module} {list(target.shape)}: not a whole number of the teacher's heads of {max(step)}"
-                )
-                break
-        else:
-            pairs.append((sources[0], target))
-    if faults:
-        listed = "\n  ".join(faults)
-        raise PktError(
-            f"{teacher.name} cannot feed {student.name} ({len(faults)} of {len(wanted)} matrices):\n  {listed}\n"
-            "choose a teacher that is at least as large in every direction, or leave these out with modules="
-        )
+def _read_map(given: ModuleMap) -> dict[str, str]:
+    """Teacher's pattern by student's pattern."""
+    if isinstance(given, str):
+        given = [given]
+    pairs = []
+    for text in given.items() if isinstance(given, Mapping) else given:
+        source, equals, target = text.partition("=") if isinstance(text, str) else (text[0], "=", text[1])
+        if not source or not equals or not target or source.count("*") != target.count("*"):
+            raise PktError(
+                f"module_map: {text!r}; write TEACHER=STUDENT with as many * on each side: 'a.*.fc1=b.*.mlp.up'"
+            )
+        pairs.append((target.strip(), source.strip()))
     if not pairs:
-        raise PktError(f"modules={modules!r} leaves nothing to transfer: {'; '.join(notes)}")
-    return pairs, notes
+        raise PktError("module_map names no pair; write TEACHER=STUDENT: 'a.*.fc1=b.*.mlp.up'")
+    return dict(pairs)
 
 
-def _chosen(target: Target, modules: str) -> bool:
-    if modules == "all":
-        return target.group != "other" or target.layer is not None
-    if modules in GROUPS:
-        return target.group == modules
-    return re.search(modules, target.module) is not None
+def _role_list(modules: str) -> tuple[set[str], set[str]] | None:
+    """(chosen, left out) groups and roles, or None for a regular expression."""
+    chosen: set[str] = set()
+    out: set[str] = set()
+    for word in modules.split(","):
+        name = word.strip().removeprefix("-")
+        if name not in GROUPS and name not in _ROLES:
+            return None
+        named = set(FUSED[name].roles) if name in FUSED else {name}
+        (out if word.strip().startswith("-") else chosen).update(named)
+    return chosen or {"all"}, out
 
 
-def _in_layer(spec: ModelSpec, template: Target, layer: int) -> str:
-    return f"{spec.layers}.{layer}.{template.suffix}"
+def _chosen_parts(target: Target, modules: str) -> tuple[tuple[str, Runs], ...]:
+    """The roles of a matrix that `modules` chooses, with their rows."""
+    listed = _role_list(modules)
+    if listed is None:
+        return target.roles() if re.search(modules, target.module) else ()
+    chosen, out = listed
+    whole = target.group != "other" or target.layer is not None
+
+    def wanted(role: str) -> bool:
+        names = {role, target.group} | ({"all"} if whole else set())
+        return bool(names & chosen) and not names & out
+
+    return tuple((role, rows) for role, rows in target.roles() if wanted(role))
 
 
-def steps_of(source: Target, target: Target, teacher: ModelSpec) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Feed:
+    """A part of a student's matrix, and the rows of a teacher's that its region is chosen from."""
+
+    source: Target
+    target: Target
+    role: str
+    rows: Runs  # of the source
+    shape: tuple[int, int]  # of the region
+    place: Region | None  # in the target; None: all of it
+
+
+class _UnfedError(Exception):
+    """Why a matrix of the student cannot be fed."""
+
+
+class Pairing:
+    """Which matrices of a teacher feed which of a student, and where in them: all that is known before any score.
+
+    targets: the student's matrices that are fed; notes: what is left out. Raises one `PktError` listing every module that has
+    no source, or whose source is smaller than it in some direction.
+    """
+
+    def __init__(
+        self, teacher: ModelSpec, student: ModelSpec, options: Mapping[str, Any], vocabulary: Vocabulary | None = None
+    ) -> None:
+        self.teacher, self.student, self.options, self.vocabulary = teacher, student, options, vocabulary
+        self.partial = bool(options.get("partial"))
+        self.notes: list[str] = []
+        self.by_module = teacher.by_module()
+        self.inside: dict[int, list[Target]] = {}
+        self.outside: dict[str, Target] = {}
+        for source in teacher.targets:
+            if source.layer is None:
+                self.outside[source.role if source.group == "embedding" else source.suffix] = source
+            else:
+                self.inside.setdefault(source.layer, []).append(source)
+        if teacher.tied and "embed" in self.outside:
+            self.outside.setdefault("head", self.outside["embed"])
+        self.parts = {t.module: p for t in student.targets if (p := self._parts_of(t))}
+        wanted = [t for t in student.targets if t.module in self.parts]
+        if not wanted:
+            raise PktError(
+                f"modules={options['modules']!r} chooses none of the student's matrices; their names are like "
+                f"{student.targets[0].module if student.targets else '(it has none)'}"
+            )
+        if any(t.layer is not None for t in wanted):
+            self.count = min(student.num_layers, teacher.num_layers) if self.partial else student.num_layers
+        else:
+            self.count = 0
+        if teacher.num_layers < self.count:
+            raise PktError(
+                f"the teacher has {teacher.num_layers} layers, fewer than the student's {student.num_layers}; "
+                "choose a deeper teacher, or feed the first layers only with partial=True (--partial)"
+            )
+        self.ranked = options["layers"] == "sensitivity" and self.count > 0
+        self.fixed: list[int] | None = None
+        if not self.ranked:
+            self.fixed = self.choose_layers(None)
+        self.wanted = self._leave_out(wanted)
+        self.targets = [t for t in self.wanted if t.layer is None or t.layer < self.count]
+        self._check()
+
+    # -- which matrices
+
+    def _parts_of(self, target: Target) -> tuple[tuple[str, Runs], ...]:
+        patterns = self.options.get("module_map")
+        if patterns is None:
+            return _chosen_parts(target, self.options["modules"])
+        named = any(_numbers(pattern, target.module) is not None for pattern in patterns)
+        return ((target.role, ((0, target.shape[0]),)),) if named else ()
+
+    def _leave_out(self, wanted: list[Target]) -> list[Target]:
+        """Without what a difference between the models excludes, noted in one line each."""
+        teacher, student = self.teacher, self.student
+        tables = [t for t in wanted if t.group == "embedding"]
+        if self.vocabulary is not None and tables:
+            count = sum(b - a for a, b in self.vocabulary[1])
+            self.notes.append(
+                f"embeddings and head are mapped by {count} shared tokens ({teacher.vocab_size} and {student.vocab_size} tokens)"
+            )
+        elif teacher.vocab_size != student.vocab_size and tables:
+            self.notes.append(
+                f"embeddings and head are left out: the vocabularies differ ({teacher.vocab_size} and {student.vocab_size} tokens)"
+            )
+            wanted = [t for t in wanted if t not in tables]
+        if any(t.experts for t in student.targets) and any(t.group == "ffn" for t in wanted):
+            # PEFT reads gate_proj, up_proj and down_proj of a model with experts as names of old for these.
+            self.notes.append(
+                "the student's FFNs are left out: its experts are 3-D parameters, which pkt feeds from but not into, and PEFT "
+                "takes dense ones beside them for experts"
+            )
+            wanted = [t for t in wanted if t.group != "ffn"]
+        if not wanted:
+            raise PktError(f"modules={self.options['modules']!r} leaves nothing to transfer: {'; '.join(self.notes)}")
+        return wanted
+
+    def choose_layers(self, scores: Tensor | None) -> list[int]:
+        """The teacher layer for each student layer that is fed."""
+        if self.count == 0:
+            return []
+        given = self.options["layers"]
+        return select_layers(given, self.teacher.num_layers, self.count, scores, seed=self.options["seed"])
+
+    def layers_for(self, place: int) -> Sequence[int]:
+        """The teacher layers that may feed this layer of the student."""
+        if self.fixed is not None:
+            return [self.fixed[place]]
+        return range(place, self.teacher.num_layers - self.count + place + 1)
+
+    def _check(self) -> None:
+        faults: list[str] = []
+        known: dict[tuple[Any, ...], str | None] = {}
+        for target in self.targets:
+            for layer in [None] if target.layer is None else self.layers_for(target.layer):
+                key = target.suffix, target.shape, self.parts[target.module], layer
+                if key not in known:
+                    try:
+                        self.feeds(target, layer)
+                        known[key] = None
+                    except _UnfedError as error:
+                        known[key] = str(error)
+                fault = known[key]
+                if fault is not None:
+                    faults.append(f"{target.module} {fault}")
+                    break
+        if faults:
+            listed = "\n  ".join(faults)
+            raise PktError(
+                f"{self.teacher.name} cannot feed {self.student.name} ({len(faults)} of {len(self.targets)} matrices):\n"
+                f"  {listed}\n"
+                "choose a teacher that is at least as large in every direction, leave these out with modules= (--modules "
+                "all,-k,-v), or feed what fits with partial=True (--partial)"
+            )
+
+    # -- where a matrix comes from
+
+    def feeds(self, target: Target, layer: int | None) -> list[Feed]:
+        """What feeds a student's matrix when teacher layer `layer` does (None outside the layers)."""
+        if "module_map" in self.options:
+            return [self._feed(self._mapped(target, layer), target, *self.parts[target.module][0])]
+        same = self._same_place(target, layer)
+        if same is not None and same.shape == target.shape and same.parts == target.parts == self.parts[target.module]:
+            return [self._feed(same, target, target.role, ((0, target.shape[0]),))]
+        found = []
+        for role, rows in self.parts[target.module]:
+            try:
+                source, source_rows = self._source(target, role, layer, same)
+                found.append(self._feed(source, target, role, rows, source_rows))
+            except _UnfedError:
+                if not self.partial:
+                    raise
+        return found
+
+    def _same_place(self, target: Target, layer: int | None) -> Target | None:
+        if layer is None:
+            return self.outside.get(target.role if target.group == "embedding" else target.suffix)
+        found = self.by_module.get(f"{self.teacher.layers}.{layer}.{target.suffix}" if self.teacher.layers else "")
+        return None if found is None or found.experts else found
+
+    def _source(self, target: Target, role: str, layer: int | None, same: Target | None) -> tuple[Target, Runs]:
+        if same is not None and not same.parts and not target.parts:
+            return same, ((0, same.shape[0]),)
+        matches = [
+            (source, rows)
+            for source in (self.inside.get(layer, []) if layer is not None else [])
+            for name, rows in source.roles()
+            if role and name == role
+        ]
+        # An FFN that is there comes before one of several experts.
+        best = [m for m in matches if not m[0].experts] or matches
+        if len(best) == 1:
+            return best[0]
+        name = f"its {role}" if target.parts else f"the role {role!r}" if role else "pkt does not know its role"
+        if best:
+            raise _UnfedError(
+                f"{list(target.shape)}: {name} could come from {', '.join(s.module for s, _ in best)}; name one with "
+                "module_map= (--map TEACHER=STUDENT)"
+            )
+        raise _UnfedError(
+            f"{list(target.shape)}: the teacher has no matrix in that place ({name}); name one with module_map= "
+            "(--map 'teacher.*.x=student.*.y'), or teach pkt both names with roles= (--roles FILE.json)"
+        )
+
+    def _mapped(self, target: Target, layer: int | None) -> Target:
+        for pattern, source in self.options["module_map"].items():
+            numbers = _numbers(pattern, target.module)
+            if numbers is None:
+                continue
+            prefix = f"{self.student.layers}.*."
+            if layer is not None:
+                if not pattern.startswith(prefix) or not source.startswith(f"{self.teacher.layers}.*."):
+                    raise _UnfedError(
+                        f"is in a layer: write the map as {self.teacher.layers}.*.…={prefix}… (layers= chooses the layer)"
+                    )
+                numbers = [str(layer), *numbers[1:]]
+            name = "".join(a + b for a, b in zip(source.split("*"), [*numbers, ""], strict=True))
+            found = self.by_module.get(name)
+            if found is None or (found.layer is None) != (layer is None):
+                raise _UnfedError(f"is mapped from {name}, which is no matrix of the teacher's in that place")
+            return found
+        raise AssertionError(target.module)
+
+    def _feed(self, source: Target, target: Target, role: str, rows: Runs, source_rows: Runs | None = None) -> Feed:
+        """rows: of the target; source_rows: of the source, default all."""
+        source_rows = source_rows or ((0, source.shape[0]),)
+        if target.group == "embedding" and self.vocabulary is not None:
+            source_rows, rows = self.vocabulary
+            for table, used in ((source, source_rows), (target, rows)):
+                last = max(b for _, b in used)
+                if last > table.shape[0]:
+                    raise _UnfedError(f"{list(table.shape)}: its tokenizer has the id {last - 1}; use the model's own")
+        have = sum(b - a for a, b in source_rows), source.shape[1]
+        need = sum(b - a for a, b in rows), target.shape[1]
+        small = [f"{a} < {b}" for a, b in zip(have, need, strict=True) if a < b]
+        part = f" for its {role}" if target.parts else ""
+        if small and not self.partial:
+            raise _UnfedError(
+                f"{list(target.shape)}: {source.module} is only {list(source.shape)} ({', '.join(small)}{part})"
+            )
+        shape = min(have[0], need[0]), min(have[1], need[1])
+        step = steps_of(role, have, shape, self.teacher)
+        if self.options["align_heads"] and any(size % s for size, s in zip(shape, step, strict=True)):
+            raise _UnfedError(f"{list(target.shape)}: not a whole number of the teacher's heads of {max(step)}{part}")
+        whole = shape == target.shape and rows == ((0, target.shape[0]),)
+        place = Region(shape, through(rows, ((0, shape[0]),)), ((0, shape[1]),), source_shape=target.shape)
+        return Feed(source, target, role, source_rows, shape, None if whole else place)
+
+    # -- once there are scores
+
+    def plan(self, sens: Sensitivity) -> TransferPlan:
+        """The plan that these scores give."""
+        scores = sens.layer_scores() if self.ranked else None
+        if scores is not None and len(scores) != self.teacher.num_layers:
+            raise PktError(
+                f"the scores are of {len(scores)} layers, {self.teacher.name} has {self.teacher.num_layers}; "
+                "they were made from another model"
+            )
+        chosen = self.choose_layers(scores)
+
+        def score_of(source: Target) -> Tensor:
+            return _score_of(sens, source, self.teacher)
+
+        entries = []
+        choosers = {layer: self.expert_chooser(layer, score_of) for layer in [None, *chosen]}
+        for target in self.targets:
+            layer = None if target.layer is None else chosen[target.layer]
+            expert_of = choosers[layer]
+            entries += [self.entry(feed, score_of, expert_of, sens.tile) for feed in self.feeds(target, layer)]
+        return self.finish(entries, chosen, [] if sens.layers is None else sens.layer_scores().tolist())
+
+    def expert_chooser(self, layer: int | None, score_of: Callable[[Target], Tensor]) -> Callable[[], int]:
+        """The most sensitive expert of a teacher layer, by Σ S over all its matrices; found when it is first asked for."""
+        found: list[int] = []
+
+        def best() -> int:
+            if not found:
+                sources = [t for t in self.inside[layer if layer is not None else -1] if t.experts]
+                sums = [score_of(t).flatten(1).sum(1, dtype=torch.float64).cpu() for t in sources]
+                found.append(int(torch.stack(sums).sum(0).argmax()))
+            return found[0]
+
+        return best
+
+    def entry(
+        self,
+        feed: Feed,
+        score_of: Callable[[Target], Tensor],
+        expert_of: Callable[[], int],
+        tile: int | None = None,
+        whole: float | None = None,
+    ) -> Entry:
+        """The region of a feed. whole: Σ S of its source, when that is known."""
+        source, target, options = feed.source, feed.target, self.options
+        expert = expert_of() if source.experts else None
+        score = source.oriented(score_of(source), expert)
+        part, shape = _rows_of(score, feed, tile)
+        region = select_region(
+            part,
+            shape,
+            feed.shape,
+            options["select"],
+            tile=tile,
+            steps=steps_of(feed.role, shape, feed.shape, self.teacher) if options["align_heads"] else (1, 1),
+            seed=options["seed"],
+            name=f"{target.module} {feed.role}" if target.parts else target.module,
+        )
+        inside = caught_by(part, region, tile)
+        if whole is None or expert is not None:
+            whole = ops.double_sum(score).item()
+        return Entry(
+            source.module,
+            target.module,
+            region.inside(feed.rows, source.shape),
+            inside,
+            inside / whole if whole else 0.0,
+            target.kind,
+            expert,
+            feed.place,
+        )
+
+    def finish(self, entries: list[Entry], chosen: list[int], layer_scores: list[float]) -> TransferPlan:
+        """The plan of these entries, with what is to be said about them."""
+        return TransferPlan(
+            entries=entries,
+            layer_map=chosen,
+            teacher=self.teacher.identity(),
+            student=self.student.identity(),
+            options=dict(self.options),
+            layer_scores=layer_scores,
+            layer_shares=layer_shares_of(entries, self.student, chosen, layer_scores),
+            notes=[*self.notes, *self._expert_note(entries), *self._partial_note(entries)],
+        )
+
+    def _expert_note(self, entries: Iterable[Entry]) -> list[str]:
+        chosen = {self.by_module[e.source].layer: e.expert for e in entries if e.expert is not None}
+        if not chosen:
+            return []
+        listed = ", ".join(f"{layer}: {expert}" for layer, expert in sorted(chosen.items(), key=str))
+        return [f"the most sensitive expert of each teacher layer feeds the FFN (layer: expert {listed})"]
+
+    def _partial_note(self, entries: Iterable[Entry]) -> list[str]:
+        if not self.partial:
+            return []
+        entries = list(entries)
+        fed = sum(math.prod(e.region.shape) for e in entries)
+        total = sum(math.prod(t.shape) for t in self.wanted)
+        names = {e.target for e in entries}
+        none = [t.module for t in self.wanted if t.module not in names]
+        rest = f"; nothing feeds {len(none)} of its {len(self.wanted)} matrices ({none[0]}, ...)" if none else ""
+        return [
+            f"partial: {100 * fed / total:.0f}% of the student's chosen weights are fed, the others start at zero{rest}"
+        ]
+
+
+def _numbers(pattern: str, name: str) -> list[str] | None:
+    """What the stars of a pattern stand for in a name, or None."""
+    match = re.fullmatch(r"(\d+)".join(map(re.escape, pattern.split("*"))), name)
+    return None if match is None else list(match.groups())
+
+
+def _rows_of(score: Tensor, feed: Feed, tile: int | None) -> tuple[Tensor, tuple[int, int]]:
+    """The scores of a feed's rows and what shape of weights they stand for."""
+    count = sum(b - a for a, b in feed.rows)
+    shape = count, feed.source.shape[1]
+    if feed.rows == ((0, feed.source.shape[0]),):
+        return score, shape
+    rows = feed.rows
+    if tile is not None:
+        if any(a % tile or b % tile for a, b in rows):
+            raise PktError(
+                f"{feed.source.module}: the rows for {feed.target.module} ({feed.role}) do not lie on {tile} x {tile} tiles; "
+                "keep the scores themselves (no tile)"
+            )
+        rows = tuple((a // tile, b // tile) for a, b in rows)
+        count //= tile
+    return Region((count, score.shape[1]), rows, ((0, score.shape[1]),)).cut(score), shape
+
+
+def steps_of(role: str, have: tuple[int, int], need: tuple[int, int], teacher: ModelSpec) -> tuple[int, int]:
     """Offsets that never cut a head: rows of q, k and v and columns of o; an axis of equal length is not cut at all."""
     head = teacher.head_dim or 1
-    rows = head if source.role in HEAD_ROWS and source.shape[0] != target.shape[0] else 1
-    cols = head if source.role in HEAD_COLUMNS and source.shape[1] != target.shape[1] else 1
+    rows = head if role in HEAD_ROWS and have[0] != need[0] else 1
+    cols = head if role in HEAD_COLUMNS and have[1] != need[1] else 1
     return rows, cols
 
 
@@ -332,15 +740,16 @@ def _score_of(sens: Sensitivity, source: Target, teacher: ModelSpec) -> Tensor:
     name = source.parameter
     if name not in sens:
         raise PktError(f"the scores have no {name}; score the teacher with all its parameters (params=None)")
-    matrix = source.shape if source.kind != "conv1d" else source.shape[::-1]
-    if tuple(sens.shapes[name]) != tuple(matrix):
+    if tuple(sens.shapes[name]) != source.stored_shape:
         raise PktError(
-            f"{name} is {list(matrix)} in {teacher.name} but {list(sens.shapes[name])} in the scores of another model"
+            f"{name} is {list(source.stored_shape)} in {teacher.name} but {list(sens.shapes[name])} in the scores of "
+            "another model"
         )
-    return source.oriented(sens[name])
+    return sens[name]
 
 
 def caught_by(score: Tensor, region: Region, tile: int | None) -> float:
+    """Σ of S in the region; of whole tiles when the scores are tile sums."""
     if tile is None:
         return ops.double_sum(region.cut(score)).item()
     rows, cols = (tuple((a // tile, -(-b // tile)) for a, b in axis) for axis in (region.rows, region.cols))

@@ -95,10 +95,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         sections.append({"heading": "Layers and energies", "picture": png_bytes(figure), "text": plan.summary()})
     rows = [
         (
-            e.source,
-            e.target,
-            e.region.describe(),
-            f"{100 * e.share:.1f}%",
+            *e.describe(),
             ext.pairs[e.target].rank,
             f"{100 * ext.energies[e.target]:.1f}%",
         )

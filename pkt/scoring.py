@@ -154,6 +154,9 @@ def sensitivity(
         )
     if torch.is_inference_mode_enabled():
         raise PktError("sensitivity needs gradients; call it outside torch.inference_mode()")
+    packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
+    if packed is not None:
+        raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
@@ -190,6 +193,11 @@ def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
             f"token ids {int(ids.min())} to {int(ids.max())} are not all in the model's {rows}; "
             "the tokenizer and the model do not belong together"
         )
+
+
+def _weight_of(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight
 
 
 def _choose(model: nn.Module, params: str | Iterable[str] | None) -> list[str]:

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
+from pkt.models import Runs
 from pkt.storage import sha256
 
 Strategy: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
 STRATEGIES: tuple[Strategy, ...] = ("window", "rows_cols", "weights", "blocks", "random")
 LAYER_CHOICES = ("sensitivity", "first", "last", "random")
 BLOCK = 64
-
-Runs: TypeAlias = tuple[tuple[int, int], ...]
+# Longer lists of runs are gathered by an index, and packed in JSON.
+_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Region:
     """A part of a matrix [out, in]: the product of row runs and column runs [start, stop), or single weights.
 
     A contiguous window has one run on each axis. For single weights `mask` packs one bit per element of the source.
+    Row runs need not ascend: rows are taken in the runs' order.
     """
 
     shape: tuple[int, int]
@@ -41,14 +43,32 @@ class Region:
     def cut(self, matrix: Tensor) -> Tensor:
         """The region of a matrix; a view for a contiguous window, a copy in the matrix's dtype otherwise."""
         if self.mask is not None:
-            assert self.source_shape is not None
-            packed = np.frombuffer(zlib.decompress(base64.b64decode(self.mask)), np.uint8)
-            bits = np.unpackbits(packed, count=math.prod(self.source_shape)).astype(bool)
-            return matrix[torch.from_numpy(bits.reshape(self.source_shape)).to(matrix.device)].view(self.shape)
-        rows = [matrix[a:b] for a, b in self.rows]
-        part = rows[0] if len(rows) == 1 else torch.cat(rows)
-        cols = [part[:, a:b] for a, b in self.cols]
-        return cols[0] if len(cols) == 1 else torch.cat(cols, 1)
+            return matrix[torch.from_numpy(self._bits()).to(matrix.device)].view(self.shape)
+        return _take(_take(matrix, self.rows, 0), self.cols, 1)
+
+    def put(self, matrix: Tensor, piece: Tensor) -> None:
+        """Write a piece of this region's shape into a matrix, the inverse of `cut`."""
+        if len(self.rows) == len(self.cols) == 1:
+            self.cut(matrix).copy_(piece)
+            return
+        rows, cols = (torch.from_numpy(_positions(axis)).to(matrix.device) for axis in (self.rows, self.cols))
+        matrix[rows[:, None], cols] = piece.to(matrix.dtype)
+
+    def inside(self, rows: Runs, source_shape: tuple[int, int]) -> Region:
+        """This region of a matrix made of some rows of another, as a region of that other one."""
+        if rows == ((0, source_shape[0]),):
+            return self
+        if self.mask is None:
+            return Region(self.shape, through(rows, self.rows), self.cols)
+        bits = np.zeros(source_shape, bool)
+        bits[_positions(rows)] = self._bits()
+        return Region(self.shape, mask=_packed_bits(bits), source_shape=source_shape)
+
+    def _bits(self) -> np.ndarray[Any, Any]:
+        assert self.mask is not None
+        assert self.source_shape is not None
+        packed = np.frombuffer(zlib.decompress(base64.b64decode(self.mask)), np.uint8)
+        return np.unpackbits(packed, count=math.prod(self.source_shape)).astype(bool).reshape(self.source_shape)
 
     def describe(self) -> str:
         """One cell of the plan's table."""
@@ -62,15 +82,16 @@ class Region:
     def to_json(self) -> dict[str, Any]:
         if self.mask is not None:
             return {"shape": self.shape, "mask": self.mask, "source_shape": self.source_shape}
-        return {"shape": self.shape, "rows": self.rows, "cols": self.cols}
+        value = {"shape": self.shape, "rows": _packed_runs(self.rows), "cols": _packed_runs(self.cols)}
+        return value if self.source_shape is None else {**value, "source_shape": self.source_shape}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Region:
         source = value.get("source_shape")
         return cls(
             shape=tuple(value["shape"]),
-            rows=tuple((int(a), int(b)) for a, b in value.get("rows", ())),
-            cols=tuple((int(a), int(b)) for a, b in value.get("cols", ())),
+            rows=_unpacked_runs(value.get("rows", ())),
+            cols=_unpacked_runs(value.get("cols", ())),
             mask=value.get("mask"),
             source_shape=None if source is None else tuple(source),
         )
@@ -81,7 +102,7 @@ def window(row: int, col: int, rows: int, cols: int) -> Region:
 
 
 def runs(index: Sequence[int], width: int = 1) -> Runs:
-    """Sorted starts of `width` elements each -> maximal runs [start, stop)."""
+    """Starts of `width` elements each -> maximal runs [start, stop), in their order."""
     merged: list[list[int]] = []
     for start in index:
         if merged and merged[-1][1] == start:
@@ -89,6 +110,45 @@ def runs(index: Sequence[int], width: int = 1) -> Runs:
         else:
             merged.append([start, start + width])
     return tuple((a, b) for a, b in merged)
+
+
+def _take(matrix: Tensor, axis: Runs, dim: int) -> Tensor:
+    if len(axis) == 1:
+        (a, b) = axis[0]
+        return matrix.narrow(dim, a, b - a)
+    if len(axis) > _MANY:
+        return matrix.index_select(dim, torch.from_numpy(_positions(axis)).to(matrix.device))
+    return torch.cat([matrix.narrow(dim, a, b - a) for a, b in axis], dim)
+
+
+def _positions(axis: Runs) -> np.ndarray[Any, Any]:
+    """Every position of the runs, in their order, int64."""
+    if not axis:
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in axis])
+
+
+def through(outer: Runs, inner: Runs) -> Runs:
+    """The positions `inner` of the list of positions `outer`, as runs."""
+    if len(outer) == len(inner) == 1:
+        return ((outer[0][0] + inner[0][0], outer[0][0] + inner[0][1]),)
+    return runs(_positions(outer)[_positions(inner)].tolist())
+
+
+def _packed_runs(axis: Runs) -> Runs | str:
+    if len(axis) <= _MANY:
+        return axis
+    return base64.b64encode(zlib.compress(np.asarray(axis, "<i8").tobytes(), 6)).decode()
+
+
+def _unpacked_runs(value: Any) -> Runs:
+    if isinstance(value, str):
+        value = np.frombuffer(zlib.decompress(base64.b64decode(value)), "<i8").reshape(-1, 2).tolist()
+    return tuple((int(a), int(b)) for a, b in value)
+
+
+def _packed_bits(bits: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 6)).decode()
 
 
 def select_region(
@@ -126,8 +186,7 @@ def select_region(
     if strategy == "weights":
         keep = torch.zeros(n * m, dtype=torch.bool)
         keep[_top_tensor(score.flatten().cpu(), rows * cols)] = True
-        packed = base64.b64encode(zlib.compress(np.packbits(keep.numpy()).tobytes(), 6)).decode()
-        return Region(shape, mask=packed, source_shape=source_shape)
+        return Region(shape, mask=_packed_bits(keep.numpy()), source_shape=source_shape)
     raise PktError(f"select={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
 
 

@@ -34,7 +34,16 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.errors import PktError
 from pkt.head_loss import BLOCK, BLOCK_DEFAULT
-from pkt.models import check_checkpoint, hollow_model, layer_of, load_config, load_model, plain_head, unwrap
+from pkt.models import (
+    check_checkpoint,
+    hollow_model,
+    layer_of,
+    load_config,
+    load_model,
+    plain_head,
+    stored_names,
+    unwrap,
+)
 from pkt.scoring import Scorer, _real_lengths, _RestartError, _SampleError, default_loss
 from pkt.storage import os_errors, safetensors_header
 
@@ -50,6 +59,7 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
+_HALF = (torch.float16, torch.bfloat16)
 _ALIGN = 64
 _PROBE_TOKENS = 24
 _OWN_PAGES = 1 << 16
@@ -85,6 +95,7 @@ class CheckpointFiles:
     def __init__(self, folder: Path) -> None:
         check_checkpoint(folder)
         self.tensors: dict[str, Stored] = {}
+        self.joined: dict[str, list[str]] = {}
         self.handles: dict[Path, int] = {}
         self.stamps: dict[Path, tuple[int, int]] = {}
         for file in sorted(folder.glob("*.safetensors")):
@@ -115,7 +126,20 @@ class CheckpointFiles:
             )
         return self.handles[file]
 
+    def join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Add a tensor that is the bytes of others, one after another."""
+        first = self.tensors[parts[0]]
+        nbytes = sum(self.tensors[part].nbytes for part in parts)
+        self.tensors[name] = Stored(first.file, first.offset, nbytes, first.dtype, shape)
+        self.joined[name] = parts
+
     def fill(self, name: str, target: memoryview) -> None:
+        done = 0
+        for part in self.joined.get(name, [name]):
+            self._fill(part, target[done : done + self.tensors[part].nbytes])
+            done += self.tensors[part].nbytes
+
+    def _fill(self, name: str, target: memoryview) -> None:
         stored = self.tensors[name]
         handle, done = self.check(stored.file), 0
         with os_errors(f"reading {stored.file}"):
@@ -312,10 +336,10 @@ def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None =
             files = CheckpointFiles(Path(teacher))
             wanted = dtype or _stored_dtype(config, files)
             model = hollow_model(config, wanted, device)
-            return Teacher(model, files, wanted, _match_names(model, files))
+            return Teacher(model, files, wanted, _match_names(model, files, wanted))
         except NotLayeredError as error:
             note = f"{teacher} is loaded whole, not layer by layer: {error}"
-    loaded = load_model(teacher, dtype=dtype)
+    loaded = load_model(teacher, dtype=dtype, dequantize=True)
     return Teacher(**{**vars(open_teacher(loaded, device)), "note": note})
 
 
@@ -339,27 +363,35 @@ def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
     return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
 
 
-def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+def _match_names(model: nn.Module, files: CheckpointFiles, dtype: torch.dtype | None) -> dict[str, str]:
     """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
-    half = [
-        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-    ]
+    # As transformers has it: the strict ones for both half types, the others for fp16 alone.
+    half = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in _HALF else []
+    if dtype == torch.float16:
+        half += list(getattr(model, "_keep_in_fp32_modules", None) or ())
     if half:
         raise NotLayeredError("some of its modules must stay in fp32")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, str] = {}
     by_tensor: dict[int, str] = {}
     for name, tensor in _all_tensors(model):
-        for stored in (name, name.removeprefix(prefix)):
-            if stored in files.tensors:
-                if files.tensors[stored].shape != tuple(tensor.shape):
-                    raise NotLayeredError(
-                        f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
-                    )
-                found[name] = stored
-                by_tensor.setdefault(id(tensor), stored)
-                break
+        for parts in stored_names(name, tuple(tensor.shape), prefix):
+            if not all(part in files.tensors for part in parts):
+                continue
+            stored = parts[0]
+            if len(parts) > 1:
+                shapes = [files.tensors[part].shape for part in parts]
+                if any(len(shape) != 2 or shape[1:] != tensor.shape[2:] for shape in shapes):
+                    continue
+                stored = name
+                files.join(name, parts, (len(tensor), sum(shape[0] for shape in shapes) // len(tensor), *shapes[0][1:]))
+            if files.tensors[stored].shape != tuple(tensor.shape):
+                raise NotLayeredError(
+                    f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
+                )
+            found[name] = stored
+            by_tensor.setdefault(id(tensor), stored)
+            break
     for name, tensor in _all_tensors(model):
         if name not in found and id(tensor) in by_tensor:
             found[name] = by_tensor[id(tensor)]
@@ -984,8 +1016,8 @@ class Engine:
         # Two samples need not both be this long: what is asked is where gradients go, not what they are.
         ids = widest.batch["input_ids"][:2, :_PROBE_TOKENS]
         small = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self._learn_width(small)
         hidden, calls = self._record(small)
-        self._call(0, hidden, calls[0])
         if len(ids) < 2:
             return
         with self._scorer(_PartScorer, 0) as scorer:
@@ -996,6 +1028,19 @@ class Engine:
             scorer._probe_layout({**small, "labels": ids}, loss)
             if scorer.one_by_one:
                 raise _OneByOneError
+
+    def _learn_width(self, batch: dict[str, Tensor]) -> None:
+        """Whether a layer returns a tuple must be known before any is replaced: a model may take the first of it."""
+        calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def handler(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append((hidden, args, kwargs))
+            raise _ReachedError(hidden)
+
+        with self._replaced(handler), contextlib.suppress(_ReachedError):
+            self.model(**self._inputs(batch))
+        for hidden, args, kwargs in calls:
+            self._call(0, hidden, (args, kwargs))
 
     def _forward(self, index: int, chunks: list[Chunk], store: Boundaries, top: int) -> None:
         following = self.layer_names[index + 1] if index + 1 < top else self.layer_names[index]

@@ -38,6 +38,7 @@ from pkt.models import (
     ModelSpec,
     Target,
     check_checkpoint,
+    check_quantization,
     check_tokenizer,
     fingerprint,
     load_config,
@@ -45,21 +46,24 @@ from pkt.models import (
     load_tokenizer,
     skeleton,
     spec_of,
+    with_roles,
 )
 from pkt.planning import (
     Entry,
+    Feed,
+    ModuleMap,
+    Pairing,
     TransferPlan,
-    caught_by,
+    Vocabulary,
     check_options,
-    layer_shares_of,
-    pair_targets,
-    plan,
-    steps_of,
+    lora_matrix,
+    read_vocabulary,
+    source_names,
 )
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
 from pkt.seeds import Seeds, collate, load_seeds
-from pkt.selection import BLOCK, Region, Strategy, select_layers, select_region
+from pkt.selection import BLOCK, Strategy
 from pkt.storage import (
     LOCK,
     MANIFEST,
@@ -92,7 +96,7 @@ from pkt.streaming import (
 
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 SCORES = "scores.safetensors"
-RUN_FORMAT = "pkt-run-1"
+RUN_FORMAT = "pkt-run-2"
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
 
@@ -133,26 +137,13 @@ def describe_seeds(seeds: Seeds) -> dict[str, Any]:
     return {"source": seeds.source, "count": len(seeds), "tokens": seeds.tokens, "fingerprint": seeds.fingerprint}
 
 
-def check_transfer(
-    teacher: ModelSpec,
-    student: ModelSpec,
-    *,
-    layers: str | Sequence[int],
-    modules: str,
-    align_heads: bool,
-    rank: int,
-    energy: float | None,
-) -> None:
-    """Refuse a pair of models that no plan can join, before the teacher is loaded."""
-    pairs, _ = pair_targets(teacher, student, modules=modules, align_heads=align_heads)
-    if not isinstance(layers, str) or layers != "sensitivity":
-        select_layers(layers, teacher.num_layers, student.num_layers, None)
-    if energy is None:
-        low = [f"{t.module} {list(t.shape)}" for _, t in pairs if rank > min(t.shape)]
-        if low:
-            raise PktError(
-                f"rank {rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
-            )
+def check_rank_fits(pairing: Pairing, rank: int, energy: float | None) -> None:
+    """Refuse a rank that some matrix of the student does not have, before the teacher is loaded."""
+    low = [f"{t.module} {list(t.shape)}" for t in pairing.targets if rank > min(t.shape)]
+    if energy is None and low:
+        raise PktError(
+            f"rank {rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
+        )
 
 
 SeedsLike: TypeAlias = Seeds | str | Path
@@ -170,6 +161,10 @@ def transfer(
     select: Strategy = "window",
     modules: str = "all",
     align_heads: bool = False,
+    module_map: ModuleMap | None = None,
+    partial: bool = False,
+    map_vocabulary: bool | tuple[Any, Any] = False,
+    roles: Any = None,
     rank: int = 16,
     max_rank: int = 64,
     energy: float | None = None,
@@ -199,7 +194,8 @@ def transfer(
     options continues, and a finished `out` is returned as it is. device_memory, host_memory: limits in bytes or as "16GB"
     (default: what is free); scratch: a folder for activations that fit in neither. keep_scores: also write the scores, or
     their tile sums, to `out`/scores.safetensors, for `pkt.plan` with other options. batch_size: samples at once, at most.
-    The other arguments are those of `pkt.load_seeds`, `pkt.plan` and `pkt.extract`.
+    map_vocabulary: True, or both tokenizers (teacher's, student's). The other arguments are those of `pkt.load_seeds`,
+    `pkt.plan` and `pkt.extract`.
 
     on_memory is told what will be used before any weight is read; on_tick of each finished layer; on_plan of each plan.
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
@@ -209,7 +205,11 @@ def transfer(
         student,
         seeds,
         tokenizer,
-        options=check_options(layers, select, modules, align_heads, None, seed),
+        options=check_options(
+            layers, select, modules, align_heads, None, seed, module_map, partial, map_vocabulary is not False, roles
+        ),
+        vocabulary=read_vocabulary(map_vocabulary, teacher, student),
+        roles=roles,
         factorization={"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
         loss=loss,
         max_length=max_length,
@@ -255,6 +255,8 @@ class Job:
         tokenizer: Any,
         *,
         options: dict[str, Any],
+        vocabulary: Vocabulary | None,
+        roles: Any,
         factorization: dict[str, Any],
         loss: Literal["answer", "all"],
         max_length: int,
@@ -269,17 +271,13 @@ class Job:
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
         self.model, self.student_model, self.options, self.factorization = teacher, student, options, factorization
         self.batch_size, self.keep_scores, self.device, self.dtype = batch_size, keep_scores, device, dtype
-        self.teacher, self.student = spec_of(teacher), spec_of(student)
+        self.teacher, self.student = with_roles(spec_of(teacher), roles), with_roles(spec_of(student), roles)
         check_rank(*(factorization[k] for k in ("rank", "max_rank", "energy", "split")))
-        check_transfer(
-            self.teacher,
-            self.student,
-            layers=options["layers"],
-            modules=options["modules"],
-            align_heads=options["align_heads"],
-            rank=factorization["rank"],
-            energy=factorization["energy"],
-        )
+        if isinstance(teacher, (str, Path)):
+            check_quantization(teacher)
+        self.vocabulary = vocabulary
+        self.pairing = Pairing(self.teacher, self.student, options, vocabulary)
+        check_rank_fits(self.pairing, factorization["rank"], factorization["energy"])
         for given in (teacher, student):
             if isinstance(given, (str, Path)):
                 check_checkpoint(given)
@@ -326,7 +324,7 @@ class Job:
         """All that a result depends on, by the names a refusal uses."""
         stamps = {}
         if not isinstance(self.model, nn.Module) and Path(self.model).is_dir():
-            for file in sorted(Path(self.model).glob("*.safetensors")):
+            for file in sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.gguf")]):
                 stamps[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
         return {
             "teacher": self.teacher.identity(),
@@ -335,6 +333,7 @@ class Job:
             **{f"seeds {name}".strip(): seeds.fingerprint for name, seeds in self.seeds.items()},
             **{f"option {name}": value for name, value in self.options.items()},
             **{f"factorization {name}": value for name, value in self.factorization.items()},
+            **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
             "device": self.device.type,
@@ -424,37 +423,23 @@ class Job:
 class Harvest:
     """Regions and factors of one task, taken from each part's scores as soon as they are complete.
 
-    A record is one teacher part's choice: entries by (signature, suffix), JSON, and factors by the same key. Places of the
-    student that a teacher layer may take have one signature when the same regions and factors serve them.
+    A record is one teacher part's choice: each target's entries by (signature, suffix), JSON, and its factors by the same key.
+    Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
     """
 
-    def __init__(
-        self, teacher: ModelSpec, student: ModelSpec, options: dict[str, Any], factorization: dict[str, Any]
-    ) -> None:
-        self.teacher, self.student, self.options, self.factorization = teacher, student, options, factorization
-        self.pairs, self.notes = pair_targets(
-            teacher, student, modules=options["modules"], align_heads=options["align_heads"]
-        )
+    def __init__(self, pairing: Pairing, factorization: dict[str, Any]) -> None:
+        self.pairing, self.factorization = pairing, factorization
+        self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
         self.records: dict[Key, dict[str, Any]] = {}
         self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
-        self.ranked = options["layers"] == "sensitivity"
-        self.fixed = (
-            None
-            if self.ranked
-            else select_layers(options["layers"], teacher.num_layers, student.num_layers, None, seed=options["seed"])
-        )
-        self.sources = teacher.by_module()
+        self.ranked = pairing.ranked
 
     def places(self, layer: int) -> list[int]:
         """The student's layers that this teacher layer feeds, or may feed while the ranking is open."""
-        if self.fixed is not None:
-            return [place for place, source in enumerate(self.fixed) if source == layer]
-        after = self.teacher.num_layers - 1 - layer
-        last = self.student.num_layers - 1
-        return [place for place in range(last + 1) if place <= layer and last - place <= after]
+        return [place for place in range(self.pairing.count) if layer in self.pairing.layers_for(place)]
 
     def signature(self, place: int) -> str:
-        mine = [[t.suffix, *t.shape] for _, t in self.pairs if t.layer == place]
+        mine = [[t.suffix, *t.shape] for t in self.pairing.targets if t.layer == place]
         # A random window is drawn from the target's name.
         drawn = place if self.options["select"] == "random" else ""
         return sha256(json.dumps([mine, drawn]))[:12]
@@ -465,69 +450,58 @@ class Harvest:
         record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
         wanted = self._wanted(key, scores)
         groups = {group for group, _, _ in wanted}
-        for group, source, target in wanted:
-            score = source.oriented(scores[source.parameter])
-            region = select_region(
-                score,
-                source.shape,
-                target.shape,
-                self.options["select"],
-                steps=steps_of(source, target, self.teacher) if self.options["align_heads"] else (1, 1),
-                seed=self.options["seed"],
-                name=target.module,
-            )
-            caught, whole = caught_by(score, region, None), sums[source.parameter]
+
+        def score_of(source: Target) -> Tensor:
+            return scores[source.parameter]
+
+        expert_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
+        for group, target, feeds in wanted:
             name = f"{group}/{target.suffix}"
-            record["entries"][name] = {
-                "source": source.module,
-                "region": region.to_json(),
-                "score": caught,
-                "share": caught / whole if whole else 0.0,
-                "kind": target.kind,
-            }
+            entries = [self.pairing.entry(f, score_of, expert_of, whole=sums[f.source.parameter]) for f in feeds]
+            record["entries"][name] = {"entries": [e.to_json() for e in entries]}
         at_once = len(groups) == 1 or not self.ranked
         factors = self._factorize(record["entries"], weight) if at_once else {}
         self.records[key], self.factors[key] = record, factors
         if isinstance(key, int) and self.ranked:
             self._forget_losers()
 
-    def _wanted(self, key: Key, scores: dict[str, Tensor]) -> list[tuple[str, Target, Target]]:
-        """(signature, source, target) for everything this part's scores decide."""
+    def _wanted(self, key: Key, scores: dict[str, Tensor]) -> list[tuple[str, Target, list[Feed]]]:
+        """(signature, target, what feeds it) for everything this part's scores decide."""
+        wanted: list[tuple[str, Target, list[Feed]]] = []
         if not isinstance(key, int):
-            outside = [(s, t) for s, t in self.pairs if t.layer is None and s.parameter in scores]
-            return [("", source, target) for source, target in outside]
-        wanted, seen = [], set()
+            outside = [(t, self.pairing.feeds(t, None)) for t in self.pairing.targets if t.layer is None]
+            return [("", t, feeds) for t, feeds in outside if feeds and feeds[0].source.parameter in scores]
+        seen: set[str] = set()
         for place in self.places(key):
             group = self.signature(place)
             if group in seen:
                 continue
             seen.add(group)
-            for template, target in self.pairs:
-                if target.layer == place:
-                    source = self.sources[f"{self.teacher.layers}.{key}.{template.suffix}"]
-                    wanted.append((group, source, target))
+            mine = [(t, self.pairing.feeds(t, key)) for t in self.pairing.targets if t.layer == place]
+            wanted += [(group, target, feeds) for target, feeds in mine if feeds]
         return wanted
 
     def _factorize(
-        self, entries: dict[str, dict[str, Any]], weight: Callable[[str], Tensor]
+        self, targets: dict[str, dict[str, Any]], weight: Callable[[str], Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B for each entry of one part, whose energies are filled in."""
-        matrices = []
-        for entry in entries.values():
-            source = self.sources[entry["source"]]
-            region = Region.from_json(entry["region"]).cut(source.oriented(weight(source.parameter)))
-            # LoRA writes an embedding [vocabulary, d] as (B A)ᵀ.
-            matrices.append(region.t() if entry["kind"] == "embedding" else region)
-        found = factorize_all(matrices, [entry["source"] for entry in entries.values()], **self.factorization)
-        for entry, factors in zip(entries.values(), found, strict=True):
-            entry["energy"] = factors.energy
-        return {name: (factors.A.cpu(), factors.B.cpu()) for name, factors in zip(entries, found, strict=True)}
+        """A and B for each target of one part, whose energies are filled in."""
+
+        def matrix_of(entry: Entry) -> Tensor:
+            source = self.pairing.by_module[entry.source]
+            return source.oriented(weight(source.parameter), entry.expert)
+
+        entries = [[Entry.from_json(e) for e in target["entries"]] for target in targets.values()]
+        matrices = [lora_matrix(mine, matrix_of) for mine in entries]
+        found = factorize_all(matrices, [source_names(mine) for mine in entries], **self.factorization)
+        for target, factors in zip(targets.values(), found, strict=True):
+            target["energy"] = factors.energy
+        return {name: (factors.A.cpu(), factors.B.cpu()) for name, factors in zip(targets, found, strict=True)}
 
     def _best(self) -> list[int]:
         scored = sorted(
             (key for key in self.records if isinstance(key, int)), key=lambda k: (-self.records[k]["total"], k)
         )
-        return scored[: self.student.num_layers]
+        return scored[: self.pairing.count]
 
     def _forget_losers(self) -> None:
         best = set(self._best())
@@ -536,7 +510,7 @@ class Harvest:
                 self.factors[key] = {}
 
     def layer_map(self) -> list[int]:
-        return sorted(self._best()) if self.fixed is None else self.fixed
+        return sorted(self._best()) if self.pairing.fixed is None else self.pairing.fixed
 
     def finish(
         self, weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]]
@@ -544,40 +518,31 @@ class Harvest:
         """The plan, and a pair and its energy for each target. Reads a layer again where its factors had to wait."""
         chosen = self.layer_map()
         place_of: dict[str, tuple[Key, str]] = {}
-        outside = {k: r for k, r in self.records.items() if not isinstance(k, int)}
-        for _, target in self.pairs:
+        keys: list[Key]
+        for target in self.pairing.targets:
             if target.layer is None:
-                name = f"/{target.suffix}"
-                key: Key = next(k for k, record in outside.items() if name in record["entries"])
+                name, keys = f"/{target.suffix}", [k for k in self.records if not isinstance(k, int)]
             else:
-                name, key = f"{self.signature(target.layer)}/{target.suffix}", chosen[target.layer]
-            place_of[target.module] = key, name
-        for key in sorted({k for k, _ in place_of.values() if isinstance(k, int)}):
+                name, keys = f"{self.signature(target.layer)}/{target.suffix}", [chosen[target.layer]]
+            # A partial transfer has targets that nothing feeds.
+            for k in keys:
+                if name in self.records[k]["entries"]:
+                    place_of[target.module] = k, name
+        for key in dict.fromkeys(k for k, _ in place_of.values() if isinstance(k, int)):
             late = sorted({n for k, n in place_of.values() if k == key and n not in self.factors[key]})
             if late:
                 with weights_of(key) as weight:
                     waiting = {name: self.records[key]["entries"][name] for name in late}
                     self.factors[key].update(self._factorize(waiting, weight))
         entries, pairs, energies = [], {}, {}
-        for _, target in self.pairs:
-            key, name = place_of[target.module]
-            found, (A, B) = self.records[key]["entries"][name], self.factors[key][name]
-            region = Region.from_json(found["region"])
-            entries.append(Entry(found["source"], target.module, region, found["score"], found["share"], target.kind))
-            pairs[target.module] = Pair(A, B, target.kind)
-            energies[target.module] = found["energy"]
+        for module, (part, name) in place_of.items():
+            found, (A, B) = self.records[part]["entries"][name], self.factors[part][name]
+            mine = [Entry.from_json({**e, "target": module}) for e in found["entries"]]
+            entries += mine
+            pairs[module] = Pair(A, B, mine[0].kind)
+            energies[module] = found["energy"]
         layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
-        made = TransferPlan(
-            entries=entries,
-            layer_map=chosen,
-            teacher=self.teacher.identity(),
-            student=self.student.identity(),
-            options=self.options,
-            layer_scores=layer_scores,
-            layer_shares=layer_shares_of(entries, self.student, chosen, layer_scores),
-            notes=self.notes,
-        )
-        return made, pairs, energies
+        return self.pairing.finish(entries, chosen, layer_scores), pairs, energies
 
 
 # --- one run --------------------------------------------------------------------------------------------------------
@@ -601,7 +566,7 @@ class Runner:
         self.job, self.folder, self.activations, self.limits = job, folder, activations, limits
         self.prefetch, self.progress = prefetch, progress
         self.on_memory, self.on_plan, self.on_tick = on_memory, on_plan, on_tick
-        self.harvests = [Harvest(job.teacher, job.student, job.options, job.factorization) for _ in job.seeds]
+        self.harvests = [Harvest(job.pairing, job.factorization) for _ in job.seeds]
 
     def run(self) -> dict[str, Extraction]:
         teacher = open_teacher(self.job.model, self.job.device, self.job.dtype)
@@ -732,13 +697,15 @@ class Runner:
 
         job = self.job
         warnings.warn(f"{job.teacher.name} is scored whole, not layer by layer: {why}", PktWarning, stacklevel=4)
-        model = job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype)
+        model = (
+            job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype, dequantize=True)
+        )
         if not isinstance(job.model, nn.Module):
             model = model.to(job.device)
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
             sens = score_seeds(model, seeds, batch_size=job.batch_size, progress=self.progress)
-            made = plan(sens, job.teacher, job.student, **job.options)
+            made = job.pairing.plan(sens)
             if self.on_plan is not None:
                 self.on_plan(made)
             provenance = {"seeds": describe_seeds(seeds), "losses": sens.losses}
@@ -758,12 +725,15 @@ def _even(count: int, size: int) -> list[int]:
 
 
 def _tile(job: Job) -> int:
-    """The largest power of two up to 64 that divides every side the student cuts."""
-    sides = {64}
-    by_suffix = {t.suffix: t.shape for t in job.teacher.targets}
-    for target in job.student.targets:
-        whole = by_suffix.get(target.suffix, target.shape)
-        sides |= {b for a, b in zip(whole, target.shape, strict=True) if a != b}
+    """The largest power of two up to 64 that divides every side the student cuts, and every row where a role begins."""
+    sides = {BLOCK}
+    for target in job.pairing.targets:
+        for layer in [None] if target.layer is None else job.pairing.layers_for(target.layer):
+            for feed in job.pairing.feeds(target, layer):
+                have = sum(b - a for a, b in feed.rows), feed.source.shape[1]
+                sides |= {b for a, b in zip(have, feed.shape, strict=True) if a != b}
+                if have[0] != feed.source.shape[0]:
+                    sides |= {side for run in feed.rows for side in run if side}
     return math.gcd(BLOCK, *sides)
 
 
@@ -837,6 +807,10 @@ class RunFolder:
             self.value = read_json(file)
             self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
             recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
+            if recorded and self.value.get("format") == "pkt-run-1":
+                raise PktError(
+                    f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
+                )
             if not recorded or self.value.get("format") != RUN_FORMAT:
                 raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
             different = sorted(k for k in {*inputs, *recorded} if inputs.get(k) != recorded.get(k))

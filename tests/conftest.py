@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ import pytest
 import torch
 
 ASSETS = Path(__file__).parents[1] / "pkt" / "demo_assets"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write bench/results/families.json for the README")
+
+
+@pytest.fixture(scope="session")
+def families_table(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Family -> what its test found; written as the README's source with --write-families."""
+    rows: dict[str, Any] = {}
+    yield rows
+    if request.config.getoption("--write-families"):
+        import families
+
+        path = Path(__file__).parents[1] / "bench" / "results" / "families.json"
+        assert set(rows) == set(families.FAMILIES), "run every family's test in one process (-n 0)"
+        ordered = {name: rows[name] for name in families.FAMILIES}
+        path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

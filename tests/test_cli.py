@@ -96,6 +96,44 @@ def test_step_by_step_equals_transfer(
     assert all(torch.allclose(one[k], two[k], atol=1e-6) for k in two)
 
 
+def test_models_of_other_kinds(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = {row["what"]: row for row in json.loads(run("models", "--json"))}
+    assert rows["safetensors"]["here"] == rows["llama"]["here"] == "yes"
+    assert rows["other quantizations"]["here"] == "no"
+    found = {row["matrix"]: row["role"] for row in json.loads(run("models", teacher_dir, "--json"))}
+    assert found["model.layers.*.self_attn.q_proj"] == "q"
+    assert "4 decoder layers at model.layers" in run("models", teacher_dir)
+
+    command = ("transfer", teacher_dir, student_dir, seed_file, "--rank", 4, "--out", tmp_path / "ext")
+    pair = "model.layers.*.mlp.gate_proj=model.layers.*.mlp.up_proj"
+    text = run(*command, "--map", pair, "--map", "lm_head=lm_head")
+    assert re.search(r"model\.layers\.\d\.mlp\.gate_proj +model\.layers\.1\.mlp\.up_proj", text)
+    assert set(pkt.Extraction.load(tmp_path / "ext").pairs) == {
+        *(f"model.layers.{i}.mlp.up_proj" for i in (0, 1)),
+        "lm_head",
+    }
+    assert "other options" in fails(*command, "--map", pair)
+
+    deep = save(oracle.llama(hidden=56, layers=5, vocab=len(tokenizer)), tmp_path / "deep", tokenizer)
+    assert "--partial" in fails("transfer", teacher_dir, deep, seed_file, "--out", tmp_path / "part")
+    text = run("transfer", teacher_dir, deep, seed_file, "--out", tmp_path / "part", "--partial", "--rank", 4)
+    assert "first 4 of 5 layers" in text
+    assert "of the student's chosen weights are fed" in text
+    text = run(
+        "transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "v", "--map-vocabulary", "--rank", 4
+    )
+    assert f"mapped by {len(tokenizer)} shared tokens" in text
+    (tmp_path / "roles.json").write_text('{"gate_proj": ["up", "ffn"]}')
+    run(*command[:-1], tmp_path / "r", "--roles", tmp_path / "roles.json", "--modules", "up")
+    assert set(pkt.Extraction.load(tmp_path / "r").pairs) == {
+        f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("gate_proj", "up_proj")
+    }
+    (tmp_path / "roles.json").write_text("[]")
+    assert "a role file is a JSON object" in fails(*command[:-1], tmp_path / "s", "--roles", tmp_path / "roles.json")
+
+
 def test_transfer_is_deterministic_resumes_and_refuses_other_options(
     teacher_dir: Path, student_dir: Path, seed_file: Path, extraction_dir: Path, tmp_path: Path
 ) -> None:

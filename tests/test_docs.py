@@ -35,6 +35,22 @@ def test_links_in_the_pages_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_names_of_modules_are_known_in_one_file_only() -> None:
+    import ast
+
+    from pkt.models import FUSED, PEFT_EMBEDDINGS, ROLES
+
+    names = {*ROLES, *FUSED, *PEFT_EMBEDDINGS} - {"qkv", "gate_up"}
+    known = re.compile(r"\b(" + "|".join(sorted(re.escape(n) for n in names)) + r")\b")
+    for file in sorted((ROOT / "pkt").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            # A name has no spaces; prose may speak of them.
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+                assert file.name == "models.py" or not known.search(node.value), (
+                    f"{file.name}:{node.lineno}: {node.value}"
+                )
+
+
 def test_the_readmes_tables_come_from_committed_results() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "readme_tables.py"), "--check"], capture_output=True, text=True

@@ -237,6 +237,10 @@ def test_a_damaged_checkpoint_is_refused(case: Case, tmp_path: Path) -> None:
             with pytest.raises(pkt.PktError, match=rf"{file.name} is damaged.*--force"):
                 transfer(case, tmp_path / "out")
         file.write_bytes(whole)
+    value = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**value, "format": "pkt-run-1"}))
+    with pytest.raises(pkt.PktError, match="unfinished run of an older pkt; start over with --force"):
+        transfer(case, tmp_path / "out")
     (run / "run.json").write_text("{")
     with pytest.raises(pkt.PktError, match=r"run\.json"):
         transfer(case, tmp_path / "out")
