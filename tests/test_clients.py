@@ -87,7 +87,8 @@ def test_trainer_with_checkpoint_and_resume(folder: Path, ext: Any, tmp_path: Pa
         assert all(torch.equal(frozen[k], v) for k, v in second_halves(again).items())
     ext.save(tmp_path / "ext")
     # The checkpoint alone: its record says how it was injected.
-    done = pkt.finalize(tmp_path / "again" / "checkpoint-6", tmp_path / "out", extraction=tmp_path / "ext")
+    start = tmp_path / "ext" if mode == "residual" else None
+    done = pkt.finalize(tmp_path / "again" / "checkpoint-6", tmp_path / "out", extraction=start)
     assert done.mode == mode
     assert (logits(load_with_adapter(folder, tmp_path / "out")) - logits(model)).abs().max() <= 1e-4
 
