@@ -53,7 +53,8 @@ def bench_table() -> str:
         lines += [
             "",
             f"SmolLM2-135M-Instruct scored on {real['seeds']} GSM8K seeds ({real['tokens']} tokens), cut to a 12-layer student and "
-            f"factorized: {real['transfer_s']:.0f} s, peak memory {real['peak_rss_bytes'] / 2**30:.1f} GiB (`make real`).",
+            f"factorized, with `--device-memory {real['device_memory']}`: {real['transfer_s']:.0f} s, of which it took "
+            f"{real['transfer_peak_bytes'] / 1e6:.0f} MB (`make real`).",
         ]
     return "\n".join(lines)
 
@@ -106,9 +107,45 @@ def rsvd_table() -> str:
     return "\n".join(lines)
 
 
+def stream_table() -> str:
+    found = load("stream_cpu.json")
+    if found is None:
+        return "(no run is committed yet)"
+    met = {name: "met" if good else "not met" for name, good in found["met"].items()}
+    return "\n".join(
+        [
+            f"On {found['machine']['threads']} CPU cores, {found['what']} (`python bench/bench_stream.py`):",
+            "",
+            "| | measured | goal |",
+            "|---|---|---|",
+            f"| time | {found['seconds']:.0f} s, {found['time_ratio']:.2f}× its matrix products measured alone "
+            f"({found['products_seconds']:.0f} s) | ≤ {found['goals']['time_ratio']}×: {met['time_ratio']} |",
+            f"| memory, anonymous, beyond the imports | {found['peak_gb']:.2f} GB ({found['planned_gb']:.2f} planned) "
+            f"| ≤ {found['goals']['peak_gb']} GB: {met['peak_gb']} |",
+            f"| bytes read, of the checkpoint's | {found['read_ratio']:.2f}× | ≤ {found['goals']['read_ratio']}×: "
+            f"{met['read_ratio']} |",
+            f"| waiting for weights | {100 * found['waiting_share']:.1f}% of the time | |",
+            f"| windows and factors | {found['windows_and_factors_seconds']:.1f} s | |",
+        ]
+    )
+
+
+def kernels_table() -> str:
+    found = load("kernels_cpu.json")
+    if found is None:
+        return "(no run is committed yet)"
+    lines = [f"| op, fp32, {found['threads']} cores | | ms | of pkt's time |", "|---|---|---|---|"]
+    return "\n".join(
+        lines
+        + [f"| {r['group']} | {r['rival']} | {r['ms']:.1f} | {r['ours_is_faster_by']:.2f} |" for r in found["rows"]]
+    )
+
+
 PAGES = {
     "README.md": {"demo table": demo_table, "bench table": bench_table, "families": families_table},
     "csrc/README.md": {"rsvd table": rsvd_table},
+    "docs/scaling.md": {"stream table": stream_table},
+    "kernels/README.md": {"cpu table": kernels_table},
 }
 
 
