@@ -9,6 +9,7 @@ servers ignore rank and alpha patterns.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from pkt.adapters import (
     read_adapter,
     split_tied,
 )
-from pkt.errors import PktError
+from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction, read_manifest, versions
 from pkt.injection import SHIFTED, compare_sketch, name_of, put_adapter, record_of, spec_of_base, subtract
 from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
@@ -189,9 +190,8 @@ def read_source(source: Any, extraction: Extraction | str | Path | None = None) 
     else:
         found = _read_folder(as_path(source, "a trained model, or the path of its folder,"))
     if extraction is not None and found.mode != "residual":
-        raise PktError(
-            f"an extraction is of use for a residual adapter only, and this one is {found.mode}; leave it out"
-        )
+        text = f"the extraction is not used: this adapter is {found.mode}, and only a residual one needs it"
+        warnings.warn(text, PktWarning, stacklevel=3)
     if found.mode == "residual" and found.initial is None and extraction is not None:
         # An adapter of one's own configuration may use a part of the extraction.
         found.initial = {m: p for m, p in extraction.pairs.items() if m in found.adapter.pairs}
