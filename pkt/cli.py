@@ -185,19 +185,11 @@ def _dtype(text: str | None) -> Any:
 def _device(text: str | None) -> Any:
     import torch
 
+    from pkt.models import checked_device
+
     if text is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise PktError(f"--device {text!r} is not a device; use cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise PktError(f"--device {text}: pkt runs on cpu and cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PktError(f"--device {text}: torch sees no CUDA device here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PktError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
+    return checked_device(text)
 
 
 def next_line(command: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.factorization import Split, check_rank, factorize_all
-from pkt.models import Kind, ModelSpec, Weights, fingerprint, spec_of
+from pkt.models import Kind, ModelSpec, Weights, check_identity, fingerprint, spec_of
 from pkt.planning import Entry, TransferPlan, lora_matrix, source_names
 from pkt.progress import bar
 from pkt.storage import MANIFEST, as_path, atomic_folder, read_json, write_json
@@ -148,6 +148,7 @@ def check_extraction(
 ) -> None:
     """Everything about an extraction that can be refused without reading a weight."""
     check_rank(rank, max_rank, energy, split)
+    check_identity(plan.teacher, teacher, "the plan")
     sources = teacher.by_module()
     faults = []
     for entry in plan.entries:

@@ -30,6 +30,8 @@ class Factors:
 
 def check_rank(rank: int, max_rank: int, energy: float | None, split: str) -> None:
     """Refuse impossible factorization options before any work."""
+    if not isinstance(rank, int) or not isinstance(max_rank, int):
+        raise PktError(f"rank={rank!r} and max_rank={max_rank!r} must be whole numbers")
     if rank < 1 or max_rank < 1:
         raise PktError(f"rank={rank} and max_rank={max_rank} must be at least 1")
     if energy is not None and not 0 < energy <= 1:

@@ -194,6 +194,18 @@ class ModelSpec:
         }
 
 
+def check_identity(recorded: Any, spec: ModelSpec, what: str) -> None:
+    """Raises `PktError` when what is recorded of a model (`ModelSpec.identity`) is another model's; its name may differ."""
+    if not isinstance(recorded, dict):
+        return
+    found = spec.identity()
+    changed = [k for k in ("model_type", "num_layers", "vocab_size", "shapes") if recorded.get(k, found[k]) != found[k]]
+    if changed:
+        raise PktError(
+            f"{what} was made from another model ({recorded.get('name')}) than {spec.name}: {', '.join(changed)} differ"
+        )
+
+
 def decoder_layers(model: nn.Module) -> str | None:
     """The name of the ModuleList that holds the decoder layers: the largest list of like modules, or None."""
     best, size = None, 0
@@ -387,6 +399,19 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | Non
         yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
 
 
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device a name means. Raises `PktError` for one that pkt does not run on, or that is not here."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise PktError(f"{device!r} is not a device; use cpu, cuda or cuda:0") from error
+    if found.type not in ("cpu", "cuda"):
+        raise PktError(f"device {str(found)!r}: pkt runs on cpu and cuda")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise PktError(f"device {str(found)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+    return found
+
+
 def _call(model: nn.Module, method: str) -> Any:
     function: Any = getattr(model, method, None)
     if function is None:
@@ -421,6 +446,11 @@ def skeleton(config: Any) -> nn.Module:
         except (ValueError, KeyError) as error:
             kind = getattr(config, "model_type", type(config).__name__)
             raise PktError(f"transformers has no causal language model for {kind!r}: {first_line(error)}") from error
+        except Exception as error:  # whatever a modeling file does with numbers that make no sense
+            raise PktError(
+                f"{getattr(config, 'name_or_path', '') or 'the configuration'}: no model can be built from this "
+                f"config.json ({type(error).__name__}: {first_line(error)}); copy it again"
+            ) from error
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -510,8 +540,14 @@ def load_config(path: str | Path) -> Any:
                 # Its weights are whole again once loaded.
                 del config.quantization_config
             return config
-    except (OSError, ValueError, KeyError) as error:
-        raise PktError(f"{path}: not a model transformers can read: {first_line(error)}") from error
+    except Exception as error:  # a configuration class raises what it likes for values that make no sense
+        raise PktError(f"{path}: {_unreadable(local, error)}") from error
+
+
+def _unreadable(local: Path | None, error: Exception) -> str:
+    if local is None and isinstance(error, OSError):
+        return f"there is no such folder here, and the Hub does not give it either: {first_line(error)}"
+    return f"not a model transformers can read: {first_line(error)}"
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -536,7 +572,10 @@ def check_checkpoint(path: str | Path) -> None:
         return
     index = local / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
+        value = read_json(index)
+        weight_map = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PktError(f"{index} does not say which file holds which weight; copy the checkpoint again")
         headers = {shard: safetensors_header(local / shard) for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
             if name not in headers[shard]:
@@ -678,6 +717,12 @@ def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:
     spelled = {token.replace("▁", "Ġ"): index for token, index in teacher.get_vocab().items()}
     pairs = [(spelled.get(token.replace("▁", "Ġ"), -1), index) for token, index in student.get_vocab().items()]
     return sorted(((t, s) for t, s in pairs if t >= 0), key=lambda pair: pair[1])
+
+
+def other_ids(teacher: Any, student: Any) -> int:
+    """How many of the student tokenizer's tokens the teacher's gives another id, or does not have."""
+    known = teacher.get_vocab()
+    return sum(known.get(token) != index for token, index in student.get_vocab().items())
 
 
 def supported() -> list[tuple[str, bool, str]]:

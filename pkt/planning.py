@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from pkt.models import (
     ModelSpec,
     Runs,
     Target,
+    check_identity,
     load_tokenizer,
     read_roles,
     shared_vocabulary,
@@ -256,6 +258,7 @@ def plan(
     options = check_options(
         layers, select, modules, align_heads, layer_map, seed, module_map, partial, vocabulary is not None, roles
     )
+    check_identity(sens.provenance.get("teacher"), teacher_spec, "the scores")
     return Pairing(teacher_spec, student_spec, options, vocabulary).plan(sens)
 
 
@@ -296,6 +299,8 @@ def check_options(
         raise PktError(
             "select='weights' lays single weights out in the teacher's order, which a mapped vocabulary changes"
         )
+    if not isinstance(modules, str):
+        raise PktError(f"modules={modules!r} must be a string, such as 'attention,-v' or a regular expression")
     if _role_list(modules) is None:
         try:
             re.compile(modules)
@@ -305,6 +310,11 @@ def check_options(
                 f"nor a regular expression: {error}"
             ) from error
     given = layers if layer_map is None else layer_map
+    whole = (int, np.integer)
+    if not isinstance(given, str) and (not isinstance(given, Sequence) or not all(isinstance(i, whole) for i in given)):
+        raise PktError(f"layers={given!r}: give one of {', '.join(LAYER_CHOICES)}, or a list of the teacher's layers")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise PktError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
     options: dict[str, Any] = {
         "layers": given if isinstance(given, str) else [int(i) for i in given],
         "select": select,

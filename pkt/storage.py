@@ -200,7 +200,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
     """safetensors with one metadata entry: it writes several in random order, and the same result must be the same bytes."""
     from safetensors.torch import save_file
 
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, dict([metadata]))
+    kept: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # The format has no two names for one tensor.
+        kept[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
+        places.add(tensor.untyped_storage().data_ptr())
+    save_file(kept, path, dict([metadata]))
     path.chmod(0o666 & ~_umask())
 
 

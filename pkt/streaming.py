@@ -1567,10 +1567,12 @@ def plan_memory(
     whether the weights of a teacher that fits may stay.
     """
     on_cpu = device.type == "cpu"
-    free_host = _free_memory()
+    free_host, option = _free_memory(), "--device-memory"
     if on_cpu:
         given = [m for m in (device_memory, host_memory) if m is not None]
         device_limit, host_limit = min(given, default=free_host), 0
+        # The smaller counts, so it is the one to raise.
+        option = "--host-memory" if host_memory is not None and host_memory == device_limit else option
     else:
         device_limit = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
         host_limit = host_memory if host_memory is not None else free_host
@@ -1634,7 +1636,7 @@ def plan_memory(
         )
     raise PktError(
         f"one sample at a time needs {_size(smallest)} on the device and {_size(device_limit)} may be used; allow more "
-        f"with --device-memory {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
+        f"with {option} {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
     )
 
 

@@ -40,10 +40,12 @@ from pkt.models import (
     check_checkpoint,
     check_quantization,
     check_tokenizer,
+    checked_device,
     fingerprint,
     load_config,
     load_model,
     load_tokenizer,
+    other_ids,
     skeleton,
     spec_of,
     with_roles,
@@ -215,9 +217,11 @@ def transfer(
         max_length=max_length,
         batch_size=batch_size,
         keep_scores=keep_scores,
-        device=torch.device(device) if device is not None else _device_of(teacher),
+        device=_device_of(teacher) if device is None else checked_device(device),
         dtype=dtype,
     )
+    if scratch is not None and not Path(scratch).is_dir():
+        raise PktError(f"scratch={str(scratch)!r} is not a folder; name one that exists")
     if keep_scores != "none" and out is None:
         raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
     limits = {"device_memory": parse_size(device_memory), "host_memory": parse_size(host_memory)}
@@ -267,6 +271,8 @@ class Job:
     ) -> None:
         if batch_size < 1:
             raise PktError(f"batch_size={batch_size} must be at least 1")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise PktError(f"dtype={dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16")
         if keep_scores not in ("none", "tiles", "full"):
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
         self.model, self.student_model, self.options, self.factorization = teacher, student, options, factorization
@@ -301,6 +307,16 @@ class Job:
             self.seeds[name] = given
         # Samples of like length share a micro-batch, so that little is padding; S does not depend on it.
         self.orders = [_longest_first(found) for found in self.seeds.values()]
+        both = all(isinstance(m, (str, Path)) for m in (teacher, student))
+        if both and vocabulary is None and any(t.group == "embedding" for t in self.pairing.targets):
+            with contextlib.suppress(PktError):  # a student need not come with a tokenizer
+                count = other_ids(load_tokenizer(teacher), load_tokenizer(student))
+                if count:
+                    self.pairing.notes.append(
+                        f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
+                        "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
+                        "--modules all,-embed,-head"
+                    )
 
     def samples(self) -> list[list[dict[str, Tensor]]]:
         """Each task's samples, longest first, as batches of one."""
@@ -804,8 +820,12 @@ class RunFolder:
         inputs = json.loads(json.dumps(inputs))
         file = self.path / "run.json"
         if file.is_file():
-            self.value = read_json(file)
+            # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
             self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
+            try:
+                self.value = read_json(file)
+            except PktError as error:
+                raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
             recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
             if recorded and self.value.get("format") == "pkt-run-1":
                 raise PktError(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pkt
-from pkt import head_loss
+from pkt import head_loss, ops
 from pkt.ops import tile_sums
 from pkt.scoring import default_loss
 
@@ -306,6 +306,7 @@ def test_no_gradient_and_no_logits_are_ever_stored(monkeypatch: pytest.MonkeyPat
     model = oracle.llama(hidden=512, layers=2, heads=8, kv=8, ffn=2048, vocab=6000)
     batches = [oracle.padded([(ids[:12], 2) for ids, _ in oracle.token_samples(8, vocab=6000, longest=12)])]
     monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 1 << 18})
+    monkeypatch.setattr(ops, "GRADIENT_ELEMENTS", 1 << 18)
     threshold = 2 << 20
     assert batches[0]["input_ids"].numel() * 6000 * 4 > threshold - (1 << 19)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

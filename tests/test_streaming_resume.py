@@ -119,7 +119,7 @@ def test_kill_and_signals_leave_what_continues_to_the_same_bytes(case: Case) -> 
         (signal.SIGTERM, "backward 3", 143),
         (signal.SIGINT, "backward 1", 1),
     ):
-        run = case.start("stopped", 0.05)
+        run = case.start("stopped", 0.3 if number == signal.SIGINT else 0.05)  # little is left to do for the last
         run.until(line)
         assert run.signal(number) == code
         assert not (case.folder / "stopped").exists()
