@@ -64,7 +64,7 @@ _ALIGN = 64
 _PROBE_TOKENS = 24
 _OWN_PAGES = 1 << 16
 # What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
-_LIBRARIES, _PER_SHAPE = 16 << 20, 10 << 20
+_LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
 
 
 class NotLayeredError(Exception):
