@@ -2,6 +2,7 @@
 
     python bench/bench_stream.py                 # the CPU row; writes bench/results/stream_cpu.json
     python bench/bench_stream.py --layers 4      # a quick look, written nowhere
+    python bench/bench_stream.py --device cuda   # 13B resident and streamed, 34B from host memory; stream_cuda.json
     python bench/bench_stream.py --scaling       # docs/scaling.md's tables: calculated from shapes, nothing is run
 
 The teacher has random bf16 weights, written to disk shard by shard: 24 layers of 2048/5632 and a vocabulary of 16384, 1.3B
@@ -279,13 +280,108 @@ def scaling(samples: int = 32, tokens: int = 512) -> None:
         )
 
 
+# Name, teacher, student, memory the transfer may use (None: what is free), goals of DESIGN's table (seconds, bytes).
+SMALLER = {"7B": (11008, 4096, 32, 32, 32, 32000), "8B": (14336, 4096, 32, 32, 8, 32000)}
+GPU_ROWS = (
+    ("13B resident", "13B", "7B", None, 10.0, None),
+    ("13B streamed", "13B", "7B", 10_000_000_000, 10.0, 10_000_000_000),
+    ("34B from host memory", "34B", "8B", 16_000_000_000, 60.0, 16_000_000_000),
+)
+
+
+def llama(shape: tuple[int, ...], tiny: bool) -> Any:
+    from transformers import LlamaConfig
+
+    ffn, hidden, layers, heads, kv, vocab = shape
+    by = 64 if tiny else 1
+    return LlamaConfig(
+        vocab_size=vocab // by,
+        hidden_size=hidden // by,
+        intermediate_size=ffn // by,
+        num_hidden_layers=max(2, layers // by) if tiny else layers,
+        num_attention_heads=heads // 8 if tiny else heads,
+        num_key_value_heads=max(1, kv // 8) if tiny else kv,
+    )
+
+
+def random_model(shape: Any, device: torch.device) -> Any:
+    """bf16 weights from one random block: a large model's own random numbers would take longer than the transfer."""
+    from pkt.models import hollow_model
+
+    model = hollow_model(shape, torch.bfloat16, device)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = torch.nn.Parameter(torch.empty_like(parameter, device=device))
+    block = (torch.randn(1 << 24) * 0.02).to(torch.bfloat16).to(device)
+    for index, parameter in enumerate(model.parameters()):
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), block.numel()):
+            part = flat[start : start + block.numel()]
+            part.copy_(block.roll(7919 * (index + 1))[: part.numel()])
+        if parameter.ndim == 1:
+            parameter.data += 1
+    return model
+
+
+def on_device(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    """One transfer a row: 32 samples of 512 tokens, end to end after loading."""
+    import pkt
+
+    found = []
+    for name, teacher, student, memory, seconds_goal, bytes_goal in GPU_ROWS:
+        resident = memory is None
+        model = random_model(llama(LARGE[teacher], tiny), device if resident else torch.device("cpu"))
+        rows = seeds(vocab=model.config.vocab_size, count=4 if tiny else 32, length=32 if tiny else 512)
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        ticks: list[Any] = []
+        begin = time.perf_counter()
+        pkt.transfer(
+            *(model, llama(SMALLER[student], tiny), rows),
+            rank=RANK if not tiny else 2,
+            batch_size=8,
+            device=device,
+            device_memory=None if tiny else memory,
+            progress=False,
+            on_tick=ticks.append,
+        )
+        row = {
+            "row": name,
+            "seconds": time.perf_counter() - begin,
+            "seconds_goal": seconds_goal,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "bytes_goal": bytes_goal,
+            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "waiting_share": ticks[-1].waiting,
+        }
+        found.append(row)
+        print(f"stream {name:22} {row['seconds']:8.2f} s  peak {(row['peak_bytes'] or 0) / 1e9:6.2f} GB", flush=True)
+        del model
+        if cuda:
+            torch.cuda.empty_cache()
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=TEACHER["num_hidden_layers"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scaling", action="store_true", help="print the calculated tables and leave")
+    parser.add_argument("--device", default="", help="cuda: the rows of a GPU")
+    parser.add_argument("--tiny", action="store_true", help="with --device: tiny shapes, written nowhere")
     options = parser.parse_args()
+    if options.device:
+        device = torch.device(options.device)
+        rows = on_device(device, options.tiny)
+        if not options.tiny:
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+            value = {"device": name, "torch": torch.__version__, "samples": 32, "tokens": 512, "rows": rows}
+            (OUT / f"stream_{device.type}.json").write_text(json.dumps(value, indent=1) + "\n")
+        return 0
     if options.scaling:
         scaling()
         return 0

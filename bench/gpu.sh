@@ -44,12 +44,13 @@ fi
 if [[ -f bench/bench_rsvd.py ]]; then
     step rsvd 110 "$python" bench/bench_rsvd.py --device cuda --student --layers 8
 fi
+step stream 150 "$python" bench/bench_stream.py --device cuda
 
 echo
 echo "== summary"
 tail -qn 1 "$results/tests.log" 2>/dev/null
-grep -hE '^(ceilings|linear_sens|abs_acc|embedding|best_window|axis|block|llama)' \
-    "$results/kernels.log" "$results/model.log" 2>/dev/null | cut -c 1-140
+grep -hE '^(ceilings|linear_sens|abs_acc|embedding|best_window|axis|block|llama|stream)' \
+    "$results/kernels.log" "$results/model.log" "$results/stream.log" 2>/dev/null | cut -c 1-140
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"
     exit 1

@@ -14,7 +14,7 @@ import torch
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.factorization import Split, check_rank, factorize_all
+from pkt.factorization import Split, check_rank, enough_memory, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, check_identity, fingerprint, spec_of
 from pkt.planning import Entry, TransferPlan, lora_matrix, source_names
 from pkt.progress import bar
@@ -202,7 +202,8 @@ def extract(
             layer = list(group)
             matrices = [lora_matrix(targets[target], matrix_of) for target in layer]
             names = [source_names(targets[target]) for target in layer]
-            found = factorize_all(matrices, names, rank, max_rank=max_rank, energy=energy, split=split, seed=seed)
+            with enough_memory(", ".join(names)):
+                found = factorize_all(matrices, names, rank, max_rank=max_rank, energy=energy, split=split, seed=seed)
             for target, factors in zip(layer, found, strict=True):
                 pairs[target] = Pair(factors.A, factors.B, targets[target][0].kind)
                 energies[target] = factors.energy

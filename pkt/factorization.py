@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -55,9 +56,21 @@ def factorize(
     With `energy`, the smallest rank that catches that share of ‖X‖² is taken, up to `max_rank`; `rank` is then not used.
     split "b": B = UΣ, A = Vᵀ; "sqrt": √Σ on each side. The same seed gives the same bytes.
 
-    Raises `PktError` naming the matrix for a rank it does not have and for NaN or Inf in it.
+    Raises `PktError` naming the matrix for a rank it does not have, for NaN or Inf in it, and for memory that does not suffice.
     """
-    return factorize_all([matrix], [name], rank, max_rank=max_rank, energy=energy, split=split, seed=seed)[0]
+    with enough_memory(name):
+        return factorize_all([matrix], [name], rank, max_rank=max_rank, energy=energy, split=split, seed=seed)[0]
+
+
+@contextlib.contextmanager
+def enough_memory(name: str) -> Iterator[None]:
+    """Turn an allocation that fails into one `PktError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ops.out_of_memory(error):
+            raise
+        raise PktError(f"{name}: not enough memory to factorize it; use a smaller rank, or free some") from error
 
 
 def factorize_all(

@@ -213,6 +213,12 @@ def _sliding(values: Tensor, width: int) -> Tensor:
     return sums
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's on a GPU and on a CPU, C++'s, or one asked for by pkt._C."""
+    told = ("can't allocate memory", "bad_alloc", '"aten::empty"')
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
+
+
 # --- which implementation runs --------------------------------------------------------------------------------------
 
 

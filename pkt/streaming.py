@@ -64,7 +64,7 @@ _ALIGN = 64
 _PROBE_TOKENS = 24
 _OWN_PAGES = 1 << 16
 # What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
-_LIBRARIES, _PER_SHAPE = 16 << 20, 10 << 20
+_LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
 
 
 class NotLayeredError(Exception):
@@ -947,7 +947,7 @@ class Engine:
                         raise NotLayeredError("its use of its parameters cannot be followed") from None
                     sizes, why = [[1] * sum(task) for task in sizes], "samples cannot share a batch in this model"
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error):
+                    if not ops.out_of_memory(error):
                         raise
                     if max(map(max, sizes)) == 1:
                         raise PktError(
@@ -1387,10 +1387,6 @@ def samples_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def _halved(sizes: list[int]) -> list[int]:
     return [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rechunk(grads: list[Tensor], sizes: list[list[int]], chunks: list[Chunk]) -> list[Tensor]:

@@ -265,6 +265,16 @@ def test_philox_signs_are_the_published_generator() -> None:
 
 
 @pytest.mark.skipif(ops.implementation("rsvd", "cpu")[0] != "C++", reason="pkt._C is not built")
+def test_memory_that_does_not_suffice_names_the_matrix() -> None:
+    script = (
+        "import resource, torch, pkt; from pkt import ops;"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
+        "pkt.factorize(torch.zeros(1, 1).expand(4_000_000, 4096), 1024, name='model.up_proj')"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pkt.errors.PktError: model.up_proj: not enough memory to factorize it; use a smaller rank" in run.stderr
+
+
 def test_a_basis_too_wide_for_its_eigenproblem_is_refused() -> None:
     # With a limit on the memory, for without the check it would take 20 GB.
     script = (
