@@ -239,25 +239,31 @@ LARGE = {
 }
 
 
-def scaling(samples: int = 32, tokens: int = 512) -> None:
-    """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
+def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
     from transformers import LlamaConfig
 
+    ffn, hidden, layers, heads, kv, vocab = shape
+    by = 64 if tiny else 1
+    return LlamaConfig(
+        vocab_size=vocab // by,
+        hidden_size=hidden // by,
+        intermediate_size=ffn // by,
+        num_hidden_layers=max(2, layers // by) if tiny else layers,
+        num_attention_heads=heads // 8 if tiny else heads,
+        num_key_value_heads=max(1, kv // 8) if tiny else kv,
+    )
+
+
+def scaling(samples: int = 32, tokens: int = 512) -> None:
+    """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
     from pkt.models import hollow_model
     from pkt.streaming import Teacher, plan_memory, sizes_of
 
     print("| teacher | parameters | one layer | its S | micro-batch | device | boundaries | read | flops |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, (ffn, hidden, layers, heads, kv, vocab) in LARGE.items():
-        shape = LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-        )
-        teacher = Teacher(hollow_model(shape, torch.bfloat16, torch.device("cpu")), None, torch.bfloat16)
+    for name, shape in LARGE.items():
+        _, hidden, layers, *_ = shape
+        teacher = Teacher(hollow_model(llama(shape), torch.bfloat16, torch.device("cpu")), None, torch.bfloat16)
         sizes = sizes_of(teacher, "model.layers", layers)
         plan = plan_memory(
             sizes,
@@ -287,21 +293,6 @@ GPU_ROWS = (
     ("13B streamed", "13B", "7B", 10_000_000_000, 10.0, 10_000_000_000),
     ("34B from host memory", "34B", "8B", 16_000_000_000, 60.0, 16_000_000_000),
 )
-
-
-def llama(shape: tuple[int, ...], tiny: bool) -> Any:
-    from transformers import LlamaConfig
-
-    ffn, hidden, layers, heads, kv, vocab = shape
-    by = 64 if tiny else 1
-    return LlamaConfig(
-        vocab_size=vocab // by,
-        hidden_size=hidden // by,
-        intermediate_size=ffn // by,
-        num_hidden_layers=max(2, layers // by) if tiny else layers,
-        num_attention_heads=heads // 8 if tiny else heads,
-        num_key_value_heads=max(1, kv // 8) if tiny else kv,
-    )
 
 
 def random_model(shape: Any, device: torch.device) -> Any:

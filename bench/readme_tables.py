@@ -17,10 +17,7 @@ def load(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def demo_table() -> str:
-    found = load("demo_cpu.json")
-    if found is None:
-        return "(no run is committed yet)"
+def demo_table(found: dict) -> str:
     spread = lambda values: stdev(values) if len(values) > 1 else 0.0  # noqa: E731
     lines = ["| start | lr | test NLL | exact match |", "|---|---|---|---|"]
     for name, key in (("student before training", "untrained"), ("teacher", "teacher")):
@@ -34,10 +31,7 @@ def demo_table() -> str:
     return "\n".join([*lines, "", *(f"- {line}" for line in found["verdict"])])
 
 
-def bench_table() -> str:
-    found = load("end_to_end_cpu.json")
-    if found is None:
-        return "(no run is committed yet)"
+def bench_table(found: dict) -> str:
     lines = [
         f"On {found['threads']} CPU cores, {found['what']},",
         "against the straightforward algorithm (`bench/naive.py`), with the same windows:",
@@ -59,10 +53,7 @@ def bench_table() -> str:
     return "\n".join(lines)
 
 
-def families_table() -> str:
-    found = load("families.json")
-    if found is None:
-        return "(no run is committed yet)"
+def families_table(found: dict) -> str:
     lines = ["| family | S against autograd | read from disk | fed in a student of its own kind |", "|---|---|---|---|"]
     for name, row in found.items():
         fed = ", ".join(row.get("fed", ())) + "".join(f"; {note}" for note in row.get("notes", ()))
@@ -72,10 +63,7 @@ def families_table() -> str:
     return "\n".join(lines)
 
 
-def rsvd_table() -> str:
-    found = load("rsvd_cpu.json")
-    if found is None:
-        return "(no run is committed yet)"
+def rsvd_table(found: dict) -> str:
     lines = [
         f"On {found['threads']} CPU cores, bf16 windows with the spectrum of trained weights; energy as a share of the best known",
         "(`python bench/bench_rsvd.py --full --quality --student --layers 2`):",
@@ -107,10 +95,7 @@ def rsvd_table() -> str:
     return "\n".join(lines)
 
 
-def stream_table() -> str:
-    found = load("stream_cpu.json")
-    if found is None:
-        return "(no run is committed yet)"
+def stream_table(found: dict) -> str:
     met = {name: "met" if good else "not met" for name, good in found["met"].items()}
     return "\n".join(
         [
@@ -130,10 +115,7 @@ def stream_table() -> str:
     )
 
 
-def kernels_table() -> str:
-    found = load("kernels_cpu.json")
-    if found is None:
-        return "(no run is committed yet)"
+def kernels_table(found: dict) -> str:
     lines = [f"| op, fp32, {found['threads']} cores | | ms | of pkt's time |", "|---|---|---|---|"]
     return "\n".join(
         lines
@@ -141,11 +123,16 @@ def kernels_table() -> str:
     )
 
 
+# Page -> table -> the file its figures come from, and how they are laid out.
 PAGES = {
-    "README.md": {"demo table": demo_table, "bench table": bench_table, "families": families_table},
-    "csrc/README.md": {"rsvd table": rsvd_table},
-    "docs/scaling.md": {"stream table": stream_table},
-    "kernels/README.md": {"cpu table": kernels_table},
+    "README.md": {
+        "demo table": ("demo_cpu.json", demo_table),
+        "bench table": ("end_to_end_cpu.json", bench_table),
+        "families": ("families.json", families_table),
+    },
+    "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
+    "docs/scaling.md": {"stream table": ("stream_cpu.json", stream_table)},
+    "kernels/README.md": {"cpu table": ("kernels_cpu.json", kernels_table)},
 }
 
 
@@ -154,9 +141,11 @@ def main() -> int:
     for page, tables in PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         new = text
-        for name, table in tables.items():
+        for name, (file, table) in tables.items():
+            found = load(file)
+            lines = "(no run is committed yet)" if found is None else table(found)
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-            new, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", new, flags=re.S)
+            new, count = re.subn(pattern, lambda m, t=lines: f"{m[1]}{t}\n{m[2]}", new, flags=re.S)
             if count != 1:
                 raise SystemExit(f"{page} has {count} places for the {name}; it must have one")
         if new != text:

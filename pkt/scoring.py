@@ -179,10 +179,15 @@ def sensitivity(
     return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
 
 
+def _check_labels(batch: Any) -> None:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
+
+
 def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
     """Refuse what would otherwise stop torch inside the model."""
-    if loss_fn is None and (not isinstance(batch, Mapping) or "labels" not in batch):
-        raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
+    if loss_fn is None:
+        _check_labels(batch)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     try:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -239,8 +244,7 @@ def _progress(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Mean cross-entropy of each sample's target tokens, [B]; a 0-dim tensor when the model gives nothing but a loss."""
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
+    _check_labels(batch)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     labels = batch["labels"]
     accepted = inspect.signature(model.forward).parameters

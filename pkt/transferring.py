@@ -310,7 +310,7 @@ class Job:
         both = all(isinstance(m, (str, Path)) for m in (teacher, student))
         if both and vocabulary is None and any(t.group == "embedding" for t in self.pairing.targets):
             with contextlib.suppress(PktError):  # a student need not come with a tokenizer
-                count = other_ids(load_tokenizer(teacher), load_tokenizer(student))
+                count = other_ids(load_tokenizer(teacher) if tokenizer is None else tokenizer, load_tokenizer(student))
                 if count:
                     self.pairing.notes.append(
                         f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "

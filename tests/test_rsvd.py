@@ -265,22 +265,25 @@ def test_philox_signs_are_the_published_generator() -> None:
 
 
 @pytest.mark.skipif(ops.implementation("rsvd", "cpu")[0] != "C++", reason="pkt._C is not built")
-def test_memory_that_does_not_suffice_names_the_matrix() -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            "pkt.factorize(torch.zeros(1, 1).expand(4_000_000, 4096), 1024, name='model.up_proj')",
+            "pkt.errors.PktError: model.up_proj: not enough memory to factorize it; use a smaller rank",
+        ),
+        # Without the check it would take 20 GB.
+        (
+            "ops.rsvd(torch.zeros(1, 1).expand(60_000, 50_000), 12_000)",
+            "pkt::rsvd: a basis of 50000 columns is too wide; use a smaller rank",
+        ),
+    ],
+    ids=["memory that does not suffice", "a basis too wide for its eigenproblem"],
+)
+def test_refused_within_a_limit_on_the_memory(call: str, message: str) -> None:
     script = (
         "import resource, torch, pkt; from pkt import ops;"
-        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
-        "pkt.factorize(torch.zeros(1, 1).expand(4_000_000, 4096), 1024, name='model.up_proj')"
+        f"resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));{call}"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "pkt.errors.PktError: model.up_proj: not enough memory to factorize it; use a smaller rank" in run.stderr
-
-
-def test_a_basis_too_wide_for_its_eigenproblem_is_refused() -> None:
-    # With a limit on the memory, for without the check it would take 20 GB.
-    script = (
-        "import resource, torch; from pkt import ops;"
-        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
-        "ops.rsvd(torch.zeros(1, 1).expand(60_000, 50_000), 12_000)"
-    )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "pkt::rsvd: a basis of 50000 columns is too wide; use a smaller rank" in run.stderr
+    assert message in run.stderr
