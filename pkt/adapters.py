@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pkt.errors import PktError
-from pkt.models import PEFT_EMBEDDINGS, Kind, ModelSpec
+from pkt.models import EXPERT_PARAMETERS, PEFT_EMBEDDINGS, Kind, ModelSpec
 from pkt.storage import read_json, safetensors_header, sha256, write_json, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -25,7 +25,6 @@ NOT_PLAIN = {
     "lora_bias": "biases in LoRA",
     "modules_to_save": "modules_to_save",
     "trainable_token_indices": "trainable tokens",
-    "target_parameters": "target_parameters",
     "layer_replication": "layer replication",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
@@ -39,7 +38,10 @@ NOT_PLAIN = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's LoRA factors: delta = B A for a linear layer [out, in], (B A)ᵀ for an embedding [vocabulary, d]."""
+    """One module's LoRA factors: delta = B A for a linear layer [out, in], (B A)ᵀ for an embedding [vocabulary, d].
+
+    Those of experts in one parameter [experts, out, in] have the experts in front; its name is then the module's.
+    """
 
     A: Tensor  # [rank, in], or [rank, vocabulary]
     B: Tensor  # [out, rank], or [d, rank]
@@ -47,12 +49,43 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    @property
+    def experts(self) -> int:
+        return self.A.shape[0] if self.A.ndim == 3 else 0
 
     def delta(self) -> Tensor:
         """The change of the module's weight in the parameter's own layout, in the factors' dtype."""
         product = self.B @ self.A
-        return product if self.kind == "linear" else product.t()
+        return product if self.kind == "linear" else product.mT
+
+    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """A and B, of each expert where there are experts."""
+        yield from zip(self.A, self.B, strict=True) if self.experts else [(self.A, self.B)]
+
+
+def parameter_name(module: str, pair: Pair | None) -> str:
+    """The parameter that a pair changes."""
+    return module if pair is not None and pair.experts else f"{module}.weight"
+
+
+def wrapped_names(parameters: Iterable[str]) -> dict[str, str]:
+    """Experts' parameter -> the module that holds its factors: PEFT nests wrappers, the first registered is innermost."""
+    names: dict[str, list[str]] = {}
+    for parameter in sorted(parameters, key=lambda p: -EXPERT_PARAMETERS.index(p.rpartition(".")[2])):
+        names.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    return {p: owner + ".base_layer" * depth for owner, found in names.items() for depth, p in enumerate(found)}
+
+
+def in_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as PEFT has them; experts' A [experts, rank, in] as [experts · rank, in], B as [out, rank · experts]."""
+    return (A, B) if A.ndim == 2 else (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
+
+
+def from_peft(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `in_peft`, as views; factors of no experts as they are."""
+    return (A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)) if experts else (A, B)
 
 
 @dataclass
@@ -65,11 +98,13 @@ class Adapter:
     fan_in_fan_out: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fan_in_fan_out = any(p.kind == "conv1d" for p in self.pairs.values())
+        # PEFT sees by itself how the parameters of experts lie.
+        self.fan_in_fan_out = any(p.kind == "conv1d" and not p.experts for p in self.pairs.values())
 
     def tensors(self) -> dict[str, Tensor]:
         """PEFT's keys. A tied head has the embedding's pair transposed, as PEFT itself saves it."""
         out: dict[str, Tensor] = {}
+        wrapped = wrapped_names(m for m, p in self.pairs.items() if p.experts)
         for module, pair in self.pairs.items():
             if pair.kind == "embedding":
                 out[f"{PREFIX}{module}.lora_embedding_A"] = pair.A
@@ -78,8 +113,8 @@ class Adapter:
                     out[f"{PREFIX}{self.tied_head}.lora_A.weight"] = pair.B.t()
                     out[f"{PREFIX}{self.tied_head}.lora_B.weight"] = pair.A.t()
             else:
-                out[f"{PREFIX}{module}.lora_A.weight"] = pair.A
-                out[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+                place = wrapped.get(module, module)
+                out[f"{PREFIX}{place}.lora_A.weight"], out[f"{PREFIX}{place}.lora_B.weight"] = in_peft(pair.A, pair.B)
         return out
 
     def config(
@@ -107,10 +142,12 @@ class Adapter:
                 return r**0.5 if rslora else r
             return alpha * (multiple**0.5 if rslora else multiple)
 
-        targets: list[str] | str = sorted(ranks)
+        parameters = sorted(m for m, p in self.pairs.items() if p.experts)
+        modules = sorted(self.pairs.keys() - parameters)
+        targets: list[str] | str = modules
         if tied is not None and embedding is not None and embedding.split(".")[-1] not in PEFT_EMBEDDINGS:
             # PEFT finds such a table tied only through the head, and forgets the head when a list of names is saved.
-            targets = "|".join(re.escape(m) for m in [*sorted(ranks), tied])
+            targets = "|".join(re.escape(m) for m in [*modules, tied])
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -127,6 +164,7 @@ class Adapter:
             "inference_mode": True,
             "init_lora_weights": True,
             "ensure_weight_tying": tied is not None,
+            **({"target_parameters": parameters} if parameters else {}),
         }
 
     def padded(self) -> Adapter:
@@ -134,9 +172,8 @@ class Adapter:
         rank = max(p.rank for p in self.pairs.values())
         pairs = {}
         for module, pair in self.pairs.items():
-            a = pair.A.new_zeros(rank, pair.A.shape[1])
-            b = pair.B.new_zeros(pair.B.shape[0], rank)
-            a[: pair.rank], b[:, : pair.rank] = pair.A, pair.B
+            more = rank - pair.rank
+            a, b = nn.functional.pad(pair.A, (0, 0, 0, more)), nn.functional.pad(pair.B, (0, more))
             pairs[module] = Pair(a, b, pair.kind)
         return Adapter(pairs, self.base, self.tied_head)
 
@@ -165,10 +202,10 @@ def fits(pairs: Mapping[str, Pair], student: ModelSpec) -> list[str]:
             faults.append(f"{module}: {student.name} has no such matrix")
             continue
         rows, cols = place.shape if place.kind != "embedding" else place.shape[::-1]
-        if (pair.B.shape[0], pair.A.shape[1]) != (rows, cols):
-            faults.append(
-                f"{module}: the factors are for {[pair.B.shape[0], pair.A.shape[1]]}, the student has {[rows, cols]}"
-            )
+        experts = [place.experts] if place.experts else []
+        given, wanted = [*pair.B.shape[:-1], pair.A.shape[-1]], [*experts, rows, cols]
+        if given != wanted:
+            faults.append(f"{module}: the factors are for {given}, the student has {wanted}")
     return faults
 
 
@@ -223,9 +260,11 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight)?", key)
         if match:
             found.setdefault(match[1], {})[("e" if match[2] else "") + match[3]] = tensor
+    expert = _experts_in(found, config, what)
     kind: Kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
     pairs: dict[str, Pair] = {}
-    for module, parts in found.items():
+    for place, parts in found.items():
+        module = expert.get(place, place)
         embedding = "eA" in parts or "eB" in parts
         a, b = (parts.get("eA"), parts.get("eB")) if embedding else (parts.get("A"), parts.get("B"))
         if a is None or b is None:
@@ -235,12 +274,19 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
                 f"{what}: the LoRA factors of {module} contain NaN or Inf; training diverged before it was saved"
             )
         try:
-            scale = _scale(module, a.shape[0], config)
+            rank = int(_setting("rank_pattern", module, config["r"], config)) if place in expert else a.shape[0]
+            scale = _scale(module, rank, config)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PktError(
                 f"{what}: its {CONFIG} gives {module} no scale (lora_alpha is {config.get('lora_alpha', 'missing')}); copy the "
                 "adapter's configuration again"
             ) from error
+        if place in expert:
+            if rank < 1 or len(a) % rank or b.shape[1] != len(a):
+                raise PktError(
+                    f"{what}: {module} holds no whole number of experts of rank {rank}; the folder was changed"
+                )
+            a, b = from_peft(a, b, len(a) // rank)
         work = torch.float64 if b.dtype == torch.float64 else torch.float32
         pairs[module] = Pair(a.to(work), b.to(work) * scale, "embedding" if embedding else kind)
     if not pairs:
@@ -248,14 +294,42 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
     return Adapter(pairs, str(config.get("base_model_name_or_path") or ""))
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    def pattern(name: str, default: float) -> float:
-        for key, value in (config.get(name) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return float(value)
-        return default
+def _experts_in(places: Iterable[str], config: Mapping[str, Any], what: str) -> dict[str, str]:
+    """Module of PEFT's -> the experts' parameter whose factors it holds. PEFT finds parameters by the ends of their names."""
+    targeted = sorted(config.get("target_parameters") or ())
+    unknown = [t for t in targeted if "." not in t or t.rpartition(".")[2] not in EXPERT_PARAMETERS]
+    if unknown:
+        raise PktError(
+            f"{what} uses target_parameters ({', '.join(unknown[:5])}), and pkt knows those of experts, by names such as "
+            f"{', '.join(f'experts.{name}' for name in EXPERT_PARAMETERS)}; train without the others"
+        )
+    owners = {place: re.sub(r"(\.base_layer)+$", "", place) for place in places}
+    parameters = [
+        f"{owner}.{name}"
+        for owner in dict.fromkeys(owners.values())
+        for name in EXPERT_PARAMETERS
+        if any(f".{owner}.{name}".endswith(f".{t}") for t in targeted)
+    ]
+    found = {place: parameter for parameter, place in wrapped_names(parameters).items()}
+    holding = {parameter.rpartition(".")[0] for parameter in parameters}
+    apart = set(found) ^ {place for place, owner in owners.items() if owner in holding}
+    if apart:
+        raise PktError(
+            f"{what}: its target_parameters and its weights name different experts ({min(apart)}); copy the folder again"
+        )
+    return found
 
-    alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
+
+def _setting(pattern: str, module: str, default: Any, config: Mapping[str, Any]) -> float:
+    """r or lora_alpha of a module, by the first of a pattern's keys that ends its name."""
+    for key, value in (config.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return float(default)
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    alpha = _setting("alpha_pattern", module, config["lora_alpha"], config)
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 

@@ -136,6 +136,14 @@ LengthOption = Annotated[int, typer.Option("--max-length", help="Longest row in 
 BatchOption = Annotated[
     int, typer.Option("--batch-size", help="Seeds scored at once; the result does not depend on it.")
 ]
+DropoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--dropout",
+        help="LoRA dropout; default: 0.05, or 0 where experts are adapted, since PEFT has no dropout for them.",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: a GPU when there is one.")]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")
@@ -434,7 +442,7 @@ def inject(
     extraction: Annotated[Path, typer.Argument(help="Folder written by pkt transfer.", show_default=False)],
     out: OutDir,
     mode: Annotated[Mode, typer.Option("--mode", help="How step 0 stays the student.")] = Mode.paired,
-    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout of the written configuration.")] = 0.05,
+    dropout: DropoutOption = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", help="lora_alpha at the extraction's rank; default: every scale is 1.")
     ] = None,
@@ -474,7 +482,7 @@ def train(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 64,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Rows in memory at once.")] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 3e-4,
-    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
+    dropout: DropoutOption = None,
     warmup: Annotated[float, typer.Option("--warmup", help="Steps, or a share of them below 1.")] = 0.0,
     max_length: LengthOption = 2048,
     max_steps: Annotated[

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.factorization import Split, check_rank, enough_memory, factorize_all
+from pkt.factorization import BATCH, Factors, Split, check_rank, enough_memory, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, check_identity, fingerprint, spec_of
-from pkt.planning import Entry, TransferPlan, lora_matrix, source_names
+from pkt.planning import Entry, TransferPlan, by_expert, lora_matrix, source_names
 from pkt.progress import bar
 from pkt.storage import MANIFEST, as_path, atomic_folder, read_json, write_json
 from pkt.version import __version__
@@ -29,7 +30,7 @@ class Extraction:
     """LoRA factors for every student matrix of a plan, and where they came from."""
 
     pairs: dict[str, Pair]
-    energies: dict[str, float]  # share of each region's squared norm that its factors catch
+    energies: dict[str, float]  # share of each region's squared norm that its factors catch; the mean over experts
     plan: TransferPlan
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -158,7 +159,37 @@ def check_extraction(
         elif energy is None and rank > min(entry.target_shape):
             faults.append(f"{entry.target} {list(entry.target_shape)}: rank {rank} is above {min(entry.target_shape)}")
     if faults:
-        raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(faults))
+        raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(dict.fromkeys(faults)))
+
+
+def factorize_targets(
+    targets: Mapping[str, Sequence[Entry]], matrix_of: Callable[[Entry], Tensor], **options: Any
+) -> dict[str, tuple[Pair, float]]:
+    """The pair of each target, by its name, and its energy. options: of `factorize_all`, which says what is raised.
+
+    Every expert of a target is a factorization of its own; one that nothing feeds, or of a smaller rank, is filled up with
+    zeros.
+    """
+    pieces = [(target, slot, mine) for target in targets for slot, mine in by_expert(targets[target]).items()]
+    found: dict[str, dict[int, Factors]] = {target: {} for target in targets}
+    for first in range(0, len(pieces), BATCH):
+        some = pieces[first : first + BATCH]
+        names = [source_names(mine) for _, _, mine in some]
+        factors = factorize_all([lora_matrix(mine, matrix_of) for _, _, mine in some], names, **options)
+        for (target, slot, _), made in zip(some, factors, strict=True):
+            found[target][slot] = made
+    return {target: _joined(targets[target][0], made) for target, made in found.items()}
+
+
+def _joined(entry: Entry, found: Mapping[int, Factors]) -> tuple[Pair, float]:
+    first = next(iter(found.values()))
+    if entry.target_expert is None:
+        return Pair(first.A, first.B, entry.kind), first.energy
+    experts, rank = entry.target_expert[1], max(made.rank for made in found.values())
+    a, b = first.A.new_zeros(experts, rank, first.A.shape[1]), first.B.new_zeros(experts, len(first.B), rank)
+    for slot, made in found.items():
+        a[slot, : made.rank], b[slot, :, : made.rank] = made.A, made.B
+    return Pair(a, b, entry.kind), sum(made.energy for made in found.values()) / len(found)
 
 
 def extract(
@@ -193,24 +224,22 @@ def extract(
     energies: dict[str, float] = {}
     targets = plan.by_target()
 
-    def matrix_of(entry: Entry) -> torch.Tensor:
+    def matrix_of(entry: Entry) -> Tensor:
         source = sources[entry.source]
         return source.oriented(weights[source.parameter], entry.expert)
 
+    options = {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed}
     with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
         for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
-            layer = list(group)
-            matrices = [lora_matrix(targets[target], matrix_of) for target in layer]
-            names = [source_names(targets[target]) for target in layer]
-            with enough_memory(", ".join(names)):
-                found = factorize_all(matrices, names, rank, max_rank=max_rank, energy=energy, split=split, seed=seed)
-            for target, factors in zip(layer, found, strict=True):
-                pairs[target] = Pair(factors.A, factors.B, targets[target][0].kind)
-                energies[target] = factors.energy
+            layer = {target: targets[target] for target in group}
+            with enough_memory(", ".join(source_names(entries) for entries in layer.values())):
+                found = factorize_targets(layer, matrix_of, **options)
+            pairs |= {target: pair for target, (pair, _) in found.items()}
+            energies |= {target: caught for target, (_, caught) in found.items()}
             if progress:
                 advance(len(pairs))
     details = {
-        "factorization": {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
+        "factorization": options,
         "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},
         "versions": versions(),
     }

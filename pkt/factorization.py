@@ -14,6 +14,8 @@ from pkt import ops
 from pkt.errors import PktError
 
 Split: TypeAlias = Literal["b", "sqrt"]
+# Matrices factorized at a time: what the GPU's kernels take in one launch.
+BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,22 @@ from pkt.adapters import (
     apply_kinds,
     check_fit,
     kinds_of,
+    parameter_name,
     read_adapter,
     split_tied,
 )
 from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction, read_manifest, versions
-from pkt.injection import SHIFTED, compare_sketch, name_of, put_adapter, record_of, spec_of_base, subtract
+from pkt.injection import (
+    SHIFTED,
+    compare_sketch,
+    name_of,
+    parameter_of,
+    put_adapter,
+    record_of,
+    spec_of_base,
+    subtract,
+)
 from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import load_seeds
 from pkt.storage import (
@@ -298,12 +308,15 @@ def looks_paired(adapter: Adapter) -> bool:
     Training leaves no other LoRA with orthogonal rows and columns in one half of every module.
     """
     seen = False
-    for pair in adapter.pairs.values():
-        half = pair.rank // 2
-        a0, b0 = pair.A[half:].double(), -pair.B[:, half:].double()
-        if pair.rank % 2 or not (_orthogonal(a0) and _orthogonal(b0.t())):
+    for a, b in (factors for pair in adapter.pairs.values() for factors in pair.each()):
+        if not (a.any() or b.any()):
+            # An expert that nothing feeds: its factors stay zero.
+            continue
+        half = len(a) // 2
+        a0, b0 = a[half:].double(), -b[:, half:].double()
+        if len(a) % 2 or not (_orthogonal(a0) and _orthogonal(b0.t())):
             return False
-        mirrored = (pair.A[:half].double() * a0).sum() > 0 and (pair.B[:, :half].double() * b0).sum() > 0
+        mirrored = (a[:half].double() * a0).sum() > 0 and (b[:, :half].double() * b0).sum() > 0
         if not mirrored:
             return False
         seen = True
@@ -349,7 +362,7 @@ def _check_student(source: Source, spec: ModelSpec, original: Any) -> None:
     check_fit(
         source.adapter.pairs if not spec.tied else split_tied(source.adapter, spec.head).pairs, spec, "the adapter"
     )
-    if "other" in compare_sketch(source.record["sketch"], weights).values():
+    if "other" in compare_sketch(source.record["sketch"], weights, source.adapter.pairs).values():
         raise PktError(
             f"the weights of {spec.name} are not those the adapter was injected into ({source.student}): they were trained, "
             "merged or shifted since; finalize for the student it was injected into"
@@ -377,7 +390,7 @@ def _difference(adapter: Adapter, source: Source) -> Adapter:
     pairs = {}
     for module, trained in adapter.pairs.items():
         a, b = initial[module].A.to(trained.A), initial[module].B.to(trained.B)
-        pairs[module] = Pair(torch.cat([trained.A, a]), torch.cat([trained.B, -b], 1), trained.kind)
+        pairs[module] = Pair(torch.cat([trained.A, a], -2), torch.cat([trained.B, -b], -1), trained.kind)
     return Adapter(pairs, adapter.base, adapter.tied_head)
 
 
@@ -397,15 +410,15 @@ def refactor(adapter: Adapter, rank: int | None, *, anew: bool = False) -> tuple
             pairs[module], lost[module] = pair, 0.0
             continue
         q_b, r_b = torch.linalg.qr(pair.B.double())
-        q_a, r_a = torch.linalg.qr(pair.A.double().t())
-        u, s, vt = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
-        keep = min(rank or pair.rank, len(s))
+        q_a, r_a = torch.linalg.qr(pair.A.double().mT)
+        u, s, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        keep = min(rank or pair.rank, s.shape[-1])
         pairs[module] = Pair(
-            (vt[:keep] @ q_a.t()).to(pair.A.dtype).contiguous(),
-            (q_b @ (u[:, :keep] * s[:keep])).to(pair.B.dtype),
+            (vt[..., :keep, :] @ q_a.mT).to(pair.A.dtype).contiguous(),
+            (q_b @ (u[..., :keep] * s[..., None, :keep])).to(pair.B.dtype),
             pair.kind,
         )
-        lost[module] = float(s[keep:].norm() / s.norm()) if s.norm() > 0 else 0.0
+        lost[module] = float(s[..., keep:].norm() / s.norm()) if s.norm() > 0 else 0.0
     return Adapter(pairs, adapter.base, adapter.tied_head), lost if rank is not None else {}
 
 
@@ -437,9 +450,10 @@ def self_check(
         base = load_model(student, dtype=_dtype_of(model_or_dir) if in_memory else None)
     if samples is None:
         samples = _random_samples(spec_of(base).vocab_size or 2)
-    modules = [m for m in source.adapter.pairs if hasattr(base.get_submodule(m), "weight")]
+    names = [parameter_name(m, p) for m, p in source.adapter.pairs.items()]
     # A trainer's checkpoint may carry base weights, and a residual one needs its base shifted: both are undone.
-    kept = {m: base.get_submodule(m).weight.detach().clone() for m in modules} if base is student else {}
+    found = {n: weight for n in names if base is student and (weight := parameter_of(base, n)) is not None}
+    kept = {n: weight.detach().clone() for n, weight in found.items()}
     final = _with_adapter(base, written, samples)
     if in_memory:
         trained = _logits(_unwrapped(model_or_dir), samples)
@@ -447,8 +461,8 @@ def self_check(
         if source.initial is not None:
             subtract(base, source.initial)
         trained = _with_adapter(base, Path(model_or_dir), samples)
-    for module, weight in kept.items():
-        base.get_submodule(module).weight.copy_(weight)
+    for name, weight in kept.items():
+        found[name].copy_(weight)
     gap = max(float((x - y).abs().max()) for x, y in zip(final, trained, strict=True))
     same = [(x.argmax(-1) == y.argmax(-1)).float() for x, y in zip(final, trained, strict=True)]
     agreement, scale = torch.cat(same, 1).mean(), max(float(y.abs().max()) for y in trained)
@@ -518,7 +532,7 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
         dtype = next(student.parameters()).dtype
     else:
         weights = Weights(student)
-        dtype = weights[f"{next(iter(result.pairs))}.weight"].dtype
+        dtype = weights[parameter_name(*next(iter(result.pairs.items())))].dtype
     written = next(iter(result.pairs.values())).A.dtype
     tolerance = max(TOLERANCE.get(dtype, 0.1), TOLERANCE[written])
     if exact and not result.check.gap <= tolerance * result.check.scale:

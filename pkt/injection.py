@@ -27,19 +27,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pkt.adapters import RECORD, Adapter, Pair, check_fit, read_adapter, split_tied
+from pkt.adapters import RECORD, Adapter, Pair, check_fit, from_peft, parameter_name, read_adapter, split_tied
 from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
-from pkt.factorization import factorize_all
+from pkt.factorization import BATCH, factorize_all
 from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
 from pkt.storage import as_path
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")
 ADAPTER = "default"
+DROPOUT = 0.05  # the paper's
 SHIFTED = "pkt_residual"  # in the configuration of a base whose weights are W − B₀A₀
-# Matrices factorized at a time: what the GPU's kernels take in one launch.
-BATCH = 16
 # Relative movement of the second half that rounding to bf16 cannot explain.
 MOVED = 2.0**-7
 
@@ -65,11 +64,13 @@ def inject(
 
     The second half of `paired` gets no gradient; weight decay, or training without pkt, moves it. That is harmless, and a
     `PktWarning` says so when the checkpoint is armed again. Raises `PktError` listing every module of the extraction that the
-    student does not have in that shape, and for a base that another injection has shifted.
+    student does not have in that shape, for a base that another injection has shifted, and for dropout on experts, for which
+    PEFT has none.
     """
     check_settings(mode, dropout, alpha)
     if not isinstance(ext, Extraction):
         ext = Extraction.load(ext)
+    checked_dropout(ext.pairs, dropout)
     if not isinstance(student, nn.Module):
         student = load_model(as_path(student, "a student (a model, or the path of its checkpoint)"))
     wrapped = _is_peft_model(student)
@@ -87,16 +88,41 @@ def inject(
     base = student.get_base_model() if wrapped else student
     adapter = Adapter(ext.pairs, name_of(base), spec.head if spec.tied else None)
     config = adapter.config(dropout=dropout, multiple=2 if mode == "paired" else 1, alpha=alpha, rslora=rslora)
+    if wrapped:
+        _check_beside(student, config)
     model = _add_adapter(student, config, adapter_name) if wrapped else wrap(student, config, adapter_name)
     initialize_lora_weights(model, ext, mode=mode, adapter_name=adapter_name)
     return model
 
 
-def check_settings(mode: str, dropout: float, alpha: float | None = None) -> None:
+def checked_dropout(pairs: Mapping[str, Pair], dropout: float | None) -> float:
+    """The dropout asked for, or else the paper's where PEFT has one. Raises `PktError` for one on experts."""
+    experts = [m for m, p in pairs.items() if p.experts]
+    if dropout and experts:
+        raise PktError(
+            f"dropout={dropout}: PEFT has no dropout for the parameters of experts ({_few(experts)}); use dropout=0, or leave "
+            "them out of the extraction (modules='attention,embedding')"
+        )
+    return (0.0 if experts else DROPOUT) if dropout is None else dropout
+
+
+def _check_beside(model: Any, config: Mapping[str, Any]) -> None:
+    """Refuse what PEFT cannot put beside the model's adapters: it nests one wrapper for each parameter of experts."""
+    wanted = set(config.get("target_parameters") or ())
+    for name, other in model.peft_config.items():
+        found = set(other.target_parameters or ())
+        if wanted and found and wanted != found:
+            raise PktError(
+                f"the adapter {name!r} of this model adapts other parameters of experts than this extraction "
+                f"({_few(sorted(wanted ^ found))}), and PEFT wants the same of all; load the student again for this one"
+            )
+
+
+def check_settings(mode: str, dropout: float | None, alpha: float | None = None) -> None:
     """Refuse an injection no adapter can have, before anything is loaded."""
     if mode not in MODES:
         raise PktError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if not 0 <= dropout < 1:
+    if dropout is not None and not 0 <= dropout < 1:
         raise PktError(f"dropout={dropout} must be in [0, 1)")
     if alpha is not None and not 0 < alpha < math.inf:
         raise PktError(f"alpha={alpha} must be positive and finite; leave it out for a scale of 1")
@@ -116,8 +142,8 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 def _check_weights(student: nn.Module, pairs: Mapping[str, Pair]) -> None:
     """Refuse a student without values."""
-    layers = {m: student.get_submodule(m) for m in pairs}
-    empty = [m for m, layer in layers.items() if getattr(layer, "base_layer", layer).weight.is_meta]
+    weights = {m: parameter_of(student, parameter_name(m, p)) for m, p in pairs.items()}
+    empty = [m for m, weight in weights.items() if weight is not None and weight.is_meta]
     if empty:
         raise PktError(f"the student's weights are on the meta device, without values ({_few(empty)}); load them first")
 
@@ -151,7 +177,7 @@ def initialize_lora_weights(
     multiple = 2 if mode == "paired" else 1
     faults = []
     for module, pair in pairs.items():
-        rank = _layer(peft_model, module).r[adapter_name]
+        rank = _layer(peft_model, module, pair).r[adapter_name]
         if rank != pair.rank * multiple:
             faults.append(f"{module}: r={rank}, needed {pair.rank * multiple}")
         if pair.kind == "embedding" and spec.tied and not _is_tied(peft_model, adapter_name):
@@ -278,6 +304,9 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # fan_in_fan_out is one flag for the whole model; PEFT corrects it per module and says so.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT looks for the ranks of parameters among the modules, after it has used them.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="The following alpha_pattern keys did not match")
         yield
 
 
@@ -301,29 +330,30 @@ def sketch(student: Any, adapter: Adapter) -> dict[str, list[float]]:
     inside = sorted(m for m in adapter.pairs if any(part.isdigit() for part in m.split(".")))
     outside = sorted(m for m in adapter.pairs if m not in inside)
     chosen = {*outside[:3], *inside[:1], *inside[len(inside) // 2 :][:1], *inside[-1:]}
-    values = {m: w.flatten()[_places(w)] for m in sorted(chosen) if (w := _weight(student, m)) is not None}
+    found = {m: _weight(student, m, adapter.pairs[m]) for m in sorted(chosen)}
+    values = {m: w.flatten()[_places(w)] for m, w in found.items() if w is not None}
     return {m: v.float().tolist() for m, v in values.items()}
 
 
 def compare_sketch(
-    recorded: Mapping[str, list[float]], student: Any, pairs: Mapping[str, Pair] | None = None
+    recorded: Mapping[str, list[float]], student: Any, pairs: Mapping[str, Pair], *, initial: bool = False
 ) -> dict[str, str]:
-    """Per module of the sketch that can be compared: "same", "other", or, given the initial pairs, "shifted" by −B₀A₀.
+    """Per module of the sketch that can be compared: "same", "other", or, where the pairs are the initial ones, "shifted" by −B₀A₀.
 
     Weights are the same up to rounding to bf16.
     """
     found = {}
     for module, values in recorded.items():
-        weight = _weight(student, module)
+        pair = pairs.get(module)
+        weight = _weight(student, module, pair)
         if weight is None:
             continue
         then, now = torch.tensor(values), weight.flatten()[_places(weight)].float().cpu()
         found[module] = "same" if _like(then, now) else "other"
-        if found[module] == "other" and pairs is not None and module in pairs:
-            rows, cols = _places(weight).cpu() // weight.shape[1], _places(weight).cpu() % weight.shape[1]
-            pair = pairs[module]
+        if found[module] == "other" and initial and pair is not None:
+            *expert, rows, cols = torch.unravel_index(_places(weight).cpu(), weight.shape)
             rows, cols = (rows, cols) if pair.kind == "linear" else (cols, rows)
-            shift = (pair.B.cpu().float()[rows] * pair.A.cpu().float()[:, cols].t()).sum(1)
+            shift = (pair.B.cpu().float()[(*expert, rows)] * pair.A.cpu().float().mT[(*expert, cols)]).sum(1)
             found[module] = "shifted" if _like(then - shift, now, then) else "other"
     return found
 
@@ -338,12 +368,24 @@ def _places(weight: Tensor) -> Tensor:
     return torch.linspace(0, weight.numel() - 1, 8, dtype=torch.float64).long().to(weight.device)
 
 
-def _weight(student: Any, module: str) -> Tensor | None:
-    if isinstance(student, Weights):
-        return student[f"{module}.weight"]
-    layer = student.get_submodule(module)
-    weight = getattr(layer, "base_layer", layer).weight.detach()
-    return weight if weight.is_floating_point() and weight.ndim == 2 and not weight.is_meta else None
+def _weight(student: Any, module: str, pair: Pair | None) -> Tensor | None:
+    """What a pair changes, or None where its values are not there, or packed."""
+    name = parameter_name(module, pair)
+    weight = student[name] if isinstance(student, Weights) else parameter_of(student, name)
+    whole = 3 if pair is not None and pair.experts else 2
+    if weight is None or not weight.is_floating_point() or weight.ndim != whole or weight.is_meta:
+        return None
+    return weight.detach()
+
+
+def parameter_of(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter of the student's own, PEFT's wrappers around its module or not; None where another form of it is kept."""
+    owner, _, key = name.rpartition(".")
+    layer: Any = model.get_submodule(owner)
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    found: Tensor | None = layer._parameters.get(key)
+    return found
 
 
 def spec_of_base(model: Any) -> ModelSpec:
@@ -351,7 +393,7 @@ def spec_of_base(model: Any) -> ModelSpec:
     spec = spec_of_model(getattr(model, "_orig_mod", model).get_base_model())
     targets = []
     for target in spec.targets:
-        module = target.module.removesuffix(".base_layer")
+        module = target.module.replace(".base_layer", "")
         if ".lora_" not in module and not (spec.tied and module == spec.head):
             targets.append(dataclasses.replace(target, module=module))
     return dataclasses.replace(spec, targets=tuple(targets))
@@ -388,7 +430,7 @@ def _arm_again(model: Any, ext: Extraction, mode: Mode, name: str) -> Any:
     model.set_adapter(name)
     model.peft_config[name].inference_mode = False
     if mode == "residual" and not getattr(getattr(model.get_base_model(), "config", None), SHIFTED, None):
-        state = compare_sketch(record["sketch"], model.get_base_model(), pairs)
+        state = compare_sketch(record["sketch"], model.get_base_model(), pairs, initial=True)
         if "other" in state.values():
             raise PktError(
                 f"this base is neither the student the adapter {name!r} was injected into nor its shifted base; "
@@ -480,12 +522,20 @@ def _unmerge_tied(head: Any) -> None:
         type(head).unmerge(head)
 
 
-def _layer(model: Any, module: str) -> Any:
-    return model.get_base_model().get_submodule(module)
+def _layer(model: Any, module: str, pair: Pair) -> Any:
+    """The module that PEFT has put around a matrix; around a parameter of experts, one of its nested wrappers."""
+    if not pair.experts:
+        return model.get_base_model().get_submodule(module)
+    owner, _, name = module.rpartition(".")
+    layer = model.get_base_model().get_submodule(owner)
+    while hasattr(layer, "base_layer") and getattr(layer, "parameter_name", None) != name:
+        layer = layer.base_layer
+    return layer
 
 
 def _lora_parameters(model: Any, module: str, pair: Pair, name: str) -> tuple[Tensor, Tensor] | None:
-    layer = _layer(model, module)
+    """The factors of an adapter as PEFT has them."""
+    layer = _layer(model, module, pair)
     if pair.kind == "embedding" and name in getattr(layer, "lora_embedding_A", {}):
         return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
     if name in getattr(layer, "lora_A", {}):
@@ -494,45 +544,53 @@ def _lora_parameters(model: Any, module: str, pair: Pair, name: str) -> tuple[Te
 
 
 def _start(model: Any, module: str, pair: Pair, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The adapter's parameters of a module, and the extraction's factors in their dtype, the scale divided out of B."""
+    """The adapter's factors of a module, views of its parameters; the extraction's in their dtype, the scale divided out of B."""
     found = _lora_parameters(model, module, pair, name)
     assert found is not None
-    a, b = found
-    return a, b, pair.A.to(a), (pair.B / _layer(model, module).scaling[name]).to(b)
+    a, b = from_peft(*found, pair.experts)
+    return a, b, pair.A.to(a), (pair.B / _layer(model, module, pair).scaling[name]).to(b)
 
 
 @torch.no_grad()
 def _fill(model: Any, pairs: Mapping[str, Pair], name: str, *, paired: bool) -> None:
     for module, pair in pairs.items():
         a, b, first_a, first_b = _start(model, module, pair, name)
-        a.copy_(torch.cat([first_a, first_a]) if paired else first_a)
-        b.copy_(torch.cat([first_b, -first_b], 1) if paired else first_b)
+        a.copy_(torch.cat([first_a, first_a], -2) if paired else first_a)
+        b.copy_(torch.cat([first_b, -first_b], -1) if paired else first_b)
         if paired:
-            _mask(a, 0)
-            _mask(b, 1)
+            _mask(model, module, pair, name)
 
 
 @torch.no_grad()
 def _arm_pair(model: Any, module: str, pair: Pair, name: str) -> float:
     """Mask a module's second half; returns how far it is from [A₀], [−B₀], relative to them."""
     a, b, first_a, first_b = _start(model, module, pair, name)
-    if len(a) != 2 * pair.rank:
-        raise PktError(f"{module} has rank {len(a)} in the adapter {name!r}, not twice the extraction's {pair.rank}")
-    _mask(a, 0)
-    _mask(b, 1)
-    gap_a = (a[pair.rank :] - first_a).norm() / first_a.norm().clamp_min(1e-30)
-    gap_b = (b[:, pair.rank :] + first_b).norm() / first_b.norm().clamp_min(1e-30)
+    if a.shape[-2] != 2 * pair.rank:
+        raise PktError(
+            f"{module} has rank {a.shape[-2]} in the adapter {name!r}, not twice the extraction's {pair.rank}"
+        )
+    _mask(model, module, pair, name)
+    gap_a = (a[..., pair.rank :, :] - first_a).norm() / first_a.norm().clamp_min(1e-30)
+    gap_b = (b[..., pair.rank :] + first_b).norm() / first_b.norm().clamp_min(1e-30)
     return float(max(gap_a, gap_b))
 
 
-def _mask(parameter: Tensor, dim: int) -> None:
-    parameter.register_hook(_keep_first_half(dim))
+def _mask(model: Any, module: str, pair: Pair, name: str) -> None:
+    found = _lora_parameters(model, module, pair, name)
+    assert found is not None
+    a, b = found
+    # PEFT lays the experts of A one after another, and those of B side by side in every column of a rank.
+    a.register_hook(_keep_first_half(0, max(1, pair.experts)))
+    b.register_hook(_keep_first_half(1, 1))
 
 
-def _keep_first_half(dim: int) -> Callable[[Tensor], Tensor]:
+def _keep_first_half(dim: int, times: int) -> Callable[[Tensor], Tensor]:
+    """times: how often the halves follow each other along the dimension."""
+
     def mask(grad: Tensor) -> Tensor:
         masked = grad.clone()
-        masked.narrow(dim, grad.shape[dim] // 2, grad.shape[dim] - grad.shape[dim] // 2).zero_()
+        halves = masked.unflatten(dim, (times, 2, -1))
+        halves.select(dim + 1, 1).zero_()
         return masked
 
     return mask
@@ -548,13 +606,13 @@ def _shift(model: Any, pairs: Mapping[str, Pair], record: dict[str, Any]) -> Non
 @torch.no_grad()
 def subtract(student: Any, pairs: Mapping[str, Pair]) -> None:
     """W − B₀A₀ in fp32, rounded once, in place. Raises `PktError`, before anything is changed, for a quantized matrix."""
-    quantized = [m for m in pairs if _weight(student, m) is None]
+    quantized = [m for m, p in pairs.items() if _weight(student, m, p) is None]
     if quantized:
         raise PktError(
             f"mode='residual' changes the weights, which are quantized here ({_few(quantized)}); use mode='paired'"
         )
     for module, pair in pairs.items():
-        weight = _weight(student, module)
+        weight = _weight(student, module, pair)
         assert weight is not None
         delta = Pair(pair.A.to(weight.device), pair.B.to(weight.device), pair.kind).delta()
         weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))

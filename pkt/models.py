@@ -99,6 +99,8 @@ HEAD_COLUMNS = ("o",)
 RENAMED = {"lm_head.weight": "embed_out.weight", ".mlp.": ".block_sparse_moe."}
 # The matrices that files hold for each expert -> the 3-D parameter transformers joins them into, in this order.
 EXPERT_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+# 3-D parameters of experts that PEFT can adapt, as every module registers them: its adapter files say it by nesting alone.
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 # Quantizations that transformers undoes, and the packages that it takes (GGUF files: gguf).
 DEQUANTIZED: dict[str, tuple[str, ...]] = {"bitsandbytes": ("bitsandbytes", "accelerate")}
@@ -137,7 +139,7 @@ class Target:
     kind: Kind
     shape: tuple[int, int]  # [out, in] of the product, whatever the parameter's layout; an embedding is [vocabulary, d]
     role: str
-    group: str  # attention, ffn, embedding or other
+    group: str  # attention, ffn, embedding, router or other
     layer: int | None = None
     suffix: str = ""  # the module's name within its layer; its whole name outside the layers
     experts: int = 0  # of a 3-D parameter [experts, out, in], which `module` then names; `shape` is one expert's
@@ -368,6 +370,7 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         else:
             role, group = _role(module_name)
         targets.append(described(Target(module_name, kind, (rows, cols), role, group)))
+    targets = _with_routers(targets)
     count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
@@ -397,6 +400,17 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | Non
             layout = dataclasses.replace(layout, groups="rows")
         shape = (cols, rows) if kind == "conv1d" else (rows, cols)
         yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
+
+
+def _with_routers(targets: list[Target]) -> list[Target]:
+    """Matrices of no known role beside experts, with a row for each of them, are their routers."""
+    beside = {t.module.rpartition(".")[0].rpartition(".")[0]: t.experts for t in targets if t.experts}
+    return [
+        dataclasses.replace(t, role="router", group="router")
+        if not t.role and any(t.shape[0] == count and t.module.startswith(f"{home}.") for home, count in beside.items())
+        else t
+        for t in targets
+    ]
 
 
 def checked_device(device: str | torch.device) -> torch.device:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pkt import ops
 from pkt.errors import PktError
 from pkt.models import (
+    EXPERT_PARAMETERS,
     FUSED,
     HEAD_COLUMNS,
     HEAD_ROWS,
@@ -33,9 +34,21 @@ from pkt.models import (
     with_roles,
 )
 from pkt.scoring import Sensitivity
-from pkt.selection import LAYER_CHOICES, STRATEGIES, Region, Strategy, runs, select_layers, select_region, through
+from pkt.selection import (
+    LAYER_CHOICES,
+    STRATEGIES,
+    Region,
+    Strategy,
+    runs,
+    select_experts,
+    select_layers,
+    select_region,
+    through,
+)
 from pkt.storage import atomic_file, read_json, write_json
 
+# Spans of experts that a line names.
+_FEW = 6
 GROUPS = ("all", "attention", "ffn", "embedding")
 FORMAT = "pkt-plan-2"
 READABLE = ("pkt-plan-1", FORMAT)  # 1 had one entry for each target
@@ -51,7 +64,8 @@ class Entry:
     """One student matrix (a module's name), or a part of it, and the part of a teacher's that feeds it.
 
     score: Σ of S in the region; share: of its source matrix's whole S. expert: of a source [experts, out, in]. place: where
-    in the target the region goes; None: it is all of it. What no entry of a target feeds is zero.
+    in the target the region goes; None: it is all of it. target_expert: (which, of how many) of a target [experts, out, in].
+    What no entry of a target feeds is zero.
     """
 
     source: str
@@ -62,6 +76,7 @@ class Entry:
     kind: Kind  # of the target
     expert: int | None = None
     place: Region | None = None
+    target_expert: tuple[int, int] | None = None
 
     @property
     def target_shape(self) -> tuple[int, int]:
@@ -79,23 +94,42 @@ class Entry:
         }
         if self.expert is not None:
             value["expert"] = self.expert
+        if self.target_expert is not None:
+            value["target_expert"] = self.target_expert
         return value if self.place is None else {**value, "place": self.place.to_json()}
 
     @classmethod
     def from_json(cls, e: Mapping[str, Any]) -> Entry:
         place = None if e.get("place") is None else Region.from_json(e["place"])
         region = Region.from_json(e["region"])
-        return cls(e["source"], e["target"], region, e["score"], e["share"], e["kind"], e.get("expert"), place)
+        slot = None if e.get("target_expert") is None else (int(e["target_expert"][0]), int(e["target_expert"][1]))
+        return cls(e["source"], e["target"], region, e["score"], e["share"], e["kind"], e.get("expert"), place, slot)
 
-    def describe(self) -> tuple[str, str, str, str]:
-        """A line of the plan's table."""
-        source = self.source if self.expert is None else f"{self.source}[{self.expert}]"
-        target = self.target if self.place is None else f"{self.target} {self.place.describe()}"
-        return source, target, self.region.describe(), f"{100 * self.share:.1f}%"
+
+def describe(entries: Sequence[Entry]) -> tuple[str, str, str, str]:
+    """A line of the plan's table: an entry, or one for each expert of a target's."""
+    first = entries[0]
+    experts = _spans([e.expert for e in entries if e.expert is not None])
+    source = f"{first.source}[{experts}]" if experts else first.source
+    slot = "" if first.target_expert is None else f"[{len(entries)} of {first.target_expert[1]} experts]"
+    target = first.target + slot if first.place is None else f"{first.target}{slot} {first.place.describe()}"
+    same = all(e.region == first.region for e in entries)
+    rows, cols = first.region.shape
+    region = first.region.describe() if same else f"{len(entries)} regions of {rows} x {cols}"
+    share = sum(e.share for e in entries) / len(entries)
+    return source, target, region, f"{100 * share:.1f}%"
+
+
+def by_expert(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    """The entries of each expert of a target, which are made into a matrix each; all of them where it has no experts."""
+    found: dict[int, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(0 if entry.target_expert is None else entry.target_expert[0], []).append(entry)
+    return found
 
 
 def assemble(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> Tensor:
-    """A target's matrix [out, in] from all its entries; a view of the teacher's for a single window that is all of it."""
+    """A matrix [out, in] of a target from all its entries; a view of the teacher's for a single window that is all of it."""
     first = entries[0]
     if len(entries) == 1 and first.place is None:
         return first.region.cut(matrix_of(first))
@@ -164,6 +198,14 @@ class TransferPlan:
             found.setdefault(entry.target, []).append(entry)
         return found
 
+    def rows(self) -> list[list[Entry]]:
+        """The entries of each line of the table: one, or those of a target's experts that differ in nothing else."""
+        found: dict[tuple[Any, ...], list[Entry]] = {}
+        for i, e in enumerate(self.entries):
+            key = (i,) if e.target_expert is None else (e.source, e.target, e.place)
+            found.setdefault(key, []).append(e)
+        return list(found.values())
+
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> TransferPlan:
         """Read a plan from a file, from JSON text or from the value in it."""
@@ -193,7 +235,7 @@ class TransferPlan:
             ) from error
 
     def __str__(self) -> str:
-        lines = [e.describe() for e in self.entries]
+        lines = [describe(row) for row in self.rows()]
         head = ("source", "target", "region", "share of S")
         widths = [max(len(row[i]) for row in [head, *lines]) for i in range(4)]
         table = [
@@ -210,15 +252,18 @@ class TransferPlan:
             which = (
                 f"{total} layers" if total == len(self.layer_map) else f"first {len(self.layer_map)} of {total} layers"
             )
-            lines.append(f"teacher layers {_spans(self.layer_map)} feed the student's {which}")
+            listed = ", ".join(str(i) for i in self.layer_map)
+            lines.append(f"teacher layers {listed} feed the student's {which}")
         if self.layer_shares:
             caught = ", ".join(f"{100 * s:.0f}%" for s in self.layer_shares)
             lines.append(f"share of each layer's sensitivity caught: {caught}")
         return lines + self.notes
 
 
-def _spans(layers: Sequence[int]) -> str:
-    return ", ".join(str(i) for i in layers)
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers in a few words: 0-3, 7, 9-12, ..."""
+    spans = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in runs(numbers)]
+    return ", ".join(spans if len(spans) <= _FEW else [*spans[:_FEW], "..."])
 
 
 def plan(
@@ -245,11 +290,12 @@ def plan(
     (all, attention, ffn, embedding, q, k, v, o, gate, up, down: "all,-k,-v"), or a regular expression on the student's module
     names. align_heads: windows of q, k, v (rows) and o (columns) start at a head.
 
-    Matrices feed each other by role: fused projections are cut into their roles and put together again, and the most
-    sensitive expert of a layer feeds a dense FFN. module_map: instead, exactly these pairs, {"teacher.*.fc1": "student.*.up"},
-    `*` standing for a number (for the layer's, the chosen teacher layer). roles: more lines for `pkt.models.ROLES`, or a JSON
-    file with them. map_vocabulary: feed embeddings and head by shared token strings; True reads both directories' tokenizers,
-    or pass (teacher's, student's). partial: where the teacher is smaller, feed what fits and leave zeros.
+    Matrices feed each other by role: fused projections are cut into their roles and put together again; the most sensitive
+    expert of a layer feeds a dense FFN, the most sensitive ones the student's experts, in their order. module_map: instead,
+    exactly these pairs, {"teacher.*.fc1": "student.*.up"}, `*` standing for a number (for the layer's, the chosen teacher
+    layer). roles: more lines for `pkt.models.ROLES`, or a JSON file with them. map_vocabulary: feed embeddings and head by
+    shared token strings; True reads both directories' tokenizers, or pass (teacher's, student's). partial: where the teacher
+    is smaller, feed what fits and leave zeros.
 
     Raises one `PktError` listing every module whose shape cannot be cut.
     """
@@ -367,6 +413,9 @@ def _role_list(modules: str) -> tuple[set[str], set[str]] | None:
 def _chosen_parts(target: Target, modules: str) -> tuple[tuple[str, Runs], ...]:
     """The roles of a matrix that `modules` chooses, with their rows."""
     listed = _role_list(modules)
+    if target.group == "router":
+        # Its rows are the teacher's experts, most of which may not be there.
+        return ()
     if listed is None:
         return target.roles() if re.search(modules, target.module) else ()
     chosen, out = listed
@@ -465,13 +514,17 @@ class Pairing:
                 f"embeddings and head are left out: the vocabularies differ ({teacher.vocab_size} and {student.vocab_size} tokens)"
             )
             wanted = [t for t in wanted if t not in tables]
-        if any(t.experts for t in student.targets) and any(t.group == "ffn" for t in wanted):
+        if any(t.experts for t in wanted) and not any(t.experts for t in teacher.targets):
+            self.notes.append("the student's experts are left out: the teacher has none")
+            wanted = [t for t in wanted if not t.experts]
+        dense = [t for t in wanted if t.group == "ffn" and not t.experts]
+        if dense and any(t.experts for t in student.targets):
             # PEFT reads gate_proj, up_proj and down_proj of a model with experts as names of old for these.
             self.notes.append(
-                "the student's FFNs are left out: its experts are 3-D parameters, which pkt feeds from but not into, and PEFT "
-                "takes dense ones beside them for experts"
+                f"the student's FFNs beside its experts are left out ({dense[0].suffix}, ...): PEFT takes their names for the "
+                "experts'"
             )
-            wanted = [t for t in wanted if t.group != "ffn"]
+            wanted = [t for t in wanted if t not in dense]
         if not wanted:
             raise PktError(f"modules={self.options['modules']!r} leaves nothing to transfer: {'; '.join(self.notes)}")
         return wanted
@@ -494,7 +547,7 @@ class Pairing:
         known: dict[tuple[Any, ...], str | None] = {}
         for target in self.targets:
             for layer in [None] if target.layer is None else self.layers_for(target.layer):
-                key = target.suffix, target.shape, self.parts[target.module], layer
+                key = target.suffix, target.stored_shape, self.parts[target.module], layer
                 if key not in known:
                     try:
                         self.feeds(target, layer)
@@ -537,7 +590,7 @@ class Pairing:
         if layer is None:
             return self.outside.get(target.role if target.group == "embedding" else target.suffix)
         found = self.by_module.get(f"{self.teacher.layers}.{layer}.{target.suffix}" if self.teacher.layers else "")
-        return None if found is None or found.experts else found
+        return None if found is None or bool(found.experts) != bool(target.experts) else found
 
     def _source(self, target: Target, role: str, layer: int | None, same: Target | None) -> tuple[Target, Runs]:
         if same is not None and not same.parts and not target.parts:
@@ -548,8 +601,9 @@ class Pairing:
             for name, rows in source.roles()
             if role and name == role
         ]
-        # An FFN that is there comes before one of several experts.
-        best = [m for m in matches if not m[0].experts] or matches
+        # An FFN that is there comes before one of several experts; experts are fed by experts.
+        alike = [m for m in matches if bool(m[0].experts) == bool(target.experts)]
+        best = alike if alike or target.experts else matches
         if len(best) == 1:
             return best[0]
         name = f"its {role}" if target.parts else f"the role {role!r}" if role else "pkt does not know its role"
@@ -591,6 +645,8 @@ class Pairing:
                 last = max(b for _, b in used)
                 if last > table.shape[0]:
                     raise _UnfedError(f"{list(table.shape)}: its tokenizer has the id {last - 1}; use the model's own")
+        if target.experts:
+            self._check_experts(source, target)
         have = sum(b - a for a, b in source_rows), source.shape[1]
         need = sum(b - a for a, b in rows), target.shape[1]
         small = [f"{a} < {b}" for a, b in zip(have, need, strict=True) if a < b]
@@ -606,6 +662,18 @@ class Pairing:
         whole = shape == target.shape and rows == ((0, target.shape[0]),)
         place = Region(shape, through(rows, ((0, shape[0]),)), ((0, shape[1]),), source_shape=target.shape)
         return Feed(source, target, role, source_rows, shape, None if whole else place)
+
+    def _check_experts(self, source: Target, target: Target) -> None:
+        if target.module.rpartition(".")[2] not in EXPERT_PARAMETERS:
+            raise _UnfedError(
+                f"is a parameter of experts that PEFT's files cannot name; known: {', '.join(EXPERT_PARAMETERS)}"
+            )
+        if not source.experts:
+            raise _UnfedError(f"{list(target.stored_shape)}: {source.module} has no experts")
+        if source.experts < target.experts and not self.partial:
+            raise _UnfedError(
+                f"{list(target.stored_shape)}: {source.module} has fewer experts ({source.experts} < {target.experts})"
+            )
 
     # -- once there are scores
 
@@ -626,34 +694,51 @@ class Pairing:
         choosers = {layer: self.expert_chooser(layer, score_of) for layer in [None, *chosen]}
         for target in self.targets:
             layer = None if target.layer is None else chosen[target.layer]
-            expert_of = choosers[layer]
-            entries += [self.entry(feed, score_of, expert_of, sens.tile) for feed in self.feeds(target, layer)]
+            for feed in self.feeds(target, layer):
+                entries += self.entries(feed, score_of, choosers[layer], sens.tile)
         return self.finish(entries, chosen, [] if sens.layers is None else sens.layer_scores().tolist())
 
-    def expert_chooser(self, layer: int | None, score_of: Callable[[Target], Tensor]) -> Callable[[], int]:
-        """The most sensitive expert of a teacher layer, by Σ S over all its matrices; found when it is first asked for."""
-        found: list[int] = []
+    def expert_chooser(self, layer: int | None, score_of: Callable[[Target], Tensor]) -> Callable[[int], list[int]]:
+        """The most sensitive experts of a teacher layer, by Σ S over all an expert's matrices; summed when first asked for."""
+        found: list[Tensor] = []
 
-        def best() -> int:
+        def best(count: int) -> list[int]:
             if not found:
                 sources = [t for t in self.inside[layer if layer is not None else -1] if t.experts]
                 sums = [score_of(t).flatten(1).sum(1, dtype=torch.float64).cpu() for t in sources]
-                found.append(int(torch.stack(sums).sum(0).argmax()))
-            return found[0]
+                found.append(torch.stack(sums).sum(0))
+            return select_experts(found[0], count)
 
         return best
 
-    def entry(
+    def entries(
         self,
         feed: Feed,
         score_of: Callable[[Target], Tensor],
-        expert_of: Callable[[], int],
+        experts_of: Callable[[int], list[int]],
         tile: int | None = None,
         whole: float | None = None,
+    ) -> list[Entry]:
+        """The region of a feed, of each expert where the student has experts. whole: Σ S of its source, when that is known."""
+        source, target = feed.source, feed.target
+        if not source.experts:
+            return [self._entry(feed, score_of, None, None, tile, whole)]
+        if not target.experts:
+            return [self._entry(feed, score_of, experts_of(1)[0], None, tile, None)]
+        kept = experts_of(min(source.experts, target.experts))
+        return [self._entry(feed, score_of, e, (i, target.experts), tile, None) for i, e in enumerate(kept)]
+
+    def _entry(
+        self,
+        feed: Feed,
+        score_of: Callable[[Target], Tensor],
+        expert: int | None,
+        slot: tuple[int, int] | None,
+        tile: int | None,
+        whole: float | None,
     ) -> Entry:
-        """The region of a feed. whole: Σ S of its source, when that is known."""
         source, target, options = feed.source, feed.target, self.options
-        expert = expert_of() if source.experts else None
+        name = f"{target.module} {feed.role}" if target.parts else target.module
         score = source.oriented(score_of(source), expert)
         part, shape = _rows_of(score, feed, tile)
         region = select_region(
@@ -664,10 +749,10 @@ class Pairing:
             tile=tile,
             steps=steps_of(feed.role, shape, feed.shape, self.teacher) if options["align_heads"] else (1, 1),
             seed=options["seed"],
-            name=f"{target.module} {feed.role}" if target.parts else target.module,
+            name=name if slot is None else f"{name} of expert {slot[0]}",
         )
         inside = caught_by(part, region, tile)
-        if whole is None or expert is not None:
+        if whole is None:
             whole = ops.double_sum(score).item()
         return Entry(
             source.module,
@@ -678,6 +763,7 @@ class Pairing:
             target.kind,
             expert,
             feed.place,
+            slot,
         )
 
     def finish(self, entries: list[Entry], chosen: list[int], layer_scores: list[float]) -> TransferPlan:
@@ -694,18 +780,37 @@ class Pairing:
         )
 
     def _expert_note(self, entries: Iterable[Entry]) -> list[str]:
-        chosen = {self.by_module[e.source].layer: e.expert for e in entries if e.expert is not None}
-        if not chosen:
-            return []
-        listed = ", ".join(f"{layer}: {expert}" for layer, expert in sorted(chosen.items(), key=str))
-        return [f"the most sensitive expert of each teacher layer feeds the FFN (layer: expert {listed})"]
+        one: dict[int, int] = {}
+        kept: dict[int, set[int]] = {}
+        counts: dict[int, int] = {}
+        for e in entries:
+            source = self.by_module[e.source]
+            if e.expert is None or source.layer is None:
+                continue
+            counts[source.layer] = source.experts
+            if e.target_expert is None:
+                one[source.layer] = e.expert
+            else:
+                kept.setdefault(source.layer, set()).add(e.expert)
+        notes = []
+        if one:
+            listed = ", ".join(f"{layer}: {expert}" for layer, expert in sorted(one.items()))
+            notes.append(f"the most sensitive expert of each teacher layer feeds the FFN (layer: expert {listed})")
+        if kept and all(len(experts) == counts[layer] for layer, experts in kept.items()):
+            notes.append("every expert of the teacher feeds the student's of the same number")
+        elif kept:
+            listed = "; ".join(f"{layer}: {_spans(sorted(kept[layer]))}" for layer in sorted(kept))
+            notes.append(
+                f"the most sensitive experts feed the student's, in their order (teacher layer: experts {listed})"
+            )
+        return notes
 
     def _partial_note(self, entries: Iterable[Entry]) -> list[str]:
         if not self.partial:
             return []
         entries = list(entries)
         fed = sum(math.prod(e.region.shape) for e in entries)
-        total = sum(math.prod(t.shape) for t in self.wanted)
+        total = sum(math.prod(t.stored_shape) for t in self.wanted)
         names = {e.target for e in entries}
         none = [t.module for t in self.wanted if t.module not in names]
         rest = f"; nothing feeds {len(none)} of its {len(self.wanted)} matrices ({none[0]}, ...)" if none else ""

@@ -17,7 +17,7 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, describe_factorization, read_manifest, versions
 from pkt.finalization import read_source
 from pkt.models import spec_of
-from pkt.planning import TransferPlan
+from pkt.planning import TransferPlan, describe
 from pkt.storage import MANIFEST, atomic_file
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
@@ -95,11 +95,11 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         sections.append({"heading": "Layers and energies", "picture": png_bytes(figure), "text": plan.summary()})
     rows = [
         (
-            *e.describe(),
-            ext.pairs[e.target].rank,
-            f"{100 * ext.energies[e.target]:.1f}%",
+            *describe(row),
+            ext.pairs[row[0].target].rank,
+            f"{100 * ext.energies[row[0].target]:.1f}%",
         )
-        for e in plan.entries
+        for row in plan.rows()
     ]
     head = ["source", "target", "region", "share of S", "rank", "energy caught"]
     sections.append({"heading": "Regions", "head": head, "rows": rows})

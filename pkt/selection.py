@@ -209,6 +209,11 @@ def block_side(length: int, wanted: int) -> int:
     return side if side > 1 else next(b for b in range(min(BLOCK, wanted), 0, -1) if wanted % b == 0)
 
 
+def select_experts(scores: Tensor, count: int) -> list[int]:
+    """The `count` most sensitive experts of a teacher's layer, in their original order, as `select_layers` does for layers."""
+    return _top(scores, count)
+
+
 def _axis_blocks(score: Tensor, summed: int, wanted: int) -> Tensor:
     """Sums over the whole blocks of one axis, fp64 [length // block]."""
     line = ops.double_sum(score, summed)

@@ -20,7 +20,7 @@ from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
 from pkt.extraction import Extraction, name_kind, read_manifest, versions
 from pkt.finalization import INITIAL
-from pkt.injection import ADAPTER, Mode, check_settings, inject
+from pkt.injection import ADAPTER, Mode, check_settings, checked_dropout, inject
 from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.storage import (
@@ -54,7 +54,7 @@ def train(
     batch_size: int = 64,
     micro_batch: int = 8,
     lr: float = 3e-4,
-    dropout: float = 0.05,
+    dropout: float | None = None,
     warmup: float = 0.0,
     scheduler: str = "linear",
     max_length: int = 2048,
@@ -68,8 +68,9 @@ def train(
 
     `out` is a run folder: the adapter as PEFT saves it, checkpoints, TensorBoard logs under `logs/`, and pkt.json. The same
     call on an unfinished run goes on from its last complete checkpoint; on a finished one it is refused. With `force` it
-    starts over. batch_size: rows of a step; micro_batch: rows in memory at once, at most; warmup: steps, or a share of them
-    below 1; max_steps: fewer steps than the epochs have, if given.
+    starts over. batch_size: rows of a step; micro_batch: rows in memory at once, at most; dropout: 0.05 unless given, or 0
+    where experts are adapted, for which PEFT has none; warmup: steps, or a share of them below 1; max_steps: fewer steps than
+    the epochs have, if given.
 
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
     another run's or that another process is writing, a full disk, and the first loss or gradient that is not finite.
@@ -82,6 +83,7 @@ def train(
         seed,
     )
     ext = Extraction.load(extraction)
+    dropout = checked_dropout(ext.pairs, dropout)
     out = as_path(out, "the path of a run folder")
     student = as_path(student, "the path of a student")
     check_apart(out, *(given for given in (extraction, student, data) if is_stored(given)))
@@ -348,7 +350,7 @@ def write_injected(
     out: str | Path,
     *,
     mode: Mode = "paired",
-    dropout: float = 0.05,
+    dropout: float | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     save_residual: str | Path | None = None,
@@ -356,7 +358,8 @@ def write_injected(
 ) -> list[str]:
     """Write the injected adapter for a trainer that is not ours, and what to do next.
 
-    `residual` also needs its base: a complete student of W − B₀A₀, written to `save_residual` (default: OUT/base).
+    dropout: as in `train`. `residual` also needs its base: a complete student of W − B₀A₀, written to `save_residual` (default:
+    OUT/base).
     """
     if save_residual is not None and mode != "residual":
         raise PktError(
@@ -370,6 +373,7 @@ def write_injected(
     if save_residual is not None:
         check_apart(check_output_folder(base_path, force=force), out, *read)
     ext = Extraction.load(extraction)
+    dropout = checked_dropout(ext.pairs, dropout)
     model = inject(student, ext, mode=mode, dropout=dropout, alpha=alpha, rslora=rslora)
     settings = {"mode": mode, "dropout": dropout, "student": fingerprint(student)}
     # Both are written whole before either is renamed into place.

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.adapters import Pair
 from pkt.errors import PktError
-from pkt.extraction import Extraction, extract, versions
-from pkt.factorization import Split, check_rank, factorize_all
+from pkt.extraction import Extraction, extract, factorize_targets, versions
+from pkt.factorization import Split, check_rank
 from pkt.models import (
     ModelSpec,
     Target,
@@ -58,9 +58,7 @@ from pkt.planning import (
     TransferPlan,
     Vocabulary,
     check_options,
-    lora_matrix,
     read_vocabulary,
-    source_names,
 )
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
@@ -455,7 +453,9 @@ class Harvest:
         return [place for place in range(self.pairing.count) if layer in self.pairing.layers_for(place)]
 
     def signature(self, place: int) -> str:
-        mine = [[t.suffix, *t.shape] for t in self.pairing.targets if t.layer == place]
+        mine = [
+            [t.suffix, *(t.stored_shape if t.experts else t.shape)] for t in self.pairing.targets if t.layer == place
+        ]
         # A random window is drawn from the target's name.
         drawn = place if self.options["select"] == "random" else ""
         return sha256(json.dumps([mine, drawn]))[:12]
@@ -470,10 +470,12 @@ class Harvest:
         def score_of(source: Target) -> Tensor:
             return scores[source.parameter]
 
-        expert_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
+        experts_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
         for group, target, feeds in wanted:
             name = f"{group}/{target.suffix}"
-            entries = [self.pairing.entry(f, score_of, expert_of, whole=sums[f.source.parameter]) for f in feeds]
+            entries = [
+                e for f in feeds for e in self.pairing.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
+            ]
             record["entries"][name] = {"entries": [e.to_json() for e in entries]}
         at_once = len(groups) == 1 or not self.ranked
         factors = self._factorize(record["entries"], weight) if at_once else {}
@@ -506,12 +508,11 @@ class Harvest:
             source = self.pairing.by_module[entry.source]
             return source.oriented(weight(source.parameter), entry.expert)
 
-        entries = [[Entry.from_json(e) for e in target["entries"]] for target in targets.values()]
-        matrices = [lora_matrix(mine, matrix_of) for mine in entries]
-        found = factorize_all(matrices, [source_names(mine) for mine in entries], **self.factorization)
-        for target, factors in zip(targets.values(), found, strict=True):
-            target["energy"] = factors.energy
-        return {name: (factors.A.cpu(), factors.B.cpu()) for name, factors in zip(targets, found, strict=True)}
+        entries = {name: [Entry.from_json(e) for e in target["entries"]] for name, target in targets.items()}
+        found = factorize_targets(entries, matrix_of, **self.factorization)
+        for name, (_, energy) in found.items():
+            targets[name]["energy"] = energy
+        return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _) in found.items()}
 
     def _best(self) -> list[int]:
         scored = sorted(
