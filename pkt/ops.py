@@ -2,7 +2,7 @@
 
 The dispatcher is the fallback: callers say `ops.linear_sensitivity_(...)` and never ask where the tensors are. The torch
 implementations below run on any device; on CUDA the Triton kernels of `pkt_kernels` take their place when Triton is there
-and the device can run them (`implementation()` says which one each op uses, and why).
+and the device can run them, on either device what `pkt._C` has (`implementation()` says which one each op uses, and why).
 """
 
 from __future__ import annotations
@@ -295,6 +295,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"pkt uses its torch implementations on this GPU: {reason}", PktWarning, stacklevel=4)
 
 
+_COMPILED_FOR_CPU = ("linear_sensitivity_", "best_window")  # beside those of _RSVD
 _RSVD: dict[str, Callable[..., Any]] = {"rsvd": _rsvd_torch, "rsvd_batch": _rsvd_batch_torch}
 
 
@@ -320,7 +321,7 @@ def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     device = torch.device(device)
     if (name, device.type.upper()) in _COMPILED:
         return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
-    if name in _RSVD or (name == "best_window" and device.type == "cpu"):
+    if name in _RSVD or (name in _COMPILED_FOR_CPU and device.type == "cpu"):
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
         reason = _no_triton(device.index or 0)
