@@ -213,6 +213,21 @@ def _sliding(values: Tensor, width: int) -> Tensor:
     return sums
 
 
+@functools.cache
+def native_halves() -> frozenset[torch.dtype]:
+    """The half types that this CPU multiplies itself; in the others torch is tens of times slower than in fp32."""
+    here = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    return frozenset(dtype for dtype, name in here.items() if getattr(torch.ops.mkldnn, name)())
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in for weights of a type: fp32, which holds them exactly, for a half type a CPU cannot multiply."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and device.type == "cpu" and dtype not in native_halves() else dtype
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch's on a GPU and on a CPU, C++'s, or one asked for by pkt._C."""
     told = ("can't allocate memory", "bad_alloc", '"aten::empty"')

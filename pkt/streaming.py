@@ -22,7 +22,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,6 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
-_HALF = (torch.float16, torch.bfloat16)
 _ALIGN = 64
 _PROBE_TOKENS = 24
 _OWN_PAGES = 1 << 16
@@ -209,19 +208,20 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class Loader:
     """Brings groups of tensors to the device, the next group while one computes, into buffers that are used again.
 
-    With `resident`, what was loaded stays. `waited` and `bytes_read` are for the progress report.
+    dtypes: what each tensor is wanted in. With `resident`, what was loaded stays. `waited` and `bytes_read` are for the
+    progress report.
     """
 
     def __init__(
         self,
         source: CheckpointFiles | HostTensors,
         device: torch.device,
-        dtype: torch.dtype | None,
+        dtypes: Mapping[str, torch.dtype],
         *,
         prefetch: bool,
         resident: bool,
     ) -> None:
-        self.source, self.device, self.dtype, self.resident = source, device, dtype, resident
+        self.source, self.device, self.dtypes, self.resident = source, device, dtypes, resident
         self.thread = ThreadPoolExecutor(1, "pkt-weights") if prefetch else None
         self.free: list[Tensor] = []
         self.in_use: dict[tuple[str, ...], Tensor] = {}
@@ -283,16 +283,22 @@ class Loader:
                 on_device.copy_(slot[:total], non_blocking=True)
             self.stream.synchronize()
             on_device.record_stream(torch.cuda.current_stream(self.device))
-            self.free.append(slot)
-        else:
-            self.in_use[names] = slot
+        # Where one is cast all are copied, so that the buffer is free for the next.
+        cast = any(self._wanted(name) != self.source.tensors[name].dtype for name in names)
         tensors = {}
         for name, offset in offsets.items():
             stored = self.source.tensors[name]
             tensor = on_device[offset : offset + stored.nbytes].view(stored.dtype).view(stored.shape)
-            cast = self.dtype is not None and tensor.is_floating_point() and tensor.dtype != self.dtype
-            tensors[name] = tensor.to(self.dtype) if cast else tensor
+            tensors[name] = tensor.to(self._wanted(name), copy=True) if cast else tensor
+        if cast or on_device is not slot:
+            self.free.append(slot)
+        else:
+            self.in_use[names] = slot
         return tensors
+
+    def _wanted(self, name: str) -> torch.dtype:
+        stored = self.source.tensors[name].dtype
+        return self.dtypes[name] if stored.is_floating_point else stored
 
     def _slot(self, size: int) -> Tensor:
         fitting = [slot for slot in self.free if size <= slot.numel() <= 2 * size]
@@ -315,14 +321,29 @@ class Teacher:
     stored_as: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the source
     note: str = ""
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor of the source is wanted in: what it is in the empty model."""
+        return {self.stored_as[name]: tensor.dtype for name, tensor in _all_tensors(self.model)}
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of a weight where it comes from."""
+        found = {} if self.source is None else self.source.tensors
+        return next((t.dtype.itemsize for t in found.values() if t.dtype.is_floating_point), _dtype_of(self).itemsize)
+
 
 def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
-    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time."""
+    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time.
+
+    Weights in a half type that this CPU cannot multiply are widened as they are read, unless a dtype is given.
+    """
     if isinstance(teacher, nn.Module):
         model = unwrap(teacher)
-        if all(t.device == device for _, t in _all_tensors(model)):
+        tensors = dict(_all_tensors(model))
+        wanted = {t: t.dtype if dtype else ops.working_dtype(t.dtype, device) for t in tensors.values()}
+        if all(t.device == device and t.dtype == wanted[t] for t in tensors.values()):
             return Teacher(model, None)
-        hollow = copy.deepcopy(model, {id(t): _emptied(t) for _, t in _all_tensors(model)})
+        hollow = copy.deepcopy(model, {id(t): _emptied(t, wanted[t]) for t in tensors.values()})
         for module in hollow.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -334,13 +355,14 @@ def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None =
         config = load_config(teacher)
         try:
             files = CheckpointFiles(Path(teacher))
-            wanted = dtype or _stored_dtype(config, files)
-            model = hollow_model(config, wanted, device)
-            return Teacher(model, files, wanted, _match_names(model, files, wanted))
+            stored = _stored_dtype(config, files)
+            working = dtype or (stored and ops.working_dtype(stored, device))
+            model = hollow_model(config, working, device)
+            return Teacher(model, files, working, _match_names(model, files))
         except NotLayeredError as error:
             note = f"{teacher} is loaded whole, not layer by layer: {error}"
     loaded = load_model(teacher, dtype=dtype, dequantize=True)
-    return Teacher(**{**vars(open_teacher(loaded, device)), "note": note})
+    return Teacher(**{**vars(open_teacher(loaded, device, dtype)), "note": note})
 
 
 def _dtype_of(teacher: Teacher) -> torch.dtype:
@@ -348,8 +370,8 @@ def _dtype_of(teacher: Teacher) -> torch.dtype:
     return teacher.dtype or found
 
 
-def _emptied(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+def _emptied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", dtype=dtype)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -363,14 +385,8 @@ def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
     return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
 
 
-def _match_names(model: nn.Module, files: CheckpointFiles, dtype: torch.dtype | None) -> dict[str, str]:
+def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
     """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
-    # As transformers has it: the strict ones for both half types, the others for fp16 alone.
-    half = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in _HALF else []
-    if dtype == torch.float16:
-        half += list(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if half:
-        raise NotLayeredError("some of its modules must stay in fp32")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, str] = {}
     by_tensor: dict[int, str] = {}
@@ -702,7 +718,7 @@ class Engine:
         self.loader = (
             None
             if teacher.source is None
-            else Loader(teacher.source, device, teacher.dtype, prefetch=prefetch, resident=resident)
+            else Loader(teacher.source, device, teacher.dtypes(), prefetch=prefetch, resident=resident)
         )
         self.layers = [self.model.get_submodule(f"{layers}.{i}") for i in range(num_layers)]
         self._map_names()
@@ -1419,6 +1435,7 @@ class MemoryPlan:
     read: int
     flops: float
     device_limit: int
+    widened: bool = False  # weights are computed with in a wider type than they are stored in
     seconds: float | None = None
 
     @property
@@ -1430,11 +1447,12 @@ class MemoryPlan:
         parts = ", ".join(f"{what} {_size(value)}" for what, value in self.device.items() if value)
         where = ", ".join(f"{self.places.count(p)} on {_PLACE_NAMES[p]}" for p in _PLACE_NAMES if p in self.places)
         took = "" if self.seconds is None else f", about {_duration(self.seconds)} at this machine's measured speed"
+        wide = ", widened to fp32 as they are read" if self.widened else ""
         return [
             f"memory: {_size(self.device_total)} of {_size(self.device_limit)} on the device ({parts})",
             f"activations at {len(self.places)} layer boundaries: {where} ({_size(self.host)} host, {_size(self.disk)} disk)",
             f"{'resident' if self.resident else 'streamed'}, micro-batches of {self.micro_batch}; "
-            f"{_size(self.read)} to read, {self.flops:.2e} flops{took}",
+            f"{_size(self.read)} of weights to read{wide}, {self.flops:.2e} flops{took}",
         ]
 
 
@@ -1473,7 +1491,8 @@ class Sizes:
     """What the memory plan needs to know of a teacher, in elements and bytes, from its skeleton alone.
 
     layer, front, head: parameters; linear_io: Σ of inputs and outputs of one layer's matrices; largest, side: elements and
-    longer side of a layer's largest matrix; logits: whether the head's loss needs them (`pkt.models.plain_head`).
+    longer side of a layer's largest matrix; itemsize: of a weight as it is computed with, stored: where it comes from;
+    logits: whether the head's loss needs them (`pkt.models.plain_head`).
     """
 
     layers: int
@@ -1486,6 +1505,7 @@ class Sizes:
     vocab: int
     hidden: int
     itemsize: int
+    stored: int
     grad_itemsize: int
     tied: bool
     logits: bool
@@ -1527,6 +1547,7 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         vocab=vocab,
         hidden=hidden,
         itemsize=dtype.itemsize,
+        stored=teacher.stored_itemsize,
         grad_itemsize=grad_itemsize,
         tied=tied,
         logits=plain_head(model) is None,
@@ -1577,7 +1598,7 @@ def plan_memory(
     parameters = sizes.layers * sizes.layer + sizes.front + sizes.head
     flops = 8.0 * (sizes.layers * sizes.layer + sizes.head) * tokens
     weights, item = parameters * sizes.itemsize, sizes.itemsize
-    read = item * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
+    read = sizes.stored * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
     table = max(sizes.head, sizes.front)
     # A tied table's scores wait for its other use, with the gradient rows of the tokens that occur.
     waiting = len(lengths) * 4 * table if sizes.tied and on_cpu else 0
@@ -1626,9 +1647,10 @@ def plan_memory(
             device=device_use,
             host=on_host * boundary,
             disk=disk,
-            read=0 if in_memory else (weights if extra else read),
+            read=0 if in_memory else (parameters * sizes.stored if extra else read),
             flops=flops,
             device_limit=device_limit,
+            widened=sizes.itemsize > sizes.stored,
         )
     raise PktError(
         f"one sample at a time needs {_size(smallest)} on the device and {_size(device_limit)} may be used; allow more "
@@ -1676,15 +1698,17 @@ def _largest_part(
         block = min(BLOCK.get(device.type, BLOCK_DEFAULT), widest * sizes.vocab)
         head_work = block * (2 * item + 8) + widest * sizes.hidden * (4 * item + 32) + blocks
     loaded = 1 if in_memory else 2
+    # The buffer that weights of another type are read into.
+    buffer = 0 if sizes.stored == item else sizes.stored
     # Micro-batches are gone when regions are chosen.
     layer = {
-        "weights": loaded * sizes.layer * item,
+        "weights": sizes.layer * (loaded * item + buffer),
         "scores": 4 * sizes.layer,
         "tied scores": waiting,
         "work": max(work, choose(sizes.largest, sizes.side)),
     }
     head = {
-        "weights": (sizes.head + (loaded - 1) * sizes.layer) * item,
+        "weights": (sizes.head + (loaded - 1) * sizes.layer) * item + max(sizes.head, sizes.layer) * buffer,
         "scores": 4 * table,
         "tied scores": max(0, waiting - 4 * table),
         "work": max(head_work, choose(table, max(sizes.vocab, sizes.hidden))),

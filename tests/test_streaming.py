@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import oracle
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pkt
+from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.seeds import Example, Seeds
 from pkt.streaming import (
@@ -172,7 +174,8 @@ class TestScores:
             assert oracle.relative_error(found[parameter], truth[parameter]) < 1e-5, parameter
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision(self, dtype: torch.dtype, tmp_path: Path) -> None:
+    def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
         model = oracle.llama().to(dtype)
         batches = oracle.batched(oracle.token_samples(5), 5)
         whole = pkt.sensitivity(model, batches, progress=False)
@@ -181,6 +184,46 @@ class TestScores:
         for parameter in whole:
             assert found[parameter].dtype == torch.float32
             assert oracle.relative_error(found[parameter], whole[parameter]) < oracle.FLOOR[dtype], parameter
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_types_that_a_cpu_cannot_multiply_are_widened(
+        self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "native_halves", frozenset)
+        oracle.llama().to(dtype).save_pretrained(tmp_path / "teacher")
+        model = load_model(tmp_path / "teacher")
+        batches = oracle.batched(oracle.token_samples(5), 5)
+        truth = oracle.sensitivity(model, batches)
+        first = streamed(tmp_path / "teacher", batches, tmp_path)
+        for parameter in truth:
+            assert oracle.relative_error(first[parameter], truth[parameter]) < 1e-5, parameter
+        for teacher, options in ((model, {}), (tmp_path / "teacher", {"resident": True, "prefetch": False})):
+            again = streamed(teacher, batches, tmp_path, **options)
+            assert all(torch.equal(first[n], again[n]) for n in first)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        sizes = sizes_of(open_teacher(tmp_path / "teacher", CPU), "model.layers", 3)
+        assert (sizes.itemsize, sizes.stored) == (4, 2)
+        # What somebody asks for is what they get.
+        assert open_teacher(tmp_path / "teacher", CPU, dtype).dtype == dtype
+
+    @pytest.mark.parametrize("family", ["DeepSeek-V3", "GPT-OSS"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_what_transformers_keeps_in_fp32_stays_there(
+        self, family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        families.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
+        loaded, teacher = load_model(tmp_path / "teacher"), open_teacher(tmp_path / "teacher", CPU)
+        wanted = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+        assert torch.float32 in wanted.values() or (family == "GPT-OSS" and dtype == torch.bfloat16)
+        assert {name: tensor.dtype for name, tensor in teacher.model.state_dict().items()} == wanted
+        engine = Engine(teacher, device=CPU, num_layers=3, layers="model.layers", on_part=lambda *part: None)
+        with engine.loaded(engine.layer_names[1]):
+            for name in engine.layer_names[1]:
+                module, key, _ = engine.places[name][0]
+                assert torch.equal(getattr(module, key), loaded.state_dict()[name])
+                assert getattr(module, key).dtype == wanted[name]
+        engine.close()
 
     def test_placement_and_prefetch_never_change_a_byte_and_micro_batches_little(self, tmp_path: Path) -> None:
         oracle.llama(True).save_pretrained(tmp_path / "teacher")
