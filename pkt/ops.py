@@ -26,6 +26,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ELEMENTS = 1 << 18
 # And while products make it: smaller blocks leave the second thread waiting (2^18: a third slower on two).
 GRADIENT_ELEMENTS = 1 << 20
+# Sums in fp64 copy a block to that type: one that stays in the first caches.
+_SUM_ELEMENTS = 1 << 14
 # What `best_window` and sums in fp64 need besides the scores on a CPU.
 SEARCH_BYTES = 48 * _BLOCK_ELEMENTS
 
@@ -132,9 +134,9 @@ def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
     """Σ in fp64 of all values, or of a matrix along `dim`. On a CPU torch's own would first make an fp64 copy of the whole."""
     if values.ndim == 0 or values.device.type != "cpu":
         return values.sum(dtype=torch.float64) if dim is None else values.sum(dim, dtype=torch.float64)
-    rows = max(1, _BLOCK_ELEMENTS * values.shape[0] // max(1, values.numel()))
-    parts = [p.sum(dtype=torch.float64) if dim is None else p.sum(dim, dtype=torch.float64) for p in values.split(rows)]
-    return torch.cat(parts) if dim == 1 else torch.stack(parts).sum(0)
+    rows = max(1, _SUM_ELEMENTS * values.shape[0] // max(1, values.numel()))
+    parts = (p.sum(dtype=torch.float64) if dim is None else p.sum(dim, dtype=torch.float64) for p in values.split(rows))
+    return torch.cat(list(parts)) if dim == 1 else functools.reduce(Tensor.add_, parts)
 
 
 def embedding_rows(
