@@ -1720,7 +1720,7 @@ def _largest_part(
     blocks = 0
     if device.type == "cpu":
         compiled = ops.implementation("linear_sensitivity_", device)[0] == "C++"
-        blocks = 2 << 20 if compiled else 8 * min(ops.GRADIENT_ELEMENTS, sizes.largest)
+        blocks = 8 * min(1 << 18 if compiled else ops.GRADIENT_ELEMENTS, sizes.largest)
     # Inputs and outputs of every matrix and of what lies between them, and fp32 copies of one matrix's.
     work = widest * sizes.linear_io * (2 * item + 4) + blocks
     if sizes.logits:
