@@ -1,4 +1,4 @@
-"""Builds `pkt._C`, the compiled randomized SVD, where the machine can; everything else is in pyproject.toml.
+"""Builds `pkt._C`, the compiled part of pkt, where the machine can; everything else is in pyproject.toml.
 
     pip install -e . --no-build-isolation      C++ always, CUDA too where torch has it and nvcc is there
     PKT_BUILD_EXT=1 pip install ...            the same, but what cannot be built is an error
@@ -24,7 +24,16 @@ PYTHON_TAG = "cp310"
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
 CPU_KERNELS = ["cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
-CPU_SOURCES = ["extension", "window_search", "rsvd_cpu", "block_krylov", "orthonormalize", *CPU_KERNELS]
+CPU_SOURCES = [
+    "extension",
+    "linear_sensitivity",
+    "abs_products",
+    "window_search",
+    "rsvd_cpu",
+    "block_krylov",
+    "orthonormalize",
+    *CPU_KERNELS,
+]
 CUDA_SOURCES = ["rsvd_cuda"]
 
 

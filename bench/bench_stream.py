@@ -140,14 +140,17 @@ def products(shape: dict[str, int]) -> dict[str, float]:
     for (rows, cols), count in counts.items():
         for kind, seconds in _products(rows, cols, SEEDS * TOKENS, SEEDS).items():
             total[kind] += count * seconds * (2 if kind == "forward" else 1)
-    # The head runs one sample at a time.
+
     total["head"] = SEEDS * sum(_products(VOCAB, hidden, TOKENS, 1).values())
     return total
 
 
 def _products(rows: int, cols: int, tokens: int, samples: int) -> dict[str, float]:
-    w = torch.randn(rows, cols).to(torch.bfloat16)
-    x, dy = torch.randn(tokens, cols).to(torch.bfloat16), torch.randn(tokens, rows).to(torch.bfloat16)
+    from pkt.ops import working_dtype
+
+    dtype = working_dtype(torch.bfloat16, torch.device("cpu"))
+    w = torch.randn(rows, cols).to(dtype)
+    x, dy = torch.randn(tokens, cols).to(dtype), torch.randn(tokens, rows).to(dtype)
     wide = [(a.float(), b.float()) for a, b in zip(x.chunk(samples), dy.chunk(samples), strict=True)]
 
     def weight_gradients() -> None:
@@ -376,6 +379,8 @@ def main() -> int:
     if options.scaling:
         scaling()
         return 0
+    from pkt.ops import working_dtype
+
     torch.set_num_threads(options.threads)
     if options.child is not None:
         print(json.dumps(child(options.child, options.layers)))
@@ -399,7 +404,11 @@ def main() -> int:
         "what": f"streamed transfer, {size / 2e9:.2f}B bf16 teacher on disk, {SEEDS} seeds x {TOKENS} tokens, rank {RANK}",
         "teacher": {**TEACHER, "num_hidden_layers": options.layers, "vocab_size": VOCAB, "bytes": size},
         "student": {**STUDENT, "num_hidden_layers": options.layers // 2},
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": options.threads},
+        "machine": {
+            "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": options.threads,
+            "computed_in": str(working_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch."),
+        },
         "torch": torch.__version__,
         "goals": GOALS,
         "met": {goal: found[goal] <= limit for goal, limit in GOALS.items()},

@@ -1,4 +1,4 @@
-// Zeroed memory on a 64-byte boundary, as the vector kernels want it.
+// Memory on a 64-byte boundary, as the vector kernels want it.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +18,12 @@ struct Aligned {
   std::unique_ptr<T[], AlignedDelete> storage;
 
   Aligned() : rows(0), width(0) {}
-  Aligned(int64_t rows, int64_t width)
+  // Zeroed, unless all of it will be written before it is read.
+  Aligned(int64_t rows, int64_t width, bool zeroed = true)
       : rows(rows),
         width(width),
         storage(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(rows * width), std::align_val_t{64}))) {
-    clear();
+    if (zeroed) clear();
   }
   T* row(int64_t i) const { return storage.get() + i * width; }
   T& operator()(int64_t i, int64_t j) const { return storage[i * width + j]; }

@@ -51,6 +51,13 @@ struct CpuKernels {
   void (*small_svd)(const double* r, int n, double* left, double* right, double* s, double* scratch, int* order,
                     int64_t seed);
   void (*leading_eigenvectors)(double* a, int n, int count, double* vectors, double* work, int* order);
+  // abs_products.cpp's, in fp32 and fp64: a register tile is `tile_rows` rows by `tile_bytes` of columns.
+  int64_t tile_rows, tile_bytes;
+  // total [panels · tile_rows, columns of a tile] = Σ_j |a_jᵀ b_j|, sample j being rows ends[j − 1] … ends[j] of each panel
+  // of a [panels, depth, tile_rows] and of b [depth, columns].
+  void (*abs_products)(int64_t panels, int64_t samples, const int64_t* ends, const float* a, const float* b, float* total);
+  void (*abs_products_fp64)(int64_t panels, int64_t samples, const int64_t* ends, const double* a, const double* b,
+                            double* total);
 };
 
 // The best kernels that this processor can run; `level` 0, 1, 2 asks for baseline, AVX2, AVX-512 or what is below it.

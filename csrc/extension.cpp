@@ -1,4 +1,4 @@
-// pkt._C: an empty module. Loading it runs the registrations in rsvd_cpu.cpp and rsvd_cuda.cu.
+// pkt._C: an empty module. Loading it runs the registrations of the other files.
 
 #include <Python.h>
 

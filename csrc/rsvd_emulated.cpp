@@ -1,7 +1,8 @@
-// The CUDA implementation run by cuda_emulation.h, and the CPU implementation without torch: for the tests, by ctypes.
+// The CUDA implementation run by cuda_emulation.h, and the CPU implementations without torch: for the tests, by ctypes.
 
 #include <thread>
 
+#include "abs_products.h"
 #include "block_krylov.h"
 #include "rsvd_pipeline.h"
 
@@ -70,15 +71,20 @@ PKT_EXPORT int pkt_emulated_cuda(const pkt::Matrix* a, const pkt::Factors* out, 
                                      : emulated<float>(a, out, count, *options, shared_limit);
 }
 
+static void run_threads(int64_t count, const std::function<void(int64_t)>& f) {
+  std::vector<std::thread> pool;
+  for (int64_t i = 0; i < count; ++i) pool.emplace_back(f, i);
+  for (std::thread& thread : pool) thread.join();
+}
+
 // `level` as for cpu_kernels; returns the kernels' name.
 PKT_EXPORT const char* pkt_cpu(const pkt::Matrix* a, const pkt::Factors* out, const pkt::Options* options,
                                int64_t threads, int level) {
   const pkt::CpuKernels& kernels = pkt::cpu_kernels(level);
-  const auto run = [](int64_t count, const std::function<void(int64_t)>& f) {
-    std::vector<std::thread> pool;
-    for (int64_t i = 0; i < count; ++i) pool.emplace_back(f, i);
-    for (std::thread& thread : pool) thread.join();
-  };
-  pkt::block_krylov_svd(*a, *options, *out, {threads, run}, kernels);
+  pkt::block_krylov_svd(*a, *options, *out, {threads, run_threads}, kernels);
   return kernels.name;
+}
+
+PKT_EXPORT void pkt_abs_products(const pkt::Scored* scored, int64_t threads, int level) {
+  pkt::add_abs_products(*scored, {threads, run_threads}, pkt::cpu_kernels(level));
 }

@@ -1,11 +1,11 @@
-// bf16 and fp16 entries as fp32.
+// bf16 and fp16 entries as fp32. fp64 is for sensitivities alone.
 #pragma once
 
 #include "team.h"
 
 namespace pkt {
 
-enum class Dtype { bf16, fp16, fp32 };
+enum class Dtype { bf16, fp16, fp32, fp64 };
 
 struct Bf16 {
   uint16_t bits;
@@ -34,6 +34,7 @@ PKT_INLINE uint32_t bits_of(float x) {
 }
 
 PKT_INLINE float widened(float x) { return x; }
+PKT_INLINE double widened(double x) { return x; }
 PKT_INLINE float widened(Bf16 x) { return float_of(uint32_t{x.bits} << 16); }
 // The exponent is moved by a multiplication, which also normalises subnormals; Inf and NaN are put back by hand.
 PKT_INLINE float widened(Fp16 x) {

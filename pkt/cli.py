@@ -353,6 +353,7 @@ def sensitivity(
 ) -> None:
     """Score every parameter of the teacher on the seeds and save the scores."""
     from pkt.models import check_tokenizer, load_model, load_tokenizer, spec_of
+    from pkt.ops import working_dtype
     from pkt.seeds import load_seeds
     from pkt.storage import os_errors
     from pkt.transferring import score_seeds
@@ -366,6 +367,8 @@ def sensitivity(
     rows = load_seeds(seeds, tokenizer, loss=loss.value, max_length=max_length)
     rows.check_vocabulary(spec_of(teacher).vocab_size, teacher)
     model = load_model(teacher, dtype=_dtype(dtype), device=_device(device), dequantize=True)
+    if dtype is None:
+        model = model.to(working_dtype(model.dtype, model.device))
     sens = score_seeds(model, rows, batch_size=batch_size, tile=tile)
     sens.save(out)
     out_console.print(f"{out}: {sens}", highlight=False)

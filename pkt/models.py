@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -471,8 +471,20 @@ def skeleton(config: Any) -> nn.Module:
     return model
 
 
+def _kept_in_fp32(model: Any, dtype: torch.dtype | None) -> Callable[[str], bool]:
+    """Whether transformers loads a tensor in fp32 all the same: the strict ones for both half types, the others for fp16."""
+    half = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        half += list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if dtype not in (torch.float16, torch.bfloat16) or not half:
+        return lambda name: False
+    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in half))
+    return lambda name: found.search(name) is not None
+
+
 def hollow_model(config: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """The model of a configuration with its parameters on meta, in `dtype`, and its computed buffers on `device`.
+    """The model of a configuration with its parameters on meta, in the types they are loaded in, and its computed buffers on
+    `device`.
 
     Buffers that no checkpoint holds (rotary frequencies) are made as transformers makes them after loading.
     """
@@ -486,9 +498,13 @@ def hollow_model(config: Any, dtype: torch.dtype | None, device: torch.device) -
                 model._init_weights(module)
         for key in missing:
             module._buffers[key] = module._buffers[key].to(device)
-        for parameter in module._parameters.values():
-            if parameter is not None and dtype is not None and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+    kept = _kept_in_fp32(model, dtype)
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or dtype is None or not tensor.is_floating_point():
+                continue
+            if key not in module._non_persistent_buffers_set:
+                tensor.data = tensor.data.to(torch.float32 if kept(f"{prefix}.{key}") else dtype)
     model.eval()
     assert isinstance(model, nn.Module)
     return model

@@ -2,7 +2,7 @@
 
 The dispatcher is the fallback: callers say `ops.linear_sensitivity_(...)` and never ask where the tensors are. The torch
 implementations below run on any device; on CUDA the Triton kernels of `pkt_kernels` take their place when Triton is there
-and the device can run them (`implementation()` says which one each op uses, and why).
+and the device can run them, on either device what `pkt._C` has (`implementation()` says which one each op uses, and why).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ELEMENTS = 1 << 18
 # And while products make it: smaller blocks leave the second thread waiting (2^18: a third slower on two).
 GRADIENT_ELEMENTS = 1 << 20
+# Sums in fp64 copy a block to that type: one that stays in the first caches.
+_SUM_ELEMENTS = 1 << 14
 # What `best_window` and sums in fp64 need besides the scores on a CPU.
 SEARCH_BYTES = 48 * _BLOCK_ELEMENTS
 
@@ -132,9 +134,9 @@ def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
     """Σ in fp64 of all values, or of a matrix along `dim`. On a CPU torch's own would first make an fp64 copy of the whole."""
     if values.ndim == 0 or values.device.type != "cpu":
         return values.sum(dtype=torch.float64) if dim is None else values.sum(dim, dtype=torch.float64)
-    rows = max(1, _BLOCK_ELEMENTS * values.shape[0] // max(1, values.numel()))
-    parts = [p.sum(dtype=torch.float64) if dim is None else p.sum(dim, dtype=torch.float64) for p in values.split(rows)]
-    return torch.cat(parts) if dim == 1 else torch.stack(parts).sum(0)
+    rows = max(1, _SUM_ELEMENTS * values.shape[0] // max(1, values.numel()))
+    parts = (p.sum(dtype=torch.float64) if dim is None else p.sum(dim, dtype=torch.float64) for p in values.split(rows))
+    return torch.cat(list(parts)) if dim == 1 else functools.reduce(Tensor.add_, parts)
 
 
 def embedding_rows(
@@ -211,6 +213,21 @@ def _sliding(values: Tensor, width: int) -> Tensor:
     sums = prefix[:, width - 1 :].clone()
     sums[:, 1:] -= prefix[:, : values.shape[1] - width]
     return sums
+
+
+@functools.cache
+def native_halves() -> frozenset[torch.dtype]:
+    """The half types that this CPU multiplies itself; in the others torch is tens of times slower than in fp32."""
+    here = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    return frozenset(dtype for dtype, name in here.items() if getattr(torch.ops.mkldnn, name)())
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in for weights of a type: fp32, which holds them exactly, for a half type a CPU cannot multiply."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and device.type == "cpu" and dtype not in native_halves() else dtype
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -295,6 +312,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"pkt uses its torch implementations on this GPU: {reason}", PktWarning, stacklevel=4)
 
 
+_COMPILED_FOR_CPU = ("linear_sensitivity_", "best_window")  # beside those of _RSVD
 _RSVD: dict[str, Callable[..., Any]] = {"rsvd": _rsvd_torch, "rsvd_batch": _rsvd_batch_torch}
 
 
@@ -320,7 +338,7 @@ def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     device = torch.device(device)
     if (name, device.type.upper()) in _COMPILED:
         return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
-    if name in _RSVD or (name == "best_window" and device.type == "cpu"):
+    if name in _RSVD or (name in _COMPILED_FOR_CPU and device.type == "cpu"):
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
         reason = _no_triton(device.index or 0)

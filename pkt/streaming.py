@@ -18,11 +18,10 @@ import ctypes
 import functools
 import itertools
 import math
-import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +58,9 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
-_HALF = (torch.float16, torch.bfloat16)
 _ALIGN = 64
 _PROBE_TOKENS = 24
-_OWN_PAGES = 1 << 16
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 # What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
 _LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
 
@@ -181,15 +179,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(view)
 
 
-def _in_own_pages(tensor: Tensor) -> Tensor:
-    """What stays, away from what comes and goes: on the heap it would keep the holes around it from being given back."""
-    size = tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < _OWN_PAGES:
-        return tensor
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-
-
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
@@ -209,21 +198,22 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class Loader:
     """Brings groups of tensors to the device, the next group while one computes, into buffers that are used again.
 
-    With `resident`, what was loaded stays. `waited` and `bytes_read` are for the progress report.
+    dtypes: what each tensor is wanted in. With `resident`, what was loaded stays. `waited` and `bytes_read` are for the
+    progress report.
     """
 
     def __init__(
         self,
         source: CheckpointFiles | HostTensors,
         device: torch.device,
-        dtype: torch.dtype | None,
+        dtypes: Mapping[str, torch.dtype],
         *,
         prefetch: bool,
         resident: bool,
     ) -> None:
-        self.source, self.device, self.dtype, self.resident = source, device, dtype, resident
+        self.source, self.device, self.dtypes, self.resident = source, device, dtypes, resident
         self.thread = ThreadPoolExecutor(1, "pkt-weights") if prefetch else None
-        self.free: list[Tensor] = []
+        self.free: dict[str, list[Tensor]] = {"read": [], "cast": []}
         self.in_use: dict[tuple[str, ...], Tensor] = {}
         self.kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self.coming: dict[tuple[str, ...], Future[dict[str, Tensor]]] = {}
@@ -253,7 +243,7 @@ class Loader:
 
     def release(self, names: tuple[str, ...]) -> None:
         if not self.resident and names in self.in_use:
-            self.free.append(self.in_use.pop(names))
+            self.free["cast" if self._is_cast(names) else "read"].append(self.in_use.pop(names))
 
     def close(self) -> None:
         if self.thread is not None:
@@ -264,45 +254,74 @@ class Loader:
         self.kept.clear()
 
     def _load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        offsets, total = {}, 0
-        for name in sorted(names, key=lambda n: (self.source.tensors[n].file, self.source.tensors[n].offset)):
-            offsets[name] = total
-            total += -(-self.source.tensors[name].nbytes // _ALIGN) * _ALIGN
-        slot = self._slot(total)
+        stored = {name: self.source.tensors[name] for name in names}
+        ordered = sorted(names, key=lambda n: (stored[n].file, stored[n].offset))
+        offsets, total = _places([(n, stored[n].nbytes) for n in ordered])
+        slot = self._slot("read", total)
         # Pinned and pageable buffers alike are plain memory to pread.
         view = _bytes_of(slot)
         for name, offset in offsets.items():
-            nbytes = self.source.tensors[name].nbytes
+            nbytes = stored[name].nbytes
             if nbytes:
                 self.source.fill(name, view[offset : offset + nbytes])
             self.bytes_read += nbytes
-        on_device = slot
+        buffer = slot
         if self.stream is not None:
             with torch.cuda.stream(self.stream):
-                on_device = torch.empty(total, dtype=torch.uint8, device=self.device)
-                on_device.copy_(slot[:total], non_blocking=True)
+                buffer = torch.empty(total, dtype=torch.uint8, device=self.device)
+                buffer.copy_(slot[:total], non_blocking=True)
             self.stream.synchronize()
-            on_device.record_stream(torch.cuda.current_stream(self.device))
-            self.free.append(slot)
-        else:
+            buffer.record_stream(torch.cuda.current_stream(self.device))
+            self.free["read"].append(slot)
+        tensors = {n: _cut(buffer, offset, stored[n].dtype, stored[n].shape) for n, offset in offsets.items()}
+        if self._is_cast(names):
+            tensors = self._cast(names, tensors, buffer)
+        elif buffer is slot:
             self.in_use[names] = slot
-        tensors = {}
-        for name, offset in offsets.items():
-            stored = self.source.tensors[name]
-            tensor = on_device[offset : offset + stored.nbytes].view(stored.dtype).view(stored.shape)
-            cast = self.dtype is not None and tensor.is_floating_point() and tensor.dtype != self.dtype
-            tensors[name] = tensor.to(self.dtype) if cast else tensor
         return tensors
 
-    def _slot(self, size: int) -> Tensor:
-        fitting = [slot for slot in self.free if size <= slot.numel() <= 2 * size]
+    def _wanted(self, name: str) -> torch.dtype:
+        stored = self.source.tensors[name].dtype
+        return self.dtypes[name] if stored.is_floating_point else stored
+
+    def _is_cast(self, names: tuple[str, ...]) -> bool:
+        return any(self._wanted(name) != self.source.tensors[name].dtype for name in names)
+
+    def _cast(self, names: tuple[str, ...], tensors: dict[str, Tensor], buffer: Tensor) -> dict[str, Tensor]:
+        """All of them copied into the types that are wanted, so that what they were read into is free for the next."""
+        if self.device.type != "cpu":
+            return {name: tensor.to(self._wanted(name), copy=True) for name, tensor in tensors.items()}
+        sizes = [(name, tensor.numel() * self._wanted(name).itemsize) for name, tensor in tensors.items()]
+        offsets, total = _places(sizes)
+        slot = self.in_use[names] = self._slot("cast", total)
+        found = {n: _cut(slot, offset, self._wanted(n), tensors[n].shape) for n, offset in offsets.items()}
+        for name, tensor in found.items():
+            tensor.copy_(tensors[name])
+        self.free["read"].append(buffer)
+        return found
+
+    def _slot(self, kind: str, size: int) -> Tensor:
+        fitting = [slot for slot in self.free[kind] if size <= slot.numel() <= 2 * size]
         if fitting:
             best = min(fitting, key=Tensor.numel)
-            self.free = [slot for slot in self.free if slot is not best]
+            self.free[kind] = [slot for slot in self.free[kind] if slot is not best]
             return best
         # A buffer of another size will not be needed again: parts of one size follow each other.
-        self.free = []
+        self.free[kind] = []
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+
+
+def _places(sizes: Sequence[tuple[str, int]]) -> tuple[dict[str, int], int]:
+    """Where each of these many bytes goes in one buffer, and the buffer's size."""
+    offsets, total = {}, 0
+    for name, size in sizes:
+        offsets[name] = total
+        total += -(-size // _ALIGN) * _ALIGN
+    return offsets, total
+
+
+def _cut(buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
 @dataclass
@@ -315,14 +334,29 @@ class Teacher:
     stored_as: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the source
     note: str = ""
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor of the source is wanted in: what it is in the empty model."""
+        return {self.stored_as[name]: tensor.dtype for name, tensor in _all_tensors(self.model)}
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of a weight where it comes from."""
+        found = {} if self.source is None else self.source.tensors
+        return next((t.dtype.itemsize for t in found.values() if t.dtype.is_floating_point), _dtype_of(self).itemsize)
+
 
 def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
-    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time."""
+    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time.
+
+    Weights in a half type that this CPU cannot multiply are widened as they are read, unless a dtype is given.
+    """
     if isinstance(teacher, nn.Module):
         model = unwrap(teacher)
-        if all(t.device == device for _, t in _all_tensors(model)):
+        tensors = dict(_all_tensors(model))
+        wanted = {t: t.dtype if dtype else ops.working_dtype(t.dtype, device) for t in tensors.values()}
+        if all(t.device == device and t.dtype == wanted[t] for t in tensors.values()):
             return Teacher(model, None)
-        hollow = copy.deepcopy(model, {id(t): _emptied(t) for _, t in _all_tensors(model)})
+        hollow = copy.deepcopy(model, {id(t): _emptied(t, wanted[t]) for t in tensors.values()})
         for module in hollow.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -334,13 +368,14 @@ def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None =
         config = load_config(teacher)
         try:
             files = CheckpointFiles(Path(teacher))
-            wanted = dtype or _stored_dtype(config, files)
-            model = hollow_model(config, wanted, device)
-            return Teacher(model, files, wanted, _match_names(model, files, wanted))
+            stored = _stored_dtype(config, files)
+            working = dtype or (stored and ops.working_dtype(stored, device))
+            model = hollow_model(config, working, device)
+            return Teacher(model, files, working, _match_names(model, files))
         except NotLayeredError as error:
             note = f"{teacher} is loaded whole, not layer by layer: {error}"
     loaded = load_model(teacher, dtype=dtype, dequantize=True)
-    return Teacher(**{**vars(open_teacher(loaded, device)), "note": note})
+    return Teacher(**{**vars(open_teacher(loaded, device, dtype)), "note": note})
 
 
 def _dtype_of(teacher: Teacher) -> torch.dtype:
@@ -348,8 +383,8 @@ def _dtype_of(teacher: Teacher) -> torch.dtype:
     return teacher.dtype or found
 
 
-def _emptied(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+def _emptied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", dtype=dtype)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -363,14 +398,8 @@ def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
     return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
 
 
-def _match_names(model: nn.Module, files: CheckpointFiles, dtype: torch.dtype | None) -> dict[str, str]:
+def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
     """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
-    # As transformers has it: the strict ones for both half types, the others for fp16 alone.
-    half = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in _HALF else []
-    if dtype == torch.float16:
-        half += list(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if half:
-        raise NotLayeredError("some of its modules must stay in fp32")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, str] = {}
     by_tensor: dict[int, str] = {}
@@ -416,7 +445,7 @@ class Boundaries:
     def put(self, boundary: int, chunk: int, hidden: Tensor) -> None:
         key, place = (boundary, chunk), self.places[boundary]
         if place != "disk":
-            self.held[key] = _in_own_pages(hidden if place == "device" else hidden.cpu().contiguous())
+            self.held[key] = hidden if place == "device" else hidden.cpu().contiguous()
             return
         hidden = hidden.cpu().contiguous()
         self.shapes[key] = (hidden.shape, hidden.dtype)
@@ -509,8 +538,6 @@ class _PartScorer(Scorer):
             yield
         self._check_finite(first)
         self._flush()
-        if self.anchor.device.type == "cpu":
-            _trim()
 
     def backward(self, losses: Tensor, leaf: Tensor | None) -> Tensor | None:
         """Backward from [B] losses, scaled where fp16 needs it; the gradient of `leaf`, its scale divided out."""
@@ -561,13 +588,13 @@ class _HeadScorer(_PartScorer):
         for j, (a, b) in enumerate(self.spans(dy)):
             ids = self.ids[j, : b - a].unique()
             kept = rows[a:b, ids].to(work).t() @ x[a:b].to(work) / self.scale
-            self.kept[self.first + j] = (ids, _in_own_pages(kept))
+            self.kept[self.first + j] = (ids, kept)
 
     def _add_abs(self, acc: Tensor, parameter: Tensor, grad: Tensor) -> None:
         super()._add_abs(acc, parameter, grad)
         if self.tied is not None and acc is self.acc.get(self.tied):
             ids = self.ids[0].unique()
-            self.kept[self.first] = (ids, _in_own_pages(grad[ids].float() / self.scale))
+            self.kept[self.first] = (ids, grad[ids].float() / self.scale)
 
     def keep_fused(self) -> None:
         """The same for the fused head, which shows no gradient of the whole table."""
@@ -576,7 +603,7 @@ class _HeadScorer(_PartScorer):
         assert self.lens is not None
         for j, length in enumerate(self.lens.tolist()):
             ids = self.ids[j, :length].unique()
-            self.kept[self.first + j] = (ids, _in_own_pages(self._head_rows(self.tied, j, ids) / self.scale))
+            self.kept[self.first + j] = (ids, self._head_rows(self.tied, j, ids) / self.scale)
 
 
 class _FrontScorer(_PartScorer):
@@ -702,7 +729,7 @@ class Engine:
         self.loader = (
             None
             if teacher.source is None
-            else Loader(teacher.source, device, teacher.dtype, prefetch=prefetch, resident=resident)
+            else Loader(teacher.source, device, teacher.dtypes(), prefetch=prefetch, resident=resident)
         )
         self.layers = [self.model.get_submodule(f"{layers}.{i}") for i in range(num_layers)]
         self._map_names()
@@ -934,7 +961,17 @@ class Engine:
         made smaller, `on_sizes` is told, and the run goes on from the last complete part.
         """
         self.where = where
-        state = resume
+        with exact_memory() if self.device.type == "cpu" else contextlib.nullcontext():
+            return self._run_and_halve(tasks, sizes, store, resume, on_sizes)
+
+    def _run_and_halve(
+        self,
+        tasks: Sequence[Sequence[dict[str, Tensor]]],
+        sizes: list[list[int]],
+        store: Callable[[], Boundaries],
+        state: Progress | None,
+        on_sizes: Callable[[list[list[int]], str], None],
+    ) -> list[list[float]]:
         modes = {m: m.training for m in self.model.modules()}
         self.model.eval()
         try:
@@ -1118,7 +1155,7 @@ class Engine:
                                 values, found = self._head_of(scorer, batch, first, hidden[rows, :length])
                                 losses[task] += values
                                 grad[rows, :length] = found
-                            grads[number] = _in_own_pages(grad)
+                            grads[number] = grad
 
                     self._until_known(scorer, attempt)
                 scores = scorer.finish()
@@ -1233,7 +1270,7 @@ class Engine:
                                 out = self._call(index, leaf, chunk.calls[index])
                                 grad = scorer.backward_from(out, state.grads[number].to(self.device), leaf)
                             assert grad is not None
-                            grads[number] = _in_own_pages(grad.detach().to(state.grads[number].device))
+                            grads[number] = grad.detach().to(state.grads[number].device)
 
                     self._until_known(scorer, attempt)
                 scores = scorer.finish()
@@ -1297,8 +1334,6 @@ class Engine:
             table[scorer.touched] = before
 
     def _tick(self, phase: str, layer: int | None, steps: int) -> None:
-        if self.device.type == "cpu":
-            _trim()
         self.done_steps += steps
         seconds = time.perf_counter() - self.begin
         loader = self.loader
@@ -1317,17 +1352,27 @@ class Engine:
         )
 
 
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's; other C libraries have none, or need none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+@contextlib.contextmanager
+def exact_memory() -> Iterator[None]:
+    """Inside, memory that is freed goes back to the system at once, so that what a run takes is what it uses.
 
-
-def _trim() -> None:
-    """Give freed memory back to the system: the C library would keep one micro-batch's beside the next one's."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    glibc raises the size from which a block has pages of its own with every such block that is freed, up to 32 MiB; smaller
+    ones then leave holes in its heaps that differ from run to run, a quarter of the peak here and there. Other C libraries
+    have no such option, or need none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    # Below it are the blocks that small work comes and goes in: those are better had again than mapped again.
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 4 << 20)
+    try:
+        yield
+    finally:
+        # Where glibc's own rule ends.
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _in_any_layer(name: str) -> str:
@@ -1419,6 +1464,7 @@ class MemoryPlan:
     read: int
     flops: float
     device_limit: int
+    widened: bool = False  # weights are computed with in a wider type than they are stored in
     seconds: float | None = None
 
     @property
@@ -1430,11 +1476,12 @@ class MemoryPlan:
         parts = ", ".join(f"{what} {_size(value)}" for what, value in self.device.items() if value)
         where = ", ".join(f"{self.places.count(p)} on {_PLACE_NAMES[p]}" for p in _PLACE_NAMES if p in self.places)
         took = "" if self.seconds is None else f", about {_duration(self.seconds)} at this machine's measured speed"
+        wide = ", widened to fp32 as they are read" if self.widened else ""
         return [
             f"memory: {_size(self.device_total)} of {_size(self.device_limit)} on the device ({parts})",
             f"activations at {len(self.places)} layer boundaries: {where} ({_size(self.host)} host, {_size(self.disk)} disk)",
             f"{'resident' if self.resident else 'streamed'}, micro-batches of {self.micro_batch}; "
-            f"{_size(self.read)} to read, {self.flops:.2e} flops{took}",
+            f"{_size(self.read)} of weights to read{wide}, {self.flops:.2e} flops{took}",
         ]
 
 
@@ -1473,7 +1520,8 @@ class Sizes:
     """What the memory plan needs to know of a teacher, in elements and bytes, from its skeleton alone.
 
     layer, front, head: parameters; linear_io: Σ of inputs and outputs of one layer's matrices; largest, side: elements and
-    longer side of a layer's largest matrix; logits: whether the head's loss needs them (`pkt.models.plain_head`).
+    longer side of a layer's largest matrix; itemsize: of a weight as it is computed with, stored: where it comes from;
+    logits: whether the head's loss needs them (`pkt.models.plain_head`).
     """
 
     layers: int
@@ -1486,6 +1534,7 @@ class Sizes:
     vocab: int
     hidden: int
     itemsize: int
+    stored: int
     grad_itemsize: int
     tied: bool
     logits: bool
@@ -1527,6 +1576,7 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         vocab=vocab,
         hidden=hidden,
         itemsize=dtype.itemsize,
+        stored=teacher.stored_itemsize,
         grad_itemsize=grad_itemsize,
         tied=tied,
         logits=plain_head(model) is None,
@@ -1577,7 +1627,7 @@ def plan_memory(
     parameters = sizes.layers * sizes.layer + sizes.front + sizes.head
     flops = 8.0 * (sizes.layers * sizes.layer + sizes.head) * tokens
     weights, item = parameters * sizes.itemsize, sizes.itemsize
-    read = item * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
+    read = sizes.stored * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
     table = max(sizes.head, sizes.front)
     # A tied table's scores wait for its other use, with the gradient rows of the tokens that occur.
     waiting = len(lengths) * 4 * table if sizes.tied and on_cpu else 0
@@ -1626,9 +1676,10 @@ def plan_memory(
             device=device_use,
             host=on_host * boundary,
             disk=disk,
-            read=0 if in_memory else (weights if extra else read),
+            read=0 if in_memory else (parameters * sizes.stored if extra else read),
             flops=flops,
             device_limit=device_limit,
+            widened=sizes.itemsize > sizes.stored,
         )
     raise PktError(
         f"one sample at a time needs {_size(smallest)} on the device and {_size(device_limit)} may be used; allow more "
@@ -1665,26 +1716,31 @@ def _largest_part(
     """What a decoder layer takes on the device, or the head, whichever takes more; waiting: bytes of tied tables' scores."""
     item, table = sizes.itemsize, max(sizes.head, sizes.front)
     choose = functools.partial(_choosing, itemsize=item, select=select, rank=rank)
-    # Two blocks of a gradient: one sample's and the sum.
-    blocks = 8 * min(ops.GRADIENT_ELEMENTS, sizes.largest) if device.type == "cpu" else 0
+    # The C++ product's share of each factor; without it two blocks of a gradient, one sample's and the sum.
+    blocks = 0
+    if device.type == "cpu":
+        compiled = ops.implementation("linear_sensitivity_", device)[0] == "C++"
+        blocks = 8 * min(1 << 18 if compiled else ops.GRADIENT_ELEMENTS, sizes.largest)
     # Inputs and outputs of every matrix and of what lies between them, and fp32 copies of one matrix's.
     work = widest * sizes.linear_io * (2 * item + 4) + blocks
     if sizes.logits:
         head_work = max(map(max, lengths)) * sizes.vocab * (3 * 4 + 2 * item) + blocks
     else:
-        # A block of logits, its copies in fp32, and what the last norm keeps.
+        # A block of logits, beside a copy in fp32 (half types) or a part of the next one, and what the last norm keeps.
         block = min(BLOCK.get(device.type, BLOCK_DEFAULT), widest * sizes.vocab)
-        head_work = block * (2 * item + 8) + widest * sizes.hidden * (4 * item + 32) + blocks
+        head_work = 8 * block + widest * sizes.hidden * (4 * item + 32) + blocks
     loaded = 1 if in_memory else 2
+    # The buffer that weights of another type are read into.
+    buffer = 0 if sizes.stored == item else sizes.stored
     # Micro-batches are gone when regions are chosen.
     layer = {
-        "weights": loaded * sizes.layer * item,
+        "weights": sizes.layer * (loaded * item + buffer),
         "scores": 4 * sizes.layer,
         "tied scores": waiting,
         "work": max(work, choose(sizes.largest, sizes.side)),
     }
     head = {
-        "weights": (sizes.head + (loaded - 1) * sizes.layer) * item,
+        "weights": (sizes.head + (loaded - 1) * sizes.layer) * item + max(sizes.head, sizes.layer) * buffer,
         "scores": 4 * table,
         "tied scores": max(0, waiting - 4 * table),
         "work": max(head_work, choose(table, max(sizes.vocab, sizes.hidden))),

@@ -352,6 +352,7 @@ class Job:
             "option batch_size": self.batch_size,
             "device": self.device.type,
             "dtype": str(self.dtype),
+            "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
             "versions": versions(),
         }
 

@@ -86,6 +86,8 @@ def test_a_failed_compilation_is_told_and_survived_unless_forced(tree: Path) -> 
     (tree / "csrc" / "extension.cpp").write_text("#error deliberately\n")
     for name in (
         "rsvd_cpu",
+        "linear_sensitivity",
+        "abs_products",
         "window_search",
         "block_krylov",
         "orthonormalize",

@@ -1,4 +1,4 @@
-"""The ops' torch implementations against the formula in fp64, their schemas, and what bad arguments get."""
+"""The ops on the CPU, compiled and in torch, against the formula in fp64, their schemas, and what bad arguments get."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def truth(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor) -> Ten
 def test_linear_sensitivity(dtype: torch.dtype, lengths: list[int], n: int, m: int, gap: int) -> None:
     args = case(lengths, n, m, dtype, gap=gap)
     expected = truth(*args)
-    acc = torch.ones(n, m)
-    ops.linear_sensitivity_(acc, *args)
-    assert oracle.relative_error(acc, expected + 1) < 1e-6
+    for add in (ops.linear_sensitivity_, ops._linear_sensitivity_torch):
+        acc = torch.ones(n, m)
+        add(acc, *args)
+        assert oracle.relative_error(acc, expected + 1) < 1e-6
     for tile in (1, 4, 64):
         tiles = torch.zeros(-(-n // tile), -(-m // tile))
         ops.linear_sensitivity_tiles_(tiles, *args, tile)
@@ -65,9 +66,37 @@ def test_linear_sensitivity_of_strided_views() -> None:
     w, x, dy, starts, lens = case([7, 5], 20, 24, torch.float32)
     wide_x = torch.full((12, 50), float("nan"))
     wide_x[:, 1:49:2] = x
-    acc = torch.zeros(24, 20).t()
-    ops.linear_sensitivity_(acc, w.t().contiguous().t(), wide_x[:, 1:49:2], dy, starts, lens)
-    assert oracle.relative_error(acc, truth(w, x, dy, starts, lens)) < 1e-6
+    for add in (ops.linear_sensitivity_, ops._linear_sensitivity_torch):
+        acc = torch.zeros(24, 20).t()
+        add(acc, w.t().contiguous().t(), wide_x[:, 1:49:2], dy, starts, lens)
+        assert oracle.relative_error(acc, truth(w, x, dy, starts, lens)) < 1e-6
+
+
+def test_linear_sensitivity_in_fp64_and_of_mixed_types() -> None:
+    w, x, dy, starts, lens = case([7, 300], 20, 24, torch.float32)
+    expected = truth(w, x, dy, starts, lens)
+    acc = torch.zeros(20, 24, dtype=torch.float64)
+    ops.linear_sensitivity_(acc, w.double(), x.double(), dy.double(), starts, lens)
+    assert oracle.relative_error(acc, expected) < 1e-14
+    acc = torch.zeros(20, 24)
+    ops.linear_sensitivity_(acc, w, x.double(), dy, starts, lens)
+    assert oracle.relative_error(acc, expected) < 1e-7
+
+
+@pytest.mark.skipif(ops.implementation("linear_sensitivity_", "cpu")[0] != "C++", reason="pkt._C is not built")
+def test_linear_sensitivity_does_not_depend_on_the_threads() -> None:
+    args = case([40, 33], 301, 77, torch.bfloat16)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.zeros(301, 77))
+            ops.linear_sensitivity_(found[-1], *args)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (37,), (129, 65), (3, 5, 7)])

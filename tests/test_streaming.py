@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import oracle
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pkt
+from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.seeds import Example, Seeds
 from pkt.streaming import (
@@ -172,7 +174,8 @@ class TestScores:
             assert oracle.relative_error(found[parameter], truth[parameter]) < 1e-5, parameter
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision(self, dtype: torch.dtype, tmp_path: Path) -> None:
+    def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
         model = oracle.llama().to(dtype)
         batches = oracle.batched(oracle.token_samples(5), 5)
         whole = pkt.sensitivity(model, batches, progress=False)
@@ -181,6 +184,46 @@ class TestScores:
         for parameter in whole:
             assert found[parameter].dtype == torch.float32
             assert oracle.relative_error(found[parameter], whole[parameter]) < oracle.FLOOR[dtype], parameter
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_types_that_a_cpu_cannot_multiply_are_widened(
+        self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "native_halves", frozenset)
+        oracle.llama().to(dtype).save_pretrained(tmp_path / "teacher")
+        model = load_model(tmp_path / "teacher")
+        batches = oracle.batched(oracle.token_samples(5), 5)
+        truth = oracle.sensitivity(model, batches)
+        first = streamed(tmp_path / "teacher", batches, tmp_path)
+        for parameter in truth:
+            assert oracle.relative_error(first[parameter], truth[parameter]) < 1e-5, parameter
+        for teacher, options in ((model, {}), (tmp_path / "teacher", {"resident": True, "prefetch": False})):
+            again = streamed(teacher, batches, tmp_path, **options)
+            assert all(torch.equal(first[n], again[n]) for n in first)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        sizes = sizes_of(open_teacher(tmp_path / "teacher", CPU), "model.layers", 3)
+        assert (sizes.itemsize, sizes.stored) == (4, 2)
+        # What somebody asks for is what they get.
+        assert open_teacher(tmp_path / "teacher", CPU, dtype).dtype == dtype
+
+    @pytest.mark.parametrize("family", ["DeepSeek-V3", "GPT-OSS"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_what_transformers_keeps_in_fp32_stays_there(
+        self, family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        families.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
+        loaded, teacher = load_model(tmp_path / "teacher"), open_teacher(tmp_path / "teacher", CPU)
+        wanted = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+        assert torch.float32 in wanted.values() or (family == "GPT-OSS" and dtype == torch.bfloat16)
+        assert {name: tensor.dtype for name, tensor in teacher.model.state_dict().items()} == wanted
+        engine = Engine(teacher, device=CPU, num_layers=3, layers="model.layers", on_part=lambda *part: None)
+        with engine.loaded(engine.layer_names[1]):
+            for name in engine.layer_names[1]:
+                module, key, _ = engine.places[name][0]
+                assert torch.equal(getattr(module, key), loaded.state_dict()[name])
+                assert getattr(module, key).dtype == wanted[name]
+        engine.close()
 
     def test_placement_and_prefetch_never_change_a_byte_and_micro_batches_little(self, tmp_path: Path) -> None:
         oracle.llama(True).save_pretrained(tmp_path / "teacher")
@@ -450,7 +493,7 @@ class TestMemoryPlan:
 
 
 CHILD = """
-import sys, threading, time
+import ctypes, sys, threading, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
@@ -466,8 +509,9 @@ def anonymous():
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
-pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
-pkt.streaming._trim()
+with pkt.streaming.exact_memory():
+    pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
+ctypes.CDLL(None).malloc_trim(0)
 bare, peak, stop, planned = anonymous(), [0], threading.Event(), []
 
 def watch():
@@ -476,7 +520,7 @@ def watch():
 
 thread = threading.Thread(target=watch, daemon=True); thread.start()
 if {streamed!r}:
-    pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r},
+    pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
                  on_memory=lambda plan: planned.append(plan.device_total))
 else:
     score_seeds(load_model({teacher!r}), rows, progress=False)
@@ -485,7 +529,16 @@ print(peak[0] - bare, *map(round, planned))
 """
 
 
-def peak_of(teacher: Path, student: Path, tiny: Path, limit: int, *, streamed: bool = True, **rows: int) -> list[int]:
+def peak_of(
+    teacher: Path,
+    student: Path,
+    tiny: Path,
+    limit: int,
+    *,
+    streamed: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **rows: int,
+) -> list[int]:
     """Bytes of anonymous memory a run took at its peak, and what was planned."""
     code = CHILD.format(
         paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
@@ -494,6 +547,7 @@ def peak_of(teacher: Path, student: Path, tiny: Path, limit: int, *, streamed: b
         teacher=str(teacher),
         streamed=streamed,
         limit=limit,
+        dtype=dtype,
         **{"count": 4, "longest": 20, **rows},
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -517,13 +571,11 @@ def test_memory_stays_within_the_budget_and_does_not_without_streaming(tmp_path:
     assert found[0] <= limit < found[1], found
 
 
-@pytest.mark.xfail(
-    strict=False,
-    raises=AssertionError,
-    reason="known fault: in some runs the peak passes the plan, by up to 57 MB seen; what takes it is not found yet",
-)
-def test_memory_of_a_large_tied_vocabulary_stays_within_the_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_a_large_tied_vocabulary_stays_within_the_budget(dtype: torch.dtype, tmp_path: Path) -> None:
     """The head's logits, prefix sums of the table's scores, or a second copy of them would each pass the limit."""
+    if ops.working_dtype(dtype, CPU) != dtype:
+        pytest.skip(f"this CPU has no products in {dtype}")
     limit, vocab = 190_000_000, 32768
     names = [tmp_path / name for name in ("teacher", "student", "tiny")]
     teacher = oracle.llama(True, hidden=384, ffn=512, layers=6, vocab=vocab).to(torch.bfloat16)
@@ -531,7 +583,7 @@ def test_memory_of_a_large_tied_vocabulary_stays_within_the_budget(tmp_path: Pat
     oracle.llama(True, hidden=256, ffn=352, layers=2, vocab=vocab).save_pretrained(names[1])
     tiny: Any = oracle.llama(True, hidden=256, ffn=352, layers=2, vocab=vocab)
     tiny.save_pretrained(names[2])
-    peak, planned = peak_of(*names, limit, count=16, longest=160)
+    peak, planned = peak_of(*names, limit, dtype=dtype, count=16, longest=160)
 
     assert peak <= planned <= limit, (peak, planned)
     # And no more is asked for than is used, by much.

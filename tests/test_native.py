@@ -1,4 +1,4 @@
-"""The C++ behind pkt::rsvd without torch: each instruction set, several threads, sanitizers; and the CUDA kernels, executed.
+"""The C++ of pkt._C without torch: each instruction set, several threads, sanitizers; and the CUDA kernels, executed.
 
 `csrc/rsvd_emulated.cpp` runs the kernels of `rsvd_kernels.cuh` on the CPU (fibers for threads, NaN in fresh shared memory),
 so what a GPU computes is checked here too; how fast it is, is not.
@@ -23,6 +23,7 @@ from torch import Tensor
 CSRC = Path(__file__).parent.parent / "csrc"
 SOURCES = [
     "rsvd_emulated",
+    "abs_products",
     "block_krylov",
     "orthonormalize",
     "cpu_kernels_baseline",
@@ -53,6 +54,25 @@ class _Options(ctypes.Structure):
 
 class _Factors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("u", "s", "v", "stats")]
+
+
+class _Strided(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "row_stride", "col_stride")),
+    ]
+
+
+class _Scored(ctypes.Structure):
+    _fields_ = [
+        ("acc", ctypes.c_void_p),
+        ("acc_is_fp64", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("acc_row", "acc_col")),
+        *((name, _Strided) for name in ("w", "x", "dy")),
+        *((name, ctypes.c_void_p) for name in ("starts", "lens")),
+        ("samples", ctypes.c_int64),
+    ]
 
 
 Results = list[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -141,6 +161,33 @@ def test_threads_share_the_rows(library: ctypes.CDLL, threads: int) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+def strided(a: Tensor) -> _Strided:
+    return _Strided(a.data_ptr(), [*DTYPES, torch.float64].index(a.dtype), *a.shape, *a.stride())
+
+
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sensitivity_on_every_instruction_set(
+    library: ctypes.CDLL, dtype: torch.dtype, level: int, threads: int
+) -> None:
+    for n, m, lens in [(1, 1, [3]), (13, 47, [5, 0, 70]), (210, 33, [64, 1, 3])]:
+        rows = sum(lens) + 2
+        x, dy = (torch.randn(rows, k).to(dtype) for k in (m, n))
+        x[:2], dy[:2] = torch.nan, torch.nan
+        w, acc = torch.randn(n, m).to(dtype), torch.ones(m, n).t()
+        starts, lengths = torch.tensor([0, *lens[:-1]]).cumsum(0) + 2, torch.tensor(lens)
+        products = [dy[s : s + k].double().t() @ x[s : s + k].double() for s, k in zip(starts, lens, strict=True)]
+        truth = 1 + w.double().abs() * sum(p.abs() for p in products)
+        scored = _Scored(
+            *(acc.data_ptr(), False, *acc.stride()),
+            *(strided(w), strided(x), strided(dy)),
+            *(starts.data_ptr(), lengths.data_ptr(), len(lens)),
+        )
+        library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
+        assert float((acc.double() - truth).norm() / truth.norm()) < 3e-7
+
+
 # Runs without torch, which the sanitizers' runtime would slow down or trip over.
 SANITIZED = """
 import ctypes, random, struct, sys
@@ -150,8 +197,30 @@ class O(ctypes.Structure):
     _fields_ = [(k, ctypes.c_int64) for k in ("rank", "oversample", "iters", "seed")]
 class F(ctypes.Structure):
     _fields_ = [(k, ctypes.c_void_p) for k in "usvt"]
+class V(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_void_p), ("dtype", ctypes.c_int)] + [(k, ctypes.c_int64) for k in "nmrc"]
+class S(ctypes.Structure):
+    _fields_ = [("acc", ctypes.c_void_p), ("wide", ctypes.c_bool), ("row", ctypes.c_int64), ("col", ctypes.c_int64)] + [
+        (k, V) for k in ("w", "x", "dy")] + [("starts", ctypes.c_void_p), ("lens", ctypes.c_void_p), ("samples", ctypes.c_int64)]
 library = ctypes.CDLL(sys.argv[1])
 random.seed(0)
+for n, m, lens, threads, level in [
+    (1, 1, [1], 1, 2), (13, 47, [5, 0, 70], 2, 2), (130, 33, [9], 2, 1), (25, 65, [3, 4], 3, 0), (7, 3, [], 1, 2), (0, 5, [2], 1, 2)
+]:
+    rows = sum(lens)
+    for kind, wide in ((ctypes.c_float, False), (ctypes.c_double, True)):
+        make = lambda a, b: (kind * (a * b))(*(random.gauss(0, 1) for _ in range(a * b)))
+        view = lambda data, a, b: V(ctypes.addressof(data), 3 if wide else 2, a, b, b, 1)
+        w, x, dy, acc = make(n, m), make(rows, m), make(rows, n), (kind * (n * m))()
+        starts = (ctypes.c_int64 * len(lens))(*(sum(lens[:j]) for j in range(len(lens))))
+        sizes = (ctypes.c_int64 * len(lens))(*lens)
+        scored = S(ctypes.addressof(acc), wide, m, 1, view(w, n, m), view(x, rows, m), view(dy, rows, n),
+                   ctypes.addressof(starts), ctypes.addressof(sizes), len(lens))
+        library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
+        for i, j in {(0, 0), (n // 2, m // 2), (n - 1, m - 1)} if n else ():
+            truth = abs(w[i * m + j]) * sum(
+                abs(sum(dy[k * n + i] * x[k * m + j] for k in range(s, s + t))) for s, t in zip(starts, lens))
+            assert abs(acc[i * m + j] - truth) <= 1e-4 * (1 + truth), (n, m, i, j)
 for n, m, rank, oversample, iters, dtype, order, threads, level in [
     (1, 1, 1, 0, 0, 0, "rows", 1, 2), (7, 1, 1, 16, 4, 2, "rows", 1, 2), (300, 100, 5, 3, 2, 0, "rows", 1, 2),
     (300, 100, 5, 3, 2, 1, "columns", 1, 1), (601, 245, 16, 16, 4, 0, "columns", 2, 2), (601, 245, 4, 0, 1, 2, "rows", 2, 0),
