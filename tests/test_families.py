@@ -42,7 +42,7 @@ def worst_error(found: Any, truth: dict[str, Tensor]) -> float:
 
 
 def places(plan: pkt.TransferPlan) -> list[Any]:
-    return [(e.source, e.expert, e.target, e.region, e.place) for e in plan.entries]
+    return [(e.source, e.expert, e.target, e.target_expert, e.region, e.place) for e in plan.entries]
 
 
 def full_circle(student_dir: Path, ext: pkt.Extraction, out: Path) -> None:
@@ -112,6 +112,8 @@ PAIRS = [
     ("GPT-OSS", "Phi-3", "all"),
     ("Qwen3-MoE", "Qwen3", "all"),
     ("DeepSeek-V3", "OLMo2", "ffn,embedding"),
+    ("Mixtral", "Qwen3-MoE", "all"),
+    ("GPT-OSS", "Mixtral", "all"),
 ]
 
 
