@@ -99,7 +99,9 @@ def stream_table(found: dict) -> str:
     met = {name: "met" if good else "not met" for name, good in found["met"].items()}
     return "\n".join(
         [
-            f"On {found['machine']['threads']} CPU cores, {found['what']} (`python bench/bench_stream.py`):",
+            f"On {found['machine']['threads']} CPU cores ({found['machine']['cpu']}), computed in "
+            f"{found['machine']['computed_in']}: "
+            f"{found['what']} (`python bench/bench_stream.py`):",
             "",
             "| | measured | goal |",
             "|---|---|---|",

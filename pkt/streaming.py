@@ -13,15 +13,11 @@ out in the recorder pass and refused with `NotLayeredError`; the caller then sco
 from __future__ import annotations
 
 import contextlib
-import copy
-import ctypes
-import functools
 import itertools
 import math
-import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,402 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
+from pkt.budgeting import Place, exact_memory, rounded_up, width_step
 from pkt.errors import PktError
-from pkt.head_loss import BLOCK, BLOCK_DEFAULT
-from pkt.models import (
-    check_checkpoint,
-    hollow_model,
-    layer_of,
-    load_config,
-    load_model,
-    plain_head,
-    stored_names,
-    unwrap,
-)
+from pkt.loading import Loader, NotLayeredError, Teacher, all_tensors, bytes_of, dtype_of
+from pkt.models import layer_of
 from pkt.scoring import Scorer, _real_lengths, _RestartError, _SampleError, default_loss
-from pkt.storage import os_errors, safetensors_header
+from pkt.storage import os_errors
 
-Place: TypeAlias = Literal["device", "host", "disk"]
 Key: TypeAlias = int | Literal["head", "front"]  # a decoder layer, what follows them, what precedes them
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
-_ALIGN = 64
 _PROBE_TOKENS = 24
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-# What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
-_LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
-
-
-class NotLayeredError(Exception):
-    """The model is not a chain of decoder layers that can be scored one at a time; the message says why."""
 
 
 class _OneByOneError(Exception):
     """Samples cannot share a batch in this model; begin again with one sample a micro-batch."""
-
-
-# --- where weights come from ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint: its file, its place there, its type and shape."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class CheckpointFiles:
-    """Tensors of a safetensors checkpoint, read with pread into buffers that are used again."""
-
-    def __init__(self, folder: Path) -> None:
-        check_checkpoint(folder)
-        self.tensors: dict[str, Stored] = {}
-        self.joined: dict[str, list[str]] = {}
-        self.handles: dict[Path, int] = {}
-        self.stamps: dict[Path, tuple[int, int]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            header = safetensors_header(file)
-            with open(file, "rb") as opened:
-                base = 8 + int.from_bytes(opened.read(8), "little")
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                if entry["dtype"] not in _DTYPES:
-                    raise NotLayeredError(f"{file} stores {name} as {entry['dtype']}")
-                begin, end = entry["data_offsets"]
-                self.tensors[name] = Stored(
-                    file, base + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
-                )
-            self.stamps[file] = _stamp(os.stat(file))
-
-    def check(self, file: Path) -> int:
-        """A handle on a shard that is still the file it was. Raises `PktError` naming it."""
-        with os_errors(f"reading {file}"):
-            if file not in self.handles:
-                self.handles[file] = os.open(file, os.O_RDONLY)
-            now = _stamp(os.fstat(self.handles[file]))
-        if now != self.stamps[file]:
-            raise PktError(
-                f"{file} changed while it was read ({self.stamps[file][0]} bytes before, {now[0]} now); the scores of two "
-                "different checkpoints cannot be mixed: restore it and run the same command again, or start over with --force"
-            )
-        return self.handles[file]
-
-    def join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
-        """Add a tensor that is the bytes of others, one after another."""
-        first = self.tensors[parts[0]]
-        nbytes = sum(self.tensors[part].nbytes for part in parts)
-        self.tensors[name] = Stored(first.file, first.offset, nbytes, first.dtype, shape)
-        self.joined[name] = parts
-
-    def fill(self, name: str, target: memoryview) -> None:
-        done = 0
-        for part in self.joined.get(name, [name]):
-            self._fill(part, target[done : done + self.tensors[part].nbytes])
-            done += self.tensors[part].nbytes
-
-    def _fill(self, name: str, target: memoryview) -> None:
-        stored = self.tensors[name]
-        handle, done = self.check(stored.file), 0
-        with os_errors(f"reading {stored.file}"):
-            while done < stored.nbytes:
-                count = os.preadv(handle, [target[done : stored.nbytes]], stored.offset + done)
-                if count == 0:
-                    raise PktError(f"{stored.file} ends inside {name}; copy the checkpoint again")
-                done += count
-        self.check(stored.file)
-
-    def close(self) -> None:
-        for handle in self.handles.values():
-            os.close(handle)
-        self.handles.clear()
-
-
-class HostTensors:
-    """Tensors of a model that lives on another device than the one that computes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.values = {name: tensor.detach() for name, tensor in _all_tensors(model)}
-        self.tensors = {
-            name: Stored(Path(), 0, t.numel() * t.element_size(), t.dtype, tuple(t.shape))
-            for name, t in self.values.items()
-        }
-
-    def fill(self, name: str, target: memoryview) -> None:
-        tensor = self.values[name].cpu().contiguous().reshape(-1)
-        into = torch.frombuffer(target, dtype=torch.uint8, count=tensor.numel() * tensor.element_size())
-        into.copy_(tensor.view(torch.uint8))
-
-    def close(self) -> None:
-        pass
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    view: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(view)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (tied ones under each of their names) and persistent buffers."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield dot + key, parameter
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield dot + key, buffer
-
-
-class Loader:
-    """Brings groups of tensors to the device, the next group while one computes, into buffers that are used again.
-
-    dtypes: what each tensor is wanted in. With `resident`, what was loaded stays. `waited` and `bytes_read` are for the
-    progress report.
-    """
-
-    def __init__(
-        self,
-        source: CheckpointFiles | HostTensors,
-        device: torch.device,
-        dtypes: Mapping[str, torch.dtype],
-        *,
-        prefetch: bool,
-        resident: bool,
-    ) -> None:
-        self.source, self.device, self.dtypes, self.resident = source, device, dtypes, resident
-        self.thread = ThreadPoolExecutor(1, "pkt-weights") if prefetch else None
-        self.free: dict[str, list[Tensor]] = {"read": [], "cast": []}
-        self.in_use: dict[tuple[str, ...], Tensor] = {}
-        self.kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self.coming: dict[tuple[str, ...], Future[dict[str, Tensor]]] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waited, self.bytes_read = 0.0, 0
-
-    def get(self, names: tuple[str, ...], then: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """The tensors of `names` on the device; `then` begins to be read while the caller computes."""
-        begin = time.perf_counter()
-        if names in self.kept:
-            tensors = self.kept[names]
-        else:
-            future = self.coming.pop(names, None)
-            tensors = future.result() if future is not None else self._load(names)
-            if self.resident:
-                self.kept[names] = tensors
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.waited += time.perf_counter() - begin
-        self.expect(then)
-        return tensors
-
-    def expect(self, names: tuple[str, ...] | None) -> None:
-        """Begin to read what will be wanted next."""
-        if names and self.thread is not None and names not in self.coming and names not in self.kept:
-            self.coming[names] = self.thread.submit(self._load, names)
-
-    def release(self, names: tuple[str, ...]) -> None:
-        if not self.resident and names in self.in_use:
-            self.free["cast" if self._is_cast(names) else "read"].append(self.in_use.pop(names))
-
-    def close(self) -> None:
-        if self.thread is not None:
-            self.thread.shutdown(cancel_futures=True)
-        self.source.close()
-        self.free.clear()
-        self.in_use.clear()
-        self.kept.clear()
-
-    def _load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        stored = {name: self.source.tensors[name] for name in names}
-        ordered = sorted(names, key=lambda n: (stored[n].file, stored[n].offset))
-        offsets, total = _places([(n, stored[n].nbytes) for n in ordered])
-        slot = self._slot("read", total)
-        # Pinned and pageable buffers alike are plain memory to pread.
-        view = _bytes_of(slot)
-        for name, offset in offsets.items():
-            nbytes = stored[name].nbytes
-            if nbytes:
-                self.source.fill(name, view[offset : offset + nbytes])
-            self.bytes_read += nbytes
-        buffer = slot
-        if self.stream is not None:
-            with torch.cuda.stream(self.stream):
-                buffer = torch.empty(total, dtype=torch.uint8, device=self.device)
-                buffer.copy_(slot[:total], non_blocking=True)
-            self.stream.synchronize()
-            buffer.record_stream(torch.cuda.current_stream(self.device))
-            self.free["read"].append(slot)
-        tensors = {n: _cut(buffer, offset, stored[n].dtype, stored[n].shape) for n, offset in offsets.items()}
-        if self._is_cast(names):
-            tensors = self._cast(names, tensors, buffer)
-        elif buffer is slot:
-            self.in_use[names] = slot
-        return tensors
-
-    def _wanted(self, name: str) -> torch.dtype:
-        stored = self.source.tensors[name].dtype
-        return self.dtypes[name] if stored.is_floating_point else stored
-
-    def _is_cast(self, names: tuple[str, ...]) -> bool:
-        return any(self._wanted(name) != self.source.tensors[name].dtype for name in names)
-
-    def _cast(self, names: tuple[str, ...], tensors: dict[str, Tensor], buffer: Tensor) -> dict[str, Tensor]:
-        """All of them copied into the types that are wanted, so that what they were read into is free for the next."""
-        if self.device.type != "cpu":
-            return {name: tensor.to(self._wanted(name), copy=True) for name, tensor in tensors.items()}
-        sizes = [(name, tensor.numel() * self._wanted(name).itemsize) for name, tensor in tensors.items()]
-        offsets, total = _places(sizes)
-        slot = self.in_use[names] = self._slot("cast", total)
-        found = {n: _cut(slot, offset, self._wanted(n), tensors[n].shape) for n, offset in offsets.items()}
-        for name, tensor in found.items():
-            tensor.copy_(tensors[name])
-        self.free["read"].append(buffer)
-        return found
-
-    def _slot(self, kind: str, size: int) -> Tensor:
-        fitting = [slot for slot in self.free[kind] if size <= slot.numel() <= 2 * size]
-        if fitting:
-            best = min(fitting, key=Tensor.numel)
-            self.free[kind] = [slot for slot in self.free[kind] if slot is not best]
-            return best
-        # A buffer of another size will not be needed again: parts of one size follow each other.
-        self.free[kind] = []
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
-
-
-def _places(sizes: Sequence[tuple[str, int]]) -> tuple[dict[str, int], int]:
-    """Where each of these many bytes goes in one buffer, and the buffer's size."""
-    offsets, total = {}, 0
-    for name, size in sizes:
-        offsets[name] = total
-        total += -(-size // _ALIGN) * _ALIGN
-    return offsets, total
-
-
-def _cut(buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
-
-
-@dataclass
-class Teacher:
-    """A model whose tensors are put into its modules when needed; `source` is None when they are all there already."""
-
-    model: nn.Module
-    source: CheckpointFiles | HostTensors | None
-    dtype: torch.dtype | None = None
-    stored_as: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the source
-    note: str = ""
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """What each tensor of the source is wanted in: what it is in the empty model."""
-        return {self.stored_as[name]: tensor.dtype for name, tensor in _all_tensors(self.model)}
-
-    @property
-    def stored_itemsize(self) -> int:
-        """Bytes of a weight where it comes from."""
-        found = {} if self.source is None else self.source.tensors
-        return next((t.dtype.itemsize for t in found.values() if t.dtype.is_floating_point), _dtype_of(self).itemsize)
-
-
-def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
-    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time.
-
-    Weights in a half type that this CPU cannot multiply are widened as they are read, unless a dtype is given.
-    """
-    if isinstance(teacher, nn.Module):
-        model = unwrap(teacher)
-        tensors = dict(_all_tensors(model))
-        wanted = {t: t.dtype if dtype else ops.working_dtype(t.dtype, device) for t in tensors.values()}
-        if all(t.device == device and t.dtype == wanted[t] for t in tensors.values()):
-            return Teacher(model, None)
-        hollow = copy.deepcopy(model, {id(t): _emptied(t, wanted[t]) for t in tensors.values()})
-        for module in hollow.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[key] = buffer.to(device)
-        names = {name: name for name, _ in _all_tensors(hollow)}
-        return Teacher(hollow, HostTensors(model), None, names)
-    note = ""
-    if Path(teacher).is_dir():
-        config = load_config(teacher)
-        try:
-            files = CheckpointFiles(Path(teacher))
-            stored = _stored_dtype(config, files)
-            working = dtype or (stored and ops.working_dtype(stored, device))
-            model = hollow_model(config, working, device)
-            return Teacher(model, files, working, _match_names(model, files))
-        except NotLayeredError as error:
-            note = f"{teacher} is loaded whole, not layer by layer: {error}"
-    loaded = load_model(teacher, dtype=dtype, dequantize=True)
-    return Teacher(**{**vars(open_teacher(loaded, device, dtype)), "note": note})
-
-
-def _dtype_of(teacher: Teacher) -> torch.dtype:
-    found = next((p.dtype for p in teacher.model.parameters() if p.is_floating_point()), torch.float32)
-    return teacher.dtype or found
-
-
-def _emptied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", dtype=dtype)
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
-    """What transformers' dtype="auto" takes: the configuration's, or that of the first weights."""
-    if getattr(config, "quantization_config", None):
-        raise NotLayeredError("its weights are quantized")
-    named = getattr(config, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
-    return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
-
-
-def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
-    """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, str] = {}
-    by_tensor: dict[int, str] = {}
-    for name, tensor in _all_tensors(model):
-        for parts in stored_names(name, tuple(tensor.shape), prefix):
-            if not all(part in files.tensors for part in parts):
-                continue
-            stored = parts[0]
-            if len(parts) > 1:
-                shapes = [files.tensors[part].shape for part in parts]
-                if any(len(shape) != 2 or shape[1:] != tensor.shape[2:] for shape in shapes):
-                    continue
-                stored = name
-                files.join(name, parts, (len(tensor), sum(shape[0] for shape in shapes) // len(tensor), *shapes[0][1:]))
-            if files.tensors[stored].shape != tuple(tensor.shape):
-                raise NotLayeredError(
-                    f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
-                )
-            found[name] = stored
-            by_tensor.setdefault(id(tensor), stored)
-            break
-    for name, tensor in _all_tensors(model):
-        if name not in found and id(tensor) in by_tensor:
-            found[name] = by_tensor[id(tensor)]
-        if name not in found:
-            raise NotLayeredError(f"its files do not name {name}; transformers has to map them")
-    return found
 
 
 # --- hidden states at layer boundaries ------------------------------------------------------------------------------
@@ -465,7 +79,7 @@ class Boundaries:
         shape, dtype = self.shapes[key]
         hidden = torch.empty(shape, dtype=dtype)
         with os_errors(f"reading {self._file(key)}"), open(self._file(key), "rb") as file:
-            if file.readinto(_bytes_of(hidden)) != hidden.numel() * hidden.element_size():
+            if file.readinto(bytes_of(hidden)) != hidden.numel() * hidden.element_size():
                 raise PktError(f"{self._file(key)} was cut short while it was in use; run the same command again")
         return hidden.to(self.device)
 
@@ -483,7 +97,7 @@ class Boundaries:
         file = self.folder / f"{name}.bin"
         with os_errors(f"writing {file}"):
             with open(file, "wb") as opened:
-                opened.write(_bytes_of(tensor.contiguous()))
+                opened.write(bytes_of(tensor.contiguous()))
             mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
             file.unlink()
         return mapped.view(tensor.shape)
@@ -506,7 +120,7 @@ class Boundaries:
 
     def _write(self, key: tuple[int, int], hidden: Tensor) -> None:
         with os_errors(f"writing activations to {self.folder}"), open(self._file(key), "wb", buffering=0) as file:
-            data = _bytes_of(hidden)
+            data = bytes_of(hidden)
             done = 0
             while done < len(data):
                 done += file.write(data[done:])
@@ -725,7 +339,7 @@ class Engine:
     ) -> None:
         self.model, self.device, self.count, self.prefix = teacher.model, device, num_layers, layers
         self.on_part, self.on_commit, self.on_tick, self.prefetch = on_part, on_commit, on_tick, prefetch
-        self.stored_as, self.itemsize = teacher.stored_as, _dtype_of(teacher).itemsize
+        self.stored_as, self.itemsize = teacher.stored_as, dtype_of(teacher).itemsize
         self.loader = (
             None
             if teacher.source is None
@@ -746,7 +360,7 @@ class Engine:
         canonical: dict[int, str] = {}
         parts: dict[str, set[int | None]] = {}
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        for name, tensor in _all_tensors(self.model):
+        for name, tensor in all_tensors(self.model):
             first = canonical.setdefault(id(tensor), name)
             owner, _, key = name.rpartition(".")
             self.places.setdefault(first, []).append((modules[owner], key, isinstance(tensor, nn.Parameter)))
@@ -935,12 +549,12 @@ class Engine:
     def chunks_of(self, tasks: Sequence[Sequence[dict[str, Tensor]]], sizes: list[list[int]]) -> list[Chunk]:
         """Each task's samples (batches of one, unpadded, in order) as micro-batches of the given sizes."""
         chunks = []
-        step = _width_step(self.device, self.itemsize, max(s["input_ids"].shape[1] for task in tasks for s in task))
+        step = width_step(self.device, self.itemsize, max(s["input_ids"].shape[1] for task in tasks for s in task))
         for task, samples in enumerate(tasks):
             first = 0
             for size in sizes[task]:
                 part = samples[first : first + size]
-                width = _rounded_up(max(s["input_ids"].shape[1] for s in part), step)
+                width = rounded_up(max(s["input_ids"].shape[1] for s in part), step)
                 chunks.append(Chunk(task, first, _padded(part, width)))
                 first += size
         return chunks
@@ -1352,29 +966,6 @@ class Engine:
         )
 
 
-@contextlib.contextmanager
-def exact_memory() -> Iterator[None]:
-    """Inside, memory that is freed goes back to the system at once, so that what a run takes is what it uses.
-
-    glibc raises the size from which a block has pages of its own with every such block that is freed, up to 32 MiB; smaller
-    ones then leave holes in its heaps that differ from run to run, a quarter of the peak here and there. Other C libraries
-    have no such option, or need none.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        yield
-        return
-    # Below it are the blocks that small work comes and goes in: those are better had again than mapped again.
-    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    mallopt(_M_TRIM_THRESHOLD, 4 << 20)
-    try:
-        yield
-    finally:
-        # Where glibc's own rule ends.
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-
-
 def _in_any_layer(name: str) -> str:
     """What is learnt about a parameter of one layer holds for its like in the others."""
     return re.sub(r"\.\d+\.", ".*.", name)
@@ -1395,19 +986,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from itertools.chain.from_iterable(map(_tensors_in, value.values()))
     elif isinstance(value, (tuple, list)):
         yield from itertools.chain.from_iterable(map(_tensors_in, value))
-
-
-def _width_step(device: torch.device, itemsize: int, longest: int) -> int:
-    """What the width of a micro-batch is a multiple of.
-
-    On a CPU the half types' matrix library keeps megabytes of code and buffers for every shape it has met, so widths are
-    rounded up to one of eight; it costs a few percent of padding.
-    """
-    return max(1, -(-longest // 8)) if device.type == "cpu" and itemsize == 2 else 1
-
-
-def _rounded_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 def _padded(samples: Sequence[dict[str, Tensor]], longest: int) -> dict[str, Tensor]:
@@ -1446,330 +1024,3 @@ def _rechunk(grads: list[Tensor], sizes: list[list[int]], chunks: list[Chunk]) -
         padded = [nn.functional.pad(row, (0, 0, 0, max(0, width - row.shape[1]))) for row in mine]
         found.append(torch.cat([row[:, :width] for row in padded]))
     return found
-
-
-# --- what it will take ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class MemoryPlan:
-    """What a run will use, known before any weight is read. Sizes in bytes."""
-
-    micro_batch: int
-    places: list[Place]
-    resident: bool
-    device: dict[str, int]
-    host: int
-    disk: int
-    read: int
-    flops: float
-    device_limit: int
-    widened: bool = False  # weights are computed with in a wider type than they are stored in
-    seconds: float | None = None
-
-    @property
-    def device_total(self) -> int:
-        return sum(self.device.values())
-
-    def lines(self) -> list[str]:
-        """The plan in a few lines, to be shown before the work starts."""
-        parts = ", ".join(f"{what} {_size(value)}" for what, value in self.device.items() if value)
-        where = ", ".join(f"{self.places.count(p)} on {_PLACE_NAMES[p]}" for p in _PLACE_NAMES if p in self.places)
-        took = "" if self.seconds is None else f", about {_duration(self.seconds)} at this machine's measured speed"
-        wide = ", widened to fp32 as they are read" if self.widened else ""
-        return [
-            f"memory: {_size(self.device_total)} of {_size(self.device_limit)} on the device ({parts})",
-            f"activations at {len(self.places)} layer boundaries: {where} ({_size(self.host)} host, {_size(self.disk)} disk)",
-            f"{'resident' if self.resident else 'streamed'}, micro-batches of {self.micro_batch}; "
-            f"{_size(self.read)} of weights to read{wide}, {self.flops:.2e} flops{took}",
-        ]
-
-
-_PLACE_NAMES: dict[Place, str] = {"device": "the device", "host": "the host", "disk": "disk"}
-
-
-def _size(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def parse_size(text: str | int | None) -> int | None:
-    """Bytes from "400MB", "1.5GB", "16GiB" or a number."""
-    if text is None or isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)[bB]?\s*", text)
-    try:
-        assert match is not None
-        number = float(match[1])
-    except (AssertionError, ValueError):
-        raise PktError(f"{text!r} is not a size; write 400MB, 1.5GB or 16GiB") from None
-    return int(number * (1024 if match[3] else 1000) ** " kMGT".index(match[2].replace("K", "k") or " "))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the memory plan needs to know of a teacher, in elements and bytes, from its skeleton alone.
-
-    layer, front, head: parameters; linear_io: Σ of inputs and outputs of one layer's matrices; largest, side: elements and
-    longer side of a layer's largest matrix; itemsize: of a weight as it is computed with, stored: where it comes from;
-    logits: whether the head's loss needs them (`pkt.models.plain_head`).
-    """
-
-    layers: int
-    layer: int
-    front: int
-    head: int
-    linear_io: int
-    largest: int
-    side: int
-    vocab: int
-    hidden: int
-    itemsize: int
-    stored: int
-    grad_itemsize: int
-    tied: bool
-    logits: bool
-
-
-def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
-    """Measure a teacher's skeleton."""
-    model: Any = teacher.model
-    per_layer, io, outside, largest, side = [0] * count, [0] * count, 0, 1, 1
-    for name, parameter in model.named_parameters():
-        index = layer_of(name, layers)
-        if index is None:
-            outside += parameter.numel()
-            continue
-        per_layer[index] += parameter.numel()
-        if parameter.ndim > 1:
-            io[index] += sum(parameter.shape[-2:])
-            largest, side = max(largest, parameter.numel()), max(side, *parameter.shape)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    front = 0 if embedding is None else embedding.weight.numel()
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
-    vocab, hidden = (1, 1) if embedding is None else (embedding.weight.shape[0], embedding.weight.shape[1])
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden = getattr(text, "hidden_size", None) or hidden
-    dtype = _dtype_of(teacher)
-    # Gradients between layers of an fp16 model are kept in fp32, whose range they need.
-    grad_itemsize = 4 if dtype == torch.float16 else dtype.itemsize
-    rest = outside if tied else max(0, outside - front)
-    return Sizes(
-        layers=count,
-        layer=max(per_layer),
-        front=front,
-        head=rest,
-        linear_io=max(io),
-        largest=largest,
-        side=side,
-        vocab=vocab,
-        hidden=hidden,
-        itemsize=dtype.itemsize,
-        stored=teacher.stored_itemsize,
-        grad_itemsize=grad_itemsize,
-        tied=tied,
-        logits=plain_head(model) is None,
-    )
-
-
-def _choosing(elements: int, side: int, *, itemsize: int, select: str, rank: int) -> int:
-    """Bytes that choosing and factorizing a region of one matrix takes at most."""
-    # Windows and sums are found a block at a time; other regions are copied, and single weights sorted.
-    region = {"window": 0, "random": 0, "weights": 32 * elements}.get(select, 4 * elements)
-    cut = 0 if select in ("window", "random") else itemsize * elements
-    width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
-    return max(min(ops.SEARCH_BYTES, 48 * elements), region, cut + 4 * side * 9 * width)
-
-
-def plan_memory(
-    sizes: Sizes,
-    lengths: Sequence[Sequence[int]],
-    *,
-    device: torch.device,
-    batch_size: int,
-    in_memory: bool,
-    select: str = "window",
-    rank: int = 16,
-    device_memory: int | None = None,
-    host_memory: int | None = None,
-    scratch_free: int | None = None,
-    resident: bool = True,
-) -> MemoryPlan:
-    """Choose the micro-batch and where activations go, so that everything fits; says what would when nothing does.
-
-    lengths: tokens of each task's samples, longest first. device_memory, host_memory: limits in bytes; default: what is
-    free. On a CPU both limit the same memory and the smaller counts. scratch_free: bytes on the scratch disk. resident:
-    whether the weights of a teacher that fits may stay.
-    """
-    on_cpu = device.type == "cpu"
-    free_host, option = _free_memory(), "--device-memory"
-    if on_cpu:
-        given = [m for m in (device_memory, host_memory) if m is not None]
-        device_limit, host_limit = min(given, default=free_host), 0
-        # The smaller counts, so it is the one to raise.
-        option = "--host-memory" if host_memory is not None and host_memory == device_limit else option
-    else:
-        device_limit = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
-        host_limit = host_memory if host_memory is not None else free_host
-    tokens = sum(map(sum, lengths))
-    # A tied table is loaded with what precedes the layers and with what follows them.
-    parameters = sizes.layers * sizes.layer + sizes.front + sizes.head
-    flops = 8.0 * (sizes.layers * sizes.layer + sizes.head) * tokens
-    weights, item = parameters * sizes.itemsize, sizes.itemsize
-    read = sizes.stored * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
-    table = max(sizes.head, sizes.front)
-    # A tied table's scores wait for its other use, with the gradient rows of the tokens that occur.
-    waiting = len(lengths) * 4 * table if sizes.tied and on_cpu else 0
-    rows = 4 * tokens * sizes.hidden if sizes.tied and on_cpu else 0
-    smallest = 0
-    for micro in _halvings(batch_size):
-        shapes = _chunk_shapes(lengths, micro, device, item)
-        widest, padded = max(size * width for size, width in shapes), sum(size * width for size, width in shapes)
-        boundary = padded * sizes.hidden * item
-        part = functools.partial(_largest_part, sizes, lengths, widest, device, in_memory, select, rank)
-        always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize + rows}
-        if on_cpu:
-            kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
-            always["libraries"] = kept if item == 2 else min(_LIBRARIES, sizes.layer * 4)
-        fixed, with_waiting = {**part(0), **always}, {**part(waiting), **always}
-        needed = sum(fixed.values())
-        smallest = needed
-        if needed > device_limit:
-            continue
-        streamed = not in_memory and (not resident or sum(with_waiting.values()) + weights > 0.8 * device_limit)
-        extra = 0 if streamed or in_memory else weights
-        left = device_limit - needed - extra
-        fits = sum(with_waiting.values()) + extra + (sizes.layers + 1) * boundary <= device_limit
-        if fits:
-            fixed = with_waiting
-        # Where not everything fits, something goes to a file, and a tied table's scores then do first.
-        most = sizes.layers + 1 if fits or not waiting else sizes.layers
-        on_device = min(most, max(0, left // max(1, boundary)))
-        on_host = min(sizes.layers + 1 - on_device, max(0, int(0.9 * host_limit) // max(1, boundary)))
-        on_disk = sizes.layers + 1 - on_device - on_host
-        disk = on_disk * boundary + (waiting if on_disk else 0)
-        if on_disk and scratch_free is not None and disk > scratch_free:
-            raise PktError(
-                f"activations need {_size(disk)} beside memory and the scratch disk has "
-                f"{_size(scratch_free)} free; name a larger disk with --scratch, or allow more with --host-memory"
-            )
-        # The last boundaries are wanted first and soonest: they stay nearest.
-        places: list[Place] = [*["disk"] * on_disk, *["host"] * on_host, *["device"] * on_device]  # type: ignore[list-item]
-        device_use = {**fixed, "activations": on_device * boundary}
-        if extra:
-            device_use["resident weights"] = extra
-        return MemoryPlan(
-            micro_batch=micro,
-            places=places,
-            resident=bool(extra) or in_memory,
-            device=device_use,
-            host=on_host * boundary,
-            disk=disk,
-            read=0 if in_memory else (parameters * sizes.stored if extra else read),
-            flops=flops,
-            device_limit=device_limit,
-            widened=sizes.itemsize > sizes.stored,
-        )
-    raise PktError(
-        f"one sample at a time needs {_size(smallest)} on the device and {_size(device_limit)} may be used; allow more "
-        f"with {option} {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
-    )
-
-
-def _halvings(size: int) -> Iterator[int]:
-    while size > 1:
-        yield size
-        size = (size + 1) // 2
-    yield 1
-
-
-def _chunk_shapes(
-    lengths: Sequence[Sequence[int]], micro: int, device: torch.device, itemsize: int
-) -> list[tuple[int, int]]:
-    """(samples, padded width) of each micro-batch."""
-    step = _width_step(device, itemsize, max(map(max, lengths)))
-    parts = [task[i : i + micro] for task in lengths for i in range(0, len(task), micro)]
-    return [(len(part), _rounded_up(max(part), step)) for part in parts]
-
-
-def _largest_part(
-    sizes: Sizes,
-    lengths: Sequence[Sequence[int]],
-    widest: int,
-    device: torch.device,
-    in_memory: bool,
-    select: str,
-    rank: int,
-    waiting: int,
-) -> dict[str, int]:
-    """What a decoder layer takes on the device, or the head, whichever takes more; waiting: bytes of tied tables' scores."""
-    item, table = sizes.itemsize, max(sizes.head, sizes.front)
-    choose = functools.partial(_choosing, itemsize=item, select=select, rank=rank)
-    # The C++ product's share of each factor; without it two blocks of a gradient, one sample's and the sum.
-    blocks = 0
-    if device.type == "cpu":
-        compiled = ops.implementation("linear_sensitivity_", device)[0] == "C++"
-        blocks = 8 * min(1 << 18 if compiled else ops.GRADIENT_ELEMENTS, sizes.largest)
-    # Inputs and outputs of every matrix and of what lies between them, and fp32 copies of one matrix's.
-    work = widest * sizes.linear_io * (2 * item + 4) + blocks
-    if sizes.logits:
-        head_work = max(map(max, lengths)) * sizes.vocab * (3 * 4 + 2 * item) + blocks
-    else:
-        # A block of logits, beside a copy in fp32 (half types) or a part of the next one, and what the last norm keeps.
-        block = min(BLOCK.get(device.type, BLOCK_DEFAULT), widest * sizes.vocab)
-        head_work = 8 * block + widest * sizes.hidden * (4 * item + 32) + blocks
-    loaded = 1 if in_memory else 2
-    # The buffer that weights of another type are read into.
-    buffer = 0 if sizes.stored == item else sizes.stored
-    # Micro-batches are gone when regions are chosen.
-    layer = {
-        "weights": sizes.layer * (loaded * item + buffer),
-        "scores": 4 * sizes.layer,
-        "tied scores": waiting,
-        "work": max(work, choose(sizes.largest, sizes.side)),
-    }
-    head = {
-        "weights": (sizes.head + (loaded - 1) * sizes.layer) * item + max(sizes.head, sizes.layer) * buffer,
-        "scores": 4 * table,
-        "tied scores": max(0, waiting - 4 * table),
-        "work": max(head_work, choose(table, max(sizes.vocab, sizes.hidden))),
-    }
-    return max((layer, head), key=lambda part: sum(part.values()))
-
-
-def _free_memory() -> int:
-    """Memory that can be taken without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-
-
-def measured_seconds(flops: float, dtype: torch.dtype, device: torch.device, budget: float = 1.0) -> float:
-    """Time for `flops` of matrix products at the rate this device shows in a trial of about `budget` seconds."""
-    side = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(side, side, dtype=dtype, device=device)
-
-    def trial() -> float:
-        begin = time.perf_counter()
-        float((a @ a)[0, 0])
-        return time.perf_counter() - begin
-
-    trial()
-    times: list[float] = []
-    while sum(times) < budget and len(times) < 1000:
-        times.append(trial())
-    return flops / (2 * side**3 / sorted(times)[len(times) // 2])

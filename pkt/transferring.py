@@ -31,9 +31,11 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.adapters import Pair
+from pkt.budgeting import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract, factorize_targets, versions
 from pkt.factorization import Split, check_rank
+from pkt.loading import NotLayeredError, Teacher, open_teacher
 from pkt.models import (
     ModelSpec,
     Target,
@@ -77,22 +79,7 @@ from pkt.storage import (
     write_json,
     write_tensors,
 )
-from pkt.streaming import (
-    Boundaries,
-    Engine,
-    Key,
-    MemoryPlan,
-    NotLayeredError,
-    Progress,
-    Teacher,
-    Tick,
-    measured_seconds,
-    open_teacher,
-    parse_size,
-    plan_memory,
-    samples_of,
-    sizes_of,
-)
+from pkt.streaming import Boundaries, Engine, Key, Progress, Tick, samples_of
 
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 SCORES = "scores.safetensors"

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import pkt
 from pkt.injection import load_with_adapter
+from pkt.loading import open_teacher
 from pkt.models import load_model, shared_vocabulary, spec_of
 from pkt.planning import assemble
 from pkt.seeds import Example, Seeds
 from pkt.selection import Region
-from pkt.streaming import open_teacher
 
 SAMPLES = oracle.token_samples(3, longest=12)
 BATCHES = oracle.batched(SAMPLES, 2)

@@ -16,20 +16,11 @@ from torch import Tensor, nn
 
 import pkt
 from pkt import ops
+from pkt.budgeting import Place, parse_size, plan_memory, sizes_of
+from pkt.loading import NotLayeredError, open_teacher
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.seeds import Example, Seeds
-from pkt.streaming import (
-    Boundaries,
-    Engine,
-    NotLayeredError,
-    Place,
-    _halved,
-    open_teacher,
-    parse_size,
-    plan_memory,
-    samples_of,
-    sizes_of,
-)
+from pkt.streaming import Boundaries, Engine, _halved, samples_of
 from pkt.transferring import score_seeds
 
 CPU = torch.device("cpu")
@@ -509,7 +500,7 @@ def anonymous():
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
-with pkt.streaming.exact_memory():
+with pkt.budgeting.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
 ctypes.CDLL(None).malloc_trim(0)
 bare, peak, stop, planned = anonymous(), [0], threading.Event(), []

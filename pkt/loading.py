@@ -1,0 +1,393 @@
+"""Where a teacher's weights come from: a checkpoint's files or another device, a group of tensors at a time.
+
+A teacher is a model without values. `Loader` reads what is wanted next while one group computes, with pread into buffers that
+are used again, and widens what is stored in another type than it is computed in.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkt import ops
+from pkt.errors import PktError
+from pkt.models import check_checkpoint, hollow_model, load_config, load_model, stored_names, unwrap
+from pkt.storage import os_errors, safetensors_header
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+_ALIGN = 64
+
+
+class NotLayeredError(Exception):
+    """The model is not a chain of decoder layers that can be scored one at a time; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint: its file, its place there, its type and shape."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class CheckpointFiles:
+    """Tensors of a safetensors checkpoint, read with pread into buffers that are used again."""
+
+    def __init__(self, folder: Path) -> None:
+        check_checkpoint(folder)
+        self.tensors: dict[str, Stored] = {}
+        self.joined: dict[str, list[str]] = {}
+        self.handles: dict[Path, int] = {}
+        self.stamps: dict[Path, tuple[int, int]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            header = safetensors_header(file)
+            with open(file, "rb") as opened:
+                base = 8 + int.from_bytes(opened.read(8), "little")
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] not in _DTYPES:
+                    raise NotLayeredError(f"{file} stores {name} as {entry['dtype']}")
+                begin, end = entry["data_offsets"]
+                self.tensors[name] = Stored(
+                    file, base + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
+                )
+            self.stamps[file] = _stamp(os.stat(file))
+
+    def check(self, file: Path) -> int:
+        """A handle on a shard that is still the file it was. Raises `PktError` naming it."""
+        with os_errors(f"reading {file}"):
+            if file not in self.handles:
+                self.handles[file] = os.open(file, os.O_RDONLY)
+            now = _stamp(os.fstat(self.handles[file]))
+        if now != self.stamps[file]:
+            raise PktError(
+                f"{file} changed while it was read ({self.stamps[file][0]} bytes before, {now[0]} now); the scores of two "
+                "different checkpoints cannot be mixed: restore it and run the same command again, or start over with --force"
+            )
+        return self.handles[file]
+
+    def join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Add a tensor that is the bytes of others, one after another."""
+        first = self.tensors[parts[0]]
+        nbytes = sum(self.tensors[part].nbytes for part in parts)
+        self.tensors[name] = Stored(first.file, first.offset, nbytes, first.dtype, shape)
+        self.joined[name] = parts
+
+    def fill(self, name: str, target: memoryview) -> None:
+        done = 0
+        for part in self.joined.get(name, [name]):
+            self._fill(part, target[done : done + self.tensors[part].nbytes])
+            done += self.tensors[part].nbytes
+
+    def _fill(self, name: str, target: memoryview) -> None:
+        stored = self.tensors[name]
+        handle, done = self.check(stored.file), 0
+        with os_errors(f"reading {stored.file}"):
+            while done < stored.nbytes:
+                count = os.preadv(handle, [target[done : stored.nbytes]], stored.offset + done)
+                if count == 0:
+                    raise PktError(f"{stored.file} ends inside {name}; copy the checkpoint again")
+                done += count
+        self.check(stored.file)
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+        self.handles.clear()
+
+
+class HostTensors:
+    """Tensors of a model that lives on another device than the one that computes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: tensor.detach() for name, tensor in all_tensors(model)}
+        self.tensors = {
+            name: Stored(Path(), 0, t.numel() * t.element_size(), t.dtype, tuple(t.shape))
+            for name, t in self.values.items()
+        }
+
+    def fill(self, name: str, target: memoryview) -> None:
+        tensor = self.values[name].cpu().contiguous().reshape(-1)
+        into = torch.frombuffer(target, dtype=torch.uint8, count=tensor.numel() * tensor.element_size())
+        into.copy_(tensor.view(torch.uint8))
+
+    def close(self) -> None:
+        pass
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    view: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(view)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones under each of their names) and persistent buffers."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + key, parameter
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield dot + key, buffer
+
+
+class Loader:
+    """Brings groups of tensors to the device, the next group while one computes, into buffers that are used again.
+
+    dtypes: what each tensor is wanted in. With `resident`, what was loaded stays. `waited` and `bytes_read` are for the
+    progress report.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointFiles | HostTensors,
+        device: torch.device,
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        prefetch: bool,
+        resident: bool,
+    ) -> None:
+        self.source, self.device, self.dtypes, self.resident = source, device, dtypes, resident
+        self.thread = ThreadPoolExecutor(1, "pkt-weights") if prefetch else None
+        self.free: dict[str, list[Tensor]] = {"read": [], "cast": []}
+        self.in_use: dict[tuple[str, ...], Tensor] = {}
+        self.kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self.coming: dict[tuple[str, ...], Future[dict[str, Tensor]]] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waited, self.bytes_read = 0.0, 0
+
+    def get(self, names: tuple[str, ...], then: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """The tensors of `names` on the device; `then` begins to be read while the caller computes."""
+        begin = time.perf_counter()
+        if names in self.kept:
+            tensors = self.kept[names]
+        else:
+            future = self.coming.pop(names, None)
+            tensors = future.result() if future is not None else self._load(names)
+            if self.resident:
+                self.kept[names] = tensors
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.waited += time.perf_counter() - begin
+        self.expect(then)
+        return tensors
+
+    def expect(self, names: tuple[str, ...] | None) -> None:
+        """Begin to read what will be wanted next."""
+        if names and self.thread is not None and names not in self.coming and names not in self.kept:
+            self.coming[names] = self.thread.submit(self._load, names)
+
+    def release(self, names: tuple[str, ...]) -> None:
+        if not self.resident and names in self.in_use:
+            self.free["cast" if self._is_cast(names) else "read"].append(self.in_use.pop(names))
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+        self.source.close()
+        self.free.clear()
+        self.in_use.clear()
+        self.kept.clear()
+
+    def _load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        stored = {name: self.source.tensors[name] for name in names}
+        ordered = sorted(names, key=lambda n: (stored[n].file, stored[n].offset))
+        offsets, total = _places([(n, stored[n].nbytes) for n in ordered])
+        slot = self._slot("read", total)
+        # Pinned and pageable buffers alike are plain memory to pread.
+        view = bytes_of(slot)
+        for name, offset in offsets.items():
+            nbytes = stored[name].nbytes
+            if nbytes:
+                self.source.fill(name, view[offset : offset + nbytes])
+            self.bytes_read += nbytes
+        buffer = slot
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                buffer = torch.empty(total, dtype=torch.uint8, device=self.device)
+                buffer.copy_(slot[:total], non_blocking=True)
+            self.stream.synchronize()
+            buffer.record_stream(torch.cuda.current_stream(self.device))
+            self.free["read"].append(slot)
+        tensors = {n: _cut(buffer, offset, stored[n].dtype, stored[n].shape) for n, offset in offsets.items()}
+        if self._is_cast(names):
+            tensors = self._cast(names, tensors, buffer)
+        elif buffer is slot:
+            self.in_use[names] = slot
+        return tensors
+
+    def _wanted(self, name: str) -> torch.dtype:
+        stored = self.source.tensors[name].dtype
+        return self.dtypes[name] if stored.is_floating_point else stored
+
+    def _is_cast(self, names: tuple[str, ...]) -> bool:
+        return any(self._wanted(name) != self.source.tensors[name].dtype for name in names)
+
+    def _cast(self, names: tuple[str, ...], tensors: dict[str, Tensor], buffer: Tensor) -> dict[str, Tensor]:
+        """All of them copied into the types that are wanted, so that what they were read into is free for the next."""
+        if self.device.type != "cpu":
+            return {name: tensor.to(self._wanted(name), copy=True) for name, tensor in tensors.items()}
+        sizes = [(name, tensor.numel() * self._wanted(name).itemsize) for name, tensor in tensors.items()]
+        offsets, total = _places(sizes)
+        slot = self.in_use[names] = self._slot("cast", total)
+        found = {n: _cut(slot, offset, self._wanted(n), tensors[n].shape) for n, offset in offsets.items()}
+        for name, tensor in found.items():
+            tensor.copy_(tensors[name])
+        self.free["read"].append(buffer)
+        return found
+
+    def _slot(self, kind: str, size: int) -> Tensor:
+        fitting = [slot for slot in self.free[kind] if size <= slot.numel() <= 2 * size]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self.free[kind] = [slot for slot in self.free[kind] if slot is not best]
+            return best
+        # A buffer of another size will not be needed again: parts of one size follow each other.
+        self.free[kind] = []
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+
+
+def _places(sizes: Sequence[tuple[str, int]]) -> tuple[dict[str, int], int]:
+    """Where each of these many bytes goes in one buffer, and the buffer's size."""
+    offsets, total = {}, 0
+    for name, size in sizes:
+        offsets[name] = total
+        total += -(-size // _ALIGN) * _ALIGN
+    return offsets, total
+
+
+def _cut(buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+
+
+@dataclass
+class Teacher:
+    """A model whose tensors are put into its modules when needed; `source` is None when they are all there already."""
+
+    model: nn.Module
+    source: CheckpointFiles | HostTensors | None
+    dtype: torch.dtype | None = None
+    stored_as: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the source
+    note: str = ""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor of the source is wanted in: what it is in the empty model."""
+        return {self.stored_as[name]: tensor.dtype for name, tensor in all_tensors(self.model)}
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of a weight where it comes from."""
+        found = {} if self.source is None else self.source.tensors
+        return next((t.dtype.itemsize for t in found.values() if t.dtype.is_floating_point), dtype_of(self).itemsize)
+
+
+def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
+    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time.
+
+    Weights in a half type that this CPU cannot multiply are widened as they are read, unless a dtype is given.
+    """
+    if isinstance(teacher, nn.Module):
+        model = unwrap(teacher)
+        tensors = dict(all_tensors(model))
+        wanted = {t: t.dtype if dtype else ops.working_dtype(t.dtype, device) for t in tensors.values()}
+        if all(t.device == device and t.dtype == wanted[t] for t in tensors.values()):
+            return Teacher(model, None)
+        hollow = copy.deepcopy(model, {id(t): _emptied(t, wanted[t]) for t in tensors.values()})
+        for module in hollow.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(device)
+        names = {name: name for name, _ in all_tensors(hollow)}
+        return Teacher(hollow, HostTensors(model), None, names)
+    note = ""
+    if Path(teacher).is_dir():
+        config = load_config(teacher)
+        try:
+            files = CheckpointFiles(Path(teacher))
+            stored = _stored_dtype(config, files)
+            working = dtype or (stored and ops.working_dtype(stored, device))
+            model = hollow_model(config, working, device)
+            return Teacher(model, files, working, _match_names(model, files))
+        except NotLayeredError as error:
+            note = f"{teacher} is loaded whole, not layer by layer: {error}"
+    loaded = load_model(teacher, dtype=dtype, dequantize=True)
+    return Teacher(**{**vars(open_teacher(loaded, device, dtype)), "note": note})
+
+
+def dtype_of(teacher: Teacher) -> torch.dtype:
+    found = next((p.dtype for p in teacher.model.parameters() if p.is_floating_point()), torch.float32)
+    return teacher.dtype or found
+
+
+def _emptied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
+    """What transformers' dtype="auto" takes: the configuration's, or that of the first weights."""
+    if getattr(config, "quantization_config", None):
+        raise NotLayeredError("its weights are quantized")
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
+
+
+def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+    """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    by_tensor: dict[int, str] = {}
+    for name, tensor in all_tensors(model):
+        for parts in stored_names(name, tuple(tensor.shape), prefix):
+            if not all(part in files.tensors for part in parts):
+                continue
+            stored = parts[0]
+            if len(parts) > 1:
+                shapes = [files.tensors[part].shape for part in parts]
+                if any(len(shape) != 2 or shape[1:] != tensor.shape[2:] for shape in shapes):
+                    continue
+                stored = name
+                files.join(name, parts, (len(tensor), sum(shape[0] for shape in shapes) // len(tensor), *shapes[0][1:]))
+            if files.tensors[stored].shape != tuple(tensor.shape):
+                raise NotLayeredError(
+                    f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
+                )
+            found[name] = stored
+            by_tensor.setdefault(id(tensor), stored)
+            break
+    for name, tensor in all_tensors(model):
+        if name not in found and id(tensor) in by_tensor:
+            found[name] = by_tensor[id(tensor)]
+        if name not in found:
+            raise NotLayeredError(f"its files do not name {name}; transformers has to map them")
+    return found
