@@ -1,25 +1,22 @@
 """The first half of the work in one call: seeds, sensitivity, plan and extraction, everything checked before it starts.
 
 The teacher is scored part by part (`pkt.streaming`). As soon as a part's scores are complete its regions are chosen and
-factorized, and the scores are forgotten; a layer that is no longer among the best loses its factors too. What cannot be
-decided then waits: with students whose layers differ in shape, or random windows (which depend on the student's layer), the
-regions of every place a layer may take are chosen at once and the chosen layers' weights are read a third time at the end.
+factorized, and the scores are forgotten (`pkt.harvesting`).
 
-With an output folder, every finished part is a checkpoint in a hidden folder beside it (`.NAME.run`), bound to the inputs.
-The same command continues there after any interruption and ends with the same bytes.
+With an output folder, every finished part is a checkpoint in a hidden folder beside it (`.NAME.run`, `pkt.resuming`), bound to
+the inputs. The same command continues there after any interruption and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,15 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.adapters import Pair
 from pkt.budgeting import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
 from pkt.errors import PktError
-from pkt.extraction import Extraction, extract, factorize_targets, versions
+from pkt.extraction import Extraction, extract, versions
 from pkt.factorization import Split, check_rank
+from pkt.harvesting import Harvest
 from pkt.loading import NotLayeredError, Teacher, open_teacher
 from pkt.models import (
     ModelSpec,
-    Target,
     check_checkpoint,
     check_quantization,
     check_tokenizer,
@@ -53,8 +49,6 @@ from pkt.models import (
     with_roles,
 )
 from pkt.planning import (
-    Entry,
-    Feed,
     ModuleMap,
     Pairing,
     TransferPlan,
@@ -62,28 +56,22 @@ from pkt.planning import (
     check_options,
     read_vocabulary,
 )
+from pkt.resuming import RunFolder, run_path
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.selection import BLOCK, Strategy
 from pkt.storage import (
-    LOCK,
     MANIFEST,
-    atomic_file,
     check_output_folder,
-    lock_folder,
     os_errors,
-    read_json,
     sha256,
     sweep_scratch,
-    write_json,
-    write_tensors,
 )
 from pkt.streaming import Boundaries, Engine, Key, Progress, Tick, samples_of
 
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 SCORES = "scores.safetensors"
-RUN_FORMAT = "pkt-run-2"
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
 
@@ -419,137 +407,6 @@ class Job:
         return done is not None
 
 
-# --- regions and factors as scores arrive ---------------------------------------------------------------------------
-
-
-class Harvest:
-    """Regions and factors of one task, taken from each part's scores as soon as they are complete.
-
-    A record is one teacher part's choice: each target's entries by (signature, suffix), JSON, and its factors by the same key.
-    Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
-    """
-
-    def __init__(self, pairing: Pairing, factorization: dict[str, Any]) -> None:
-        self.pairing, self.factorization = pairing, factorization
-        self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
-        self.records: dict[Key, dict[str, Any]] = {}
-        self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
-        self.ranked = pairing.ranked
-
-    def places(self, layer: int) -> list[int]:
-        """The student's layers that this teacher layer feeds, or may feed while the ranking is open."""
-        return [place for place in range(self.pairing.count) if layer in self.pairing.layers_for(place)]
-
-    def signature(self, place: int) -> str:
-        mine = [
-            [t.suffix, *(t.stored_shape if t.experts else t.shape)] for t in self.pairing.targets if t.layer == place
-        ]
-        # A random window is drawn from the target's name.
-        drawn = place if self.options["select"] == "random" else ""
-        return sha256(json.dumps([mine, drawn]))[:12]
-
-    def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
-        """Choose and factorize what this part gives to the student."""
-        sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
-        record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
-        wanted = self._wanted(key, scores)
-        groups = {group for group, _, _ in wanted}
-
-        def score_of(source: Target) -> Tensor:
-            return scores[source.parameter]
-
-        experts_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
-        for group, target, feeds in wanted:
-            name = f"{group}/{target.suffix}"
-            entries = [
-                e for f in feeds for e in self.pairing.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
-            ]
-            record["entries"][name] = {"entries": [e.to_json() for e in entries]}
-        at_once = len(groups) == 1 or not self.ranked
-        factors = self._factorize(record["entries"], weight) if at_once else {}
-        self.records[key], self.factors[key] = record, factors
-        if isinstance(key, int) and self.ranked:
-            self._forget_losers()
-
-    def _wanted(self, key: Key, scores: dict[str, Tensor]) -> list[tuple[str, Target, list[Feed]]]:
-        """(signature, target, what feeds it) for everything this part's scores decide."""
-        wanted: list[tuple[str, Target, list[Feed]]] = []
-        if not isinstance(key, int):
-            outside = [(t, self.pairing.feeds(t, None)) for t in self.pairing.targets if t.layer is None]
-            return [("", t, feeds) for t, feeds in outside if feeds and feeds[0].source.parameter in scores]
-        seen: set[str] = set()
-        for place in self.places(key):
-            group = self.signature(place)
-            if group in seen:
-                continue
-            seen.add(group)
-            mine = [(t, self.pairing.feeds(t, key)) for t in self.pairing.targets if t.layer == place]
-            wanted += [(group, target, feeds) for target, feeds in mine if feeds]
-        return wanted
-
-    def _factorize(
-        self, targets: dict[str, dict[str, Any]], weight: Callable[[str], Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B for each target of one part, whose energies are filled in."""
-
-        def matrix_of(entry: Entry) -> Tensor:
-            source = self.pairing.by_module[entry.source]
-            return source.oriented(weight(source.parameter), entry.expert)
-
-        entries = {name: [Entry.from_json(e) for e in target["entries"]] for name, target in targets.items()}
-        found = factorize_targets(entries, matrix_of, **self.factorization)
-        for name, (_, energy) in found.items():
-            targets[name]["energy"] = energy
-        return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _) in found.items()}
-
-    def _best(self) -> list[int]:
-        scored = sorted(
-            (key for key in self.records if isinstance(key, int)), key=lambda k: (-self.records[k]["total"], k)
-        )
-        return scored[: self.pairing.count]
-
-    def _forget_losers(self) -> None:
-        best = set(self._best())
-        for key in list(self.factors):
-            if isinstance(key, int) and key not in best:
-                self.factors[key] = {}
-
-    def layer_map(self) -> list[int]:
-        return sorted(self._best()) if self.pairing.fixed is None else self.pairing.fixed
-
-    def finish(
-        self, weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]]
-    ) -> tuple[TransferPlan, dict[str, Pair], dict[str, float]]:
-        """The plan, and a pair and its energy for each target. Reads a layer again where its factors had to wait."""
-        chosen = self.layer_map()
-        place_of: dict[str, tuple[Key, str]] = {}
-        keys: list[Key]
-        for target in self.pairing.targets:
-            if target.layer is None:
-                name, keys = f"/{target.suffix}", [k for k in self.records if not isinstance(k, int)]
-            else:
-                name, keys = f"{self.signature(target.layer)}/{target.suffix}", [chosen[target.layer]]
-            # A partial transfer has targets that nothing feeds.
-            for k in keys:
-                if name in self.records[k]["entries"]:
-                    place_of[target.module] = k, name
-        for key in dict.fromkeys(k for k, _ in place_of.values() if isinstance(k, int)):
-            late = sorted({n for k, n in place_of.values() if k == key and n not in self.factors[key]})
-            if late:
-                with weights_of(key) as weight:
-                    waiting = {name: self.records[key]["entries"][name] for name in late}
-                    self.factors[key].update(self._factorize(waiting, weight))
-        entries, pairs, energies = [], {}, {}
-        for module, (part, name) in place_of.items():
-            found, (A, B) = self.records[part]["entries"][name], self.factors[part][name]
-            mine = [Entry.from_json({**e, "target": module}) for e in found["entries"]]
-            entries += mine
-            pairs[module] = Pair(A, B, mine[0].kind)
-            energies[module] = found["energy"]
-        layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
-        return self.pairing.finish(entries, chosen, layer_scores), pairs, energies
-
-
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
@@ -691,7 +548,8 @@ class Runner:
             found[name] = Extraction(pairs, energies, made, self.job.provenance(task, losses[task]))
             if self.job.keep_scores != "none":
                 assert self.folder is not None
-                self.folder.seal_scores(task, self.job, losses[task], self.tile)
+                described = functools.partial(self.job.scores_metadata, task, losses[task], self.tile)
+                self.folder.seal_scores(task, described)
         return found
 
     def _whole(self, teacher: Teacher, why: str) -> dict[str, Extraction]:
@@ -757,239 +615,6 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# --- the run folder -------------------------------------------------------------------------------------------------
-
-
-def run_path(out: Path) -> Path:
-    """Where an unfinished transfer to `out` keeps its checkpoints."""
-    return out.absolute().parent / f".{out.name}.run"
-
-
-class RunFolder:
-    """Checkpoints of an unfinished transfer: one file a part, written whole, checksummed, bound to the inputs.
-
-    run.json holds the inputs and the execution plan; step-NNN the records and factors of a part; grad-NNN what the next
-    part starts from. grad is written before step, and the one before is removed after it: a part is finished when its step
-    is there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.value: dict[str, Any] = {}
-        self.steps: list[str] = []
-
-    @staticmethod
-    @contextlib.contextmanager
-    def locked(out: Path, *, fresh: bool) -> Iterator[RunFolder]:
-        """The run folder of `out`, held against a second run; removed when the work is done or nothing of it is."""
-        path = run_path(out)
-        with lock_folder(path, out):
-            folder = RunFolder(path)
-            try:
-                if fresh:
-                    folder.clear()
-                yield folder
-                shutil.rmtree(path, ignore_errors=True)
-            except BaseException:
-                if not folder.steps:
-                    shutil.rmtree(path, ignore_errors=True)
-                raise
-
-    def clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != LOCK:
-                entry.unlink()
-
-    def bind(self, inputs: dict[str, Any]) -> None:
-        """Refuse to continue a run of other inputs, naming what differs; sweep away what an interrupted write left."""
-        inputs = json.loads(json.dumps(inputs))
-        file = self.path / "run.json"
-        if file.is_file():
-            # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
-            self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
-            try:
-                self.value = read_json(file)
-            except PktError as error:
-                raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
-            recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
-            if recorded and self.value.get("format") == "pkt-run-1":
-                raise PktError(
-                    f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
-                )
-            if not recorded or self.value.get("format") != RUN_FORMAT:
-                raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
-            different = sorted(k for k in {*inputs, *recorded} if inputs.get(k) != recorded.get(k))
-            if different:
-                raise PktError(
-                    f"{self.path} holds an unfinished run of other inputs ({', '.join(map(_difference, different))} "
-                    "changed); finish it with the old ones, or start over with --force"
-                )
-        else:
-            self.clear()
-            self.value = {"format": RUN_FORMAT, "inputs": inputs}
-            self._write()
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.endswith(".tmp"):
-                entry.unlink()
-
-    def _write(self) -> None:
-        with atomic_file(self.path / "run.json") as scratch:
-            write_json(scratch, self.value)
-
-    def execution(self, sizes: list[list[int]], memory: MemoryPlan) -> list[list[int]]:
-        """The recorded micro-batches, or these, recorded: they are part of what makes the bytes."""
-        recorded = self.value.get("execution")
-        if recorded is None:
-            recorded = self.value["execution"] = {
-                "micro_batches": sizes,
-                "halvings": [],
-                "places": memory.places,
-                "resident": memory.resident,
-                "threads": torch.get_num_threads(),
-            }
-            self._write()
-        found: list[list[int]] = recorded["micro_batches"]
-        return found
-
-    def resized(self, sizes: list[list[int]], why: str) -> None:
-        self.value["execution"]["micro_batches"] = sizes
-        self.value["execution"]["halvings"].append({"why": why, "after": len(self.steps)})
-        self._write()
-
-    def commit(self, key: Key, progress: Progress, harvests: list[Harvest]) -> None:
-        """A part of every task is finished."""
-        number = len(self.steps)
-        tensors = {f"grad.{i}": grad for i, grad in enumerate(progress.grads)}
-        state = {"boundary": progress.boundary, "losses": progress.losses, "sizes": progress.sizes}
-        if key == "front":
-            # Nothing is left to compute from gradients.
-            tensors, state["boundary"] = {}, -1
-        self._save(f"grad-{number:04d}.safetensors", state, tensors)
-        if key == "head" and any(progress.carried):
-            carried = {f"{i}.{k}": t for i, task in enumerate(progress.carried) for k, t in task.items()}
-            self._save("tied.safetensors", {}, carried)
-        factors = {}
-        for task, harvest in enumerate(harvests):
-            for name, (A, B) in harvest.factors[key].items():
-                factors[f"{task}.A.{name}"], factors[f"{task}.B.{name}"] = A, B
-        self._save(
-            f"step-{number:04d}.safetensors", {"key": key, "records": [h.records[key] for h in harvests]}, factors
-        )
-        self.steps.append(f"step-{number:04d}.safetensors")
-        if number:
-            (self.path / f"grad-{number - 1:04d}.safetensors").unlink(missing_ok=True)
-
-    def resume(self, harvests: list[Harvest]) -> Progress | None:
-        """Put finished parts back into the harvests; where the run stands, or None at its beginning."""
-        for number, name in enumerate(self.steps):
-            if name != f"step-{number:04d}.safetensors":
-                raise PktError(f"{self.path} lacks step {number}; start over with --force")
-            step, factors = self._load(name)
-            key: Key = step["key"]
-            for task, harvest in enumerate(harvests):
-                harvest.records[key] = step["records"][task]
-                names = [n for n in step["records"][task]["entries"] if f"{task}.A.{n}" in factors]
-                harvest.factors[key] = {n: (factors[f"{task}.A.{n}"], factors[f"{task}.B.{n}"]) for n in names}
-        if not self.steps:
-            return None
-        for harvest in harvests:
-            if harvest.ranked:
-                harvest._forget_losers()
-        state, grads = self._load(f"grad-{len(self.steps) - 1:04d}.safetensors")
-        carried: list[dict[str, Tensor]] = [{} for _ in harvests]
-        if (self.path / "tied.safetensors").is_file():
-            _, tied = self._load("tied.safetensors")
-            for label, tensor in tied.items():
-                owner, _, rest = label.partition(".")
-                carried[int(owner)][rest] = tensor
-        return Progress(
-            state["boundary"], [grads[f"grad.{i}"] for i in range(len(grads))], state["losses"], carried, state["sizes"]
-        )
-
-    def _save(self, name: str, value: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        text = json.dumps(value)
-        with atomic_file(self.path / name) as scratch:
-            write_tensors(scratch, tensors, ("pkt", json.dumps([_digest(text, tensors), text])))
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-
-    def _load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
-        path = self.path / name
-        try:
-            with safe_open(path, framework="pt") as file:
-                digest, text = json.loads(file.metadata()["pkt"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if digest != _digest(text, tensors):
-                raise ValueError
-            value = json.loads(text)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise PktError(
-                f"{path} is damaged, so this run cannot continue from it; start over with --force, or delete {self.path}"
-            ) from error
-        return value, tensors
-
-    # -- scores kept for later plans
-
-    def scores_file(self, task: int) -> Path:
-        return self.path / f"scores-{task}.safetensors"
-
-    def keep_scores(self, task: int, scores: dict[str, Tensor], tile: int | None) -> None:
-        """Append a part's scores; parts computed twice because of an interruption are written twice, the last one counts."""
-        kept = {n: s if tile is None else ops.tile_sums(s, tile) for n, s in scores.items()}
-        if kept:
-            part = sha256(*sorted(kept))[:16]
-            with atomic_file(self.path / f"part-{task}-{part}.safetensors") as scratch:
-                write_tensors(scratch, kept)
-
-    def seal_scores(self, task: int, job: Job, losses: Sequence[float], tile: int | None) -> None:
-        """One file of all parts that `pkt.Sensitivity.load` reads, copied part by part; once it is there it is whole."""
-        files = sorted(self.path.glob(f"part-{task}-*.safetensors"))
-        if files and not self.scores_file(task).is_file():
-            self._join_parts(files, self.scores_file(task), job.scores_metadata(task, losses, tile))
-        for file in files:
-            file.unlink()
-
-    def _join_parts(self, files: list[Path], out: Path, meta: dict[str, Any]) -> None:
-        from safetensors import safe_open
-
-        header: dict[str, Any] = {"__metadata__": {"pkt": json.dumps(meta)}}
-        places: dict[str, Path] = {}
-        offset = 0
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    shape = list(opened.get_slice(name).get_shape())
-                    size = 4 * math.prod(shape)
-                    header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
-                    places[name], offset = file, offset + size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with atomic_file(out) as scratch, open(scratch, "wb") as into:
-            into.write(struct.pack("<Q", len(text)) + text)
-            for name, file in places.items():
-                with safe_open(file, framework="pt") as opened:
-                    into.write(opened.get_tensor(name).contiguous().numpy().data)
-
-
-def _difference(name: str) -> str:
-    return name.removeprefix("option ")
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _finished(
