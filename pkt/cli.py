@@ -270,6 +270,12 @@ def transfer(
     import pkt
 
     given = _seed_sets(seeds, tasks)
+    shown: list[Any] = []
+
+    def show(plan: Any) -> None:
+        shown.append(plan)
+        typer.echo(str(plan))
+
     found = pkt.transfer(
         teacher,
         student,
@@ -300,7 +306,7 @@ def transfer(
         keep_scores=keep_scores.value,
         progress=not json_,
         on_memory=None if json_ else lambda memory: err_console.print(*memory.lines(), sep="\n", highlight=False),
-        on_plan=None if json_ else lambda plan: typer.echo(str(plan)),
+        on_plan=None if json_ else show,
         on_tick=(lambda tick: typer.echo(json.dumps(dataclasses.asdict(tick)), err=True)) if json_ else None,
     )
     results = {str(out / name): ext for name, ext in found.items()} if isinstance(found, dict) else {str(out): found}
@@ -318,7 +324,8 @@ def transfer(
         _print_json(rows if isinstance(found, dict) else rows[0])
         return
     for folder, ext in results.items():
-        out_console.print(f"{folder}: {ext}", highlight=False)
+        there = "" if shown else "the result of this command is there already: "
+        out_console.print(f"{folder}: {there}{ext}", highlight=False)
         next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
 
 
@@ -707,13 +714,20 @@ def main() -> None:
         err_console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as done:
-        if done.code == 130:  # typer's answer to Ctrl-C
+        if done.code in (130, 143):  # Ctrl-C, by typer, and SIGTERM
             err_console.print(_stopped(), style="red")
         raise
 
 
 def _stopped() -> str:
     """What there is to say after Ctrl-C."""
-    if _command not in ("transfer", "train"):
+    from pkt.resuming import run_path
+
+    words = [word for argument in sys.argv for word in argument.split("=", 1)]
+    if _command not in ("transfer", "train") or "--out" not in words[:-1]:
         return "stopped"
+    out = Path(words[words.index("--out") + 1])
+    saved = run_path(out).is_dir() if _command == "transfer" else any(out.glob("checkpoint-*"))
+    if not saved:
+        return "stopped before anything was saved"
     return f"stopped; the same command continues{', without --force' if '--force' in sys.argv else ''}"

@@ -403,11 +403,11 @@ def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | Non
 
 
 def _with_routers(targets: list[Target]) -> list[Target]:
-    """Matrices of no known role beside experts, with a row for each of them, are their routers."""
+    """Matrices of no known role beside experts, with a row for each of them or for the shared one, are their routers."""
     beside = {t.module.rpartition(".")[0].rpartition(".")[0]: t.experts for t in targets if t.experts}
     return [
         dataclasses.replace(t, role="router", group="router")
-        if not t.role and any(t.shape[0] == count and t.module.startswith(f"{home}.") for home, count in beside.items())
+        if not t.role and any(t.shape[0] in (1, n) and t.module.startswith(f"{home}.") for home, n in beside.items())
         else t
         for t in targets
     ]
@@ -459,7 +459,10 @@ def skeleton(config: Any) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config)
         except (ValueError, KeyError) as error:
             kind = getattr(config, "model_type", type(config).__name__)
-            raise PktError(f"transformers has no causal language model for {kind!r}: {first_line(error)}") from error
+            where = getattr(config, "name_or_path", "") or "the configuration"
+            raise PktError(
+                f"{where}: transformers has no causal language model for {kind!r}; pkt reads decoders (AutoModelForCausalLM)"
+            ) from error
         except Exception as error:  # whatever a modeling file does with numbers that make no sense
             raise PktError(
                 f"{getattr(config, 'name_or_path', '') or 'the configuration'}: no model can be built from this "
@@ -520,7 +523,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # A heading says nothing without what it announces.
+    return " ".join([lines[0], *[line.strip() for line in lines[1:2]]]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager

@@ -606,6 +606,11 @@ class Pairing:
         best = alike if alike or target.experts else matches
         if len(best) == 1:
             return best[0]
+        if target.experts and not any(s.experts for s in self.inside.get(-1 if layer is None else layer, ())):
+            raise _UnfedError(
+                f"{list(target.stored_shape)}: teacher layer {layer} has no experts; name the layers that do with layers= "
+                "(--layers 1,2,3)"
+            )
         name = f"its {role}" if target.parts else f"the role {role!r}" if role else "pkt does not know its role"
         if best:
             raise _UnfedError(
@@ -705,7 +710,7 @@ class Pairing:
         def best(count: int) -> list[int]:
             if not found:
                 sources = [t for t in self.inside[layer if layer is not None else -1] if t.experts]
-                sums = [score_of(t).flatten(1).sum(1, dtype=torch.float64).cpu() for t in sources]
+                sums = [ops.double_sum(score_of(t).flatten(1), 1).cpu() for t in sources]
                 found.append(torch.stack(sums).sum(0))
             return select_experts(found[0], count)
 

@@ -18,7 +18,8 @@ from pkt.extraction import Extraction, describe_factorization, read_manifest, ve
 from pkt.finalization import read_source
 from pkt.models import spec_of
 from pkt.planning import TransferPlan, describe
-from pkt.storage import MANIFEST, atomic_file
+from pkt.resuming import describe_run, run_path
+from pkt.storage import MANIFEST, atomic_file, read_json
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
 
@@ -113,8 +114,12 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, Any]:
     """What an adapter folder is, where it came from, whether it fits a student, and what to do next."""
     folder = Path(folder)
+    if not folder.exists() and run_path(folder).is_dir():
+        folder = run_path(folder)
     if not folder.is_dir():
         raise PktError(f"{folder} is not a folder; name one that pkt or PEFT wrote")
+    if (folder / "run.json").is_file():
+        return {"folder": str(folder), **describe_run(folder)}
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     kind = manifest.get("kind")
     if kind is None and not (folder / CONFIG).is_file():
@@ -159,10 +164,12 @@ def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[
             "next": "train it, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
         }
     if kind == "adapter":
+        # Servers of LoRA know modules; how many take parameters of experts nobody here has tried.
+        others = "" if read_json(folder / CONFIG).get("target_parameters") else ", vLLM or any LoRA server"
         return {
             "is": f"a plain LoRA finalized by pkt (it was injected as {manifest['mode']})",
             "student": manifest["base"],
-            "next": "load it with PeftModel.from_pretrained, vLLM or any LoRA server",
+            "next": f"load it with PeftModel.from_pretrained{others}",
         }
     if kind in ("residual-base", "model"):
         what = {

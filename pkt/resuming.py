@@ -88,9 +88,10 @@ class RunFolder:
                 raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
             different = sorted(k for k in {*inputs, *recorded} if inputs.get(k) != recorded.get(k))
             if different:
+                told = ", ".join(_difference(name, recorded.get(name), inputs.get(name)) for name in different)
                 raise PktError(
-                    f"{self.path} holds an unfinished run of other inputs ({', '.join(map(_difference, different))} "
-                    "changed); finish it with the old ones, or start over with --force"
+                    f"{self.path} holds an unfinished run of other inputs ({told}); finish it with the old ones, or start over "
+                    "with --force"
                 )
         else:
             self.clear()
@@ -244,8 +245,31 @@ class RunFolder:
                     into.write(opened.get_tensor(name).contiguous().numpy().data)
 
 
-def _difference(name: str) -> str:
-    return name.removeprefix("option ")
+def _difference(name: str, then: Any, now: Any) -> str:
+    """What changed, with both values where they say something."""
+    name = name.removeprefix("option ").removeprefix("factorization ")
+    plain = (bool, int, float, str, type(None))
+    # Hashes and what is made of several things say nothing.
+    spoken = all(isinstance(v, plain) and len(str(v)) < 40 for v in (then, now)) and not name.startswith("seeds")
+    return f"{name}: {then} there, {now} here" if spoken else f"{name} changed"
+
+
+def describe_run(path: Path) -> dict[str, str]:
+    """What an unfinished run is, how far it came, and how it goes on. Raises `PktError` for a folder that is none."""
+    value = read_json(path / "run.json")
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    if not isinstance(inputs, dict) or not {"teacher", "student"} <= set(inputs):
+        raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
+    parts = len(list(path.glob("step-*.safetensors")))
+    given = {_difference(k, v, v).partition(": ")[0]: v for k, v in inputs.items() if not isinstance(v, (dict, list))}
+    settings = ", ".join(f"{k} {v}" for k, v in given.items() if v is not None and len(str(v)) < 40)
+    return {
+        "is": f"an unfinished transfer: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
+        "teacher": str(inputs["teacher"].get("name")),
+        "student": str(inputs["student"].get("name")),
+        "options": settings,
+        "next": "the same pkt transfer command continues it; with --force it starts over; the folder may be deleted",
+    }
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

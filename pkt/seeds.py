@@ -267,7 +267,7 @@ def _encode(
         if length > max_length:
             raise PktError(
                 f"{where}: no target token is left after truncation to {max_length} of {length} tokens (the answer "
-                f"starts at token {start}); raise max_length or shorten the prompt"
+                f"starts at token {start}); raise max_length (--max-length) or shorten the prompt"
             )
         raise PktError(f"{where}: no target token; the answer is empty or a single token with nothing before it")
     answer_text = pieces[-1][0] if pieces[-1][1] else next((p for p, a in reversed(pieces) if a), "")

@@ -211,23 +211,61 @@ def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
     return done.value.code, capsys.readouterr().err.replace("\n", " ").strip()
 
 
-def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any) -> None:
+def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     from pkt import finalization, training, transferring
+
+    monkeypatch.chdir(tmp_path)
 
     def stop(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
+    def terminate(*args: Any, **options: Any) -> None:
+        raise SystemExit(143)
+
     for module, name in ((training, "train"), (transferring, "transfer"), (finalization, "finalize")):
         monkeypatch.setattr(module, name, stop)
     three = ("a", "b", "c", "--out", "d")
-    goes_on = "stopped; the same command continues"
+    goes_on, nothing = "stopped; the same command continues", "stopped before anything was saved"
+    for command in ("train", "transfer"):
+        assert main_prints(monkeypatch, capsys, command, *three) == (130, nothing)
+    (tmp_path / "d" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / ".d.run").mkdir()
     for command, words in (
         (("train", *three), goes_on),
         (("transfer", *three), goes_on),
+        (("transfer", "a", "b", "c", "--out=d"), goes_on),
         (("train", *three, "--force"), f"{goes_on}, without --force"),
         (("finalize", "a", "--out", "d"), "stopped"),
     ):
         assert main_prints(monkeypatch, capsys, *command) == (130, words)
+    monkeypatch.setattr(transferring, "transfer", terminate)
+    assert main_prints(monkeypatch, capsys, "transfer", *three) == (143, goes_on)
+
+
+def test_a_finished_and_an_unfinished_transfer_are_told(
+    monkeypatch: Any, capsys: Any, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+) -> None:
+    from pkt.streaming import Engine
+
+    out = tmp_path / "out"
+    words = ("transfer", teacher_dir, student_dir, seed_file, "--rank", 4, "--out", out)
+    plain = Engine._score_layer
+
+    def stop(self: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return plain(self, index, *rest)
+
+    monkeypatch.setattr(Engine, "_score_layer", stop)
+    assert main_prints(monkeypatch, capsys, *words)[0] == 130
+    monkeypatch.undo()
+    # The head and layers 3 and 2 are finished.
+    found = json.loads(run("inspect", out, "--json"))
+    assert found["is"] == "an unfinished transfer: 3 of 6 parts are finished"
+    assert "rank 4" in found["options"]
+    assert "rank: 4 there, 2 here" in fails(*words[:5], 2, "--out", out)
+    assert "already" not in run(*words)
+    assert "the result of this command is there already" in " ".join(run(*words).split())
 
 
 def test_an_unreadable_file_is_one_line(

@@ -163,28 +163,43 @@ class TestPlan:
         plan = pkt.plan(sens, teacher, beside, modules="ffn", layers=[1, 2])
         assert "FFNs beside its experts are left out (mlp.gate_proj, ...)" in plan.notes[0]
         assert {e.target.split(".")[-2] for e in plan.entries} == {"experts"}
+        first_dense = families.model("DeepSeek-V3", num_hidden_layers=4)
+        sens = pkt.sensitivity(first_dense, BATCHES[:1], progress=False)
+        with pytest.raises(
+            pkt.PktError, match=r"layers\.0\.mlp.* teacher layer 0 has no experts; name .*--layers 1,2,3"
+        ):
+            pkt.plan(sens, first_dense, moe, modules="ffn")
+        assert len(pkt.plan(sens, first_dense, moe, modules="ffn", layers=[1, 3]).by_target()) == 4
         pairs = {"model.layers.*.mlp.down_proj": "model.layers.*.mlp.experts.down_proj"}
         with pytest.raises(pkt.PktError, match="leaves nothing to transfer: the student's experts are left out"):
             pkt.plan(pkt.sensitivity(dense, BATCHES[:1], progress=False), dense, moe, module_map=pairs)
 
-    def test_routers_that_are_matrices_are_fed_by_a_map_alone(self) -> None:
-        from transformers import AutoModelForCausalLM, PhimoeConfig
+    @pytest.mark.parametrize(
+        ("config", "router", "change"),
+        [
+            ("PhimoeConfig", "mlp.router", {"num_local_experts": 4}),
+            ("Qwen2MoeConfig", "mlp.shared_expert_gate", {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+        ],
+    )
+    def test_routers_that_are_matrices_are_fed_by_a_map_alone(self, config: str, router: str, change: Any) -> None:
+        import transformers
 
-        def phimoe(size: str) -> Any:
-            fields = {**families._base(size, num_experts_per_tok=2), "num_local_experts": 8 if size == "teacher" else 4}
+        def model(size: str) -> Any:
+            fields = {**families._base(size, num_experts_per_tok=2), **change}
+            fields.pop("head_dim")
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(PhimoeConfig(**fields)).eval()
+            made = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**fields)).eval()
+            made.set_experts_implementation("eager")
+            return made
 
-        teacher, small = phimoe("teacher"), phimoe("student")
+        teacher, small = model("teacher"), model("student")
         sens = pkt.sensitivity(teacher, BATCHES[:1], progress=False)
-        plan = pkt.plan(sens, teacher, small)
-        assert {e.target.split(".")[-1] for e in plan.entries if ".mlp." in e.target} == {"gate_up_proj", "down_proj"}
-        router = next(t.module for t in spec_of(small).targets if t.role == "router")
-        pattern = router.replace(".0.", ".*.")
-        assert {e.target for e in pkt.plan(sens, teacher, small, module_map={pattern: pattern}).entries} == {
-            router,
-            router.replace(".0.", ".1."),
-        }
+        for modules in ("all", "layers"):
+            fed = pkt.plan(sens, teacher, small, modules=modules).by_target()
+            assert {name.split(".")[-1] for name in fed if ".mlp." in name} == {"gate_up_proj", "down_proj"}
+        pattern = f"model.layers.*.{router}"
+        mapped = pkt.plan(sens, teacher, small, module_map={pattern: pattern})
+        assert set(mapped.by_target()) == {f"model.layers.{i}.{router}" for i in (0, 1)}
 
     def test_modules_and_maps_choose_among_experts(self) -> None:
         teacher, sens = scored("Mixtral")
@@ -551,7 +566,9 @@ def test_the_commands(tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
     run(*words, "--batch-size", 2, "--lr", 1e-3, "--mode", "residual")
     assert read_json(tmp_path / "run" / MANIFEST)["settings"]["dropout"] == 0
     run("finalize", tmp_path / "run", "--out", tmp_path / "adapter", "--samples", rows, "--merge", tmp_path / "merged")
-    assert "yes: every module" in run("inspect", tmp_path / "adapter", "--student", folders[1])
+    found = json.loads(run("inspect", tmp_path / "adapter", "--student", folders[1], "--json"))
+    assert found["fits"].startswith("yes")
+    assert found["next"] == "load it with PeftModel.from_pretrained"
     adapted = json.loads(run("evaluate", folders[1], rows, "--adapter", tmp_path / "adapter", "--json"))
     merged = json.loads(run("evaluate", tmp_path / "merged", rows, "--json"))
     plain = json.loads(run("evaluate", folders[1], rows, "--json"))

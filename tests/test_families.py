@@ -87,6 +87,7 @@ def test_a_family(family: str, tmp_path: Path, families_table: dict[str, Any]) -
     assert ext.plan.notes == resident.notes
     whole = pkt.extract(teacher, resident, rank=4, progress=False)
     assert ext.energies == pytest.approx(whole.energies, rel=1e-4)
+    assert {t.module for t in spec_of(student).targets if t.experts} <= set(ext.pairs)
 
     full_circle(tmp_path / "student", ext, tmp_path / "adapter")
     row["notes"] = ext.plan.notes
@@ -114,6 +115,7 @@ PAIRS = [
     ("DeepSeek-V3", "OLMo2", "ffn,embedding"),
     ("Mixtral", "Qwen3-MoE", "all"),
     ("GPT-OSS", "Mixtral", "all"),
+    ("Qwen3-MoE", "GPT-OSS", "all"),
 ]
 
 

@@ -213,7 +213,7 @@ def test_other_inputs_are_refused_and_named(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(case, out)
     for change, named in (
-        ({"rank": 3}, "factorization rank"),
+        ({"rank": 3}, "rank: 4 there"),
         ({"select": "blocks"}, "select"),
         ({"rows": seeds(6)}, "seeds"),
         ({"batch_size": 2}, "batch_size"),
