@@ -245,9 +245,13 @@ class RunFolder:
                     into.write(opened.get_tensor(name).contiguous().numpy().data)
 
 
+def _spoken_name(name: str) -> str:
+    return name.removeprefix("option ").removeprefix("factorization ")
+
+
 def _difference(name: str, then: Any, now: Any) -> str:
     """What changed, with both values where they say something."""
-    name = name.removeprefix("option ").removeprefix("factorization ")
+    name = _spoken_name(name)
     plain = (bool, int, float, str, type(None))
     # Hashes and what is made of several things say nothing.
     spoken = all(isinstance(v, plain) and len(str(v)) < 40 for v in (then, now)) and not name.startswith("seeds")
@@ -261,8 +265,8 @@ def describe_run(path: Path) -> dict[str, str]:
     if not isinstance(inputs, dict) or not {"teacher", "student"} <= set(inputs):
         raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
     parts = len(list(path.glob("step-*.safetensors")))
-    given = {_difference(k, v, v).partition(": ")[0]: v for k, v in inputs.items() if not isinstance(v, (dict, list))}
-    settings = ", ".join(f"{k} {v}" for k, v in given.items() if v is not None and len(str(v)) < 40)
+    given = {_spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
+    settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
     return {
         "is": f"an unfinished transfer: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
         "teacher": str(inputs["teacher"].get("name")),
