@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "abs_products.h"
+#include "torch_threads.h"
 
 namespace {
 
@@ -45,15 +46,9 @@ void linear_sensitivity(Tensor acc, const Tensor& w, const Tensor& x, const Tens
   for (int64_t j = 0; j < seq_starts.size(0); ++j)
     STD_TORCH_CHECK(starts[j] >= 0 && lens[j] >= 0 && starts[j] + lens[j] <= x.size(0), kOp,
                     "a sample runs past the rows");
-  const pkt::Threads threads{torch::stable::get_num_threads(),
-                             [](int64_t count, const std::function<void(int64_t)>& f) {
-                               torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-                                 for (int64_t i = begin; i < end; ++i) f(i);
-                               });
-                             }};
   pkt::add_abs_products({acc.mutable_data_ptr(), scores == pkt::Dtype::fp64, acc.stride(0), acc.stride(1), strided(w),
                          strided(x), strided(dy), starts, lens, seq_starts.size(0)},
-                        threads);
+                        pkt::torch_threads());
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "block_krylov.h"
 #include "rsvd_check.h"
+#include "torch_threads.h"
 
 namespace {
 
@@ -43,13 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options
     std::swap(x.row_stride, x.col_stride);
     std::swap(out.u, out.v);
   }
-  const pkt::Threads threads{torch::stable::get_num_threads(),
-                             [](int64_t count, const std::function<void(int64_t)>& f) {
-                               torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-                                 for (int64_t i = begin; i < end; ++i) f(i);
-                               });
-                             }};
-  pkt::block_krylov_svd(x, options, out, threads);
+  pkt::block_krylov_svd(x, options, out, pkt::torch_threads());
   return {u, s, v};
 }
 
