@@ -183,14 +183,14 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
     ticks: list[Any] = []
     memory: list[Any] = []
     selecting = [0.0]
-    take = pkt.transferring.Harvest.take
+    take = pkt.transferring.run.Harvest.take
 
     def timed_take(*args: Any) -> None:
         begin = time.perf_counter()
         take(*args)
         selecting[0] += time.perf_counter() - begin
 
-    pkt.transferring.Harvest.take = timed_take
+    pkt.transferring.run.Harvest.take = timed_take
     bare, before = anonymous(), read_so_far()
     begin, cpu = time.perf_counter(), time.process_time()
     with Peak() as peak:
@@ -259,9 +259,9 @@ def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
 
 def scaling(samples: int = 32, tokens: int = 512) -> None:
     """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
-    from pkt.budgeting import plan_memory, sizes_of
-    from pkt.loading import Teacher
     from pkt.models import hollow_model
+    from pkt.streaming.loader import Teacher
+    from pkt.streaming.memory import plan_memory, sizes_of
 
     print("| teacher | parameters | one layer | its S | micro-batch | device | boundaries | read | flops |")
     print("|---|---|---|---|---|---|---|---|---|")

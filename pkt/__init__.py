@@ -20,11 +20,11 @@ from pkt.version import __version__
 if TYPE_CHECKING:
     from pkt.extraction import Extraction as Extraction
     from pkt.extraction import extract as extract
-    from pkt.factorization import factorize as factorize
-    from pkt.finalization import finalize as finalize
-    from pkt.injection import initialize_lora_weights as initialize_lora_weights
-    from pkt.injection import initialize_pissa_weights as initialize_pissa_weights
-    from pkt.injection import inject as inject
+    from pkt.extraction.factorization import factorize as factorize
+    from pkt.lora.finalization import finalize as finalize
+    from pkt.lora.injection import initialize_lora_weights as initialize_lora_weights
+    from pkt.lora.injection import initialize_pissa_weights as initialize_pissa_weights
+    from pkt.lora.injection import inject as inject
     from pkt.planning import TransferPlan as TransferPlan
     from pkt.planning import plan as plan
     from pkt.scoring import Sensitivity as Sensitivity
@@ -40,11 +40,11 @@ _HOME = {
     "Sensitivity": "scoring",
     "TransferPlan": "planning",
     "extract": "extraction",
-    "factorize": "factorization",
-    "finalize": "finalization",
-    "initialize_lora_weights": "injection",
-    "initialize_pissa_weights": "injection",
-    "inject": "injection",
+    "factorize": "extraction.factorization",
+    "finalize": "lora.finalization",
+    "initialize_lora_weights": "lora.injection",
+    "initialize_pissa_weights": "lora.injection",
+    "inject": "lora.injection",
     "load_seeds": "seeds",
     "plan": "planning",
     "sensitivity": "scoring",

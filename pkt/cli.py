@@ -359,10 +359,10 @@ def sensitivity(
     dtype: DtypeOption = None,
 ) -> None:
     """Score every parameter of the teacher on the seeds and save the scores."""
+    from pkt.files import os_errors
     from pkt.models import check_tokenizer, load_model, load_tokenizer, spec_of
     from pkt.ops import working_dtype
     from pkt.seeds import load_seeds
-    from pkt.storage import os_errors
     from pkt.transferring import score_seeds
 
     if out.exists():
@@ -437,7 +437,7 @@ def extract(
 ) -> None:
     """Cut a plan's regions out of the teacher and factorize them into a LoRA folder."""
     import pkt
-    from pkt.storage import check_output_folder
+    from pkt.files import check_output_folder
 
     check_output_folder(out, force=force)
     made = pkt.TransferPlan.from_json(plan)
@@ -597,10 +597,10 @@ def evaluate(
     json_: JsonFlag = False,
 ) -> None:
     """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
-    from pkt.evaluation import evaluate as run
-    from pkt.injection import load_with_adapter
+    from pkt.lora.injection import load_with_adapter
     from pkt.models import load_tokenizer
     from pkt.seeds import load_seeds
+    from pkt.training.evaluation import evaluate as run
 
     tokenizer = load_tokenizer(model)
     rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit)
@@ -698,7 +698,7 @@ def demo(
     force: Force = False,
 ) -> None:
     """Two minutes: measure a tiny teacher, cut, inject, train and compare with controls. Needs no network."""
-    from pkt.demonstration import run_demo
+    from pkt.demo import run_demo
 
     run_demo(out, seeds=seeds, force=force, console=out_console)
 
@@ -721,7 +721,7 @@ def main() -> None:
 
 def _stopped() -> str:
     """What there is to say after Ctrl-C."""
-    from pkt.resuming import run_path
+    from pkt.transferring.checkpoints import run_path
 
     words = [word for argument in sys.argv for word in argument.split("=", 1)]
     if _command not in ("transfer", "train") or "--out" not in words[:-1]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError
+from pkt.files import os_errors, sha256
 from pkt.models import quiet
-from pkt.storage import os_errors, sha256
 
 IGNORE = -100
 FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'

@@ -22,8 +22,8 @@ from conftest import ASSETS, save, write_rows
 from safetensors.torch import load_file, save_file
 
 import pkt
-from pkt.evaluation import evaluate
-from pkt.storage import MANIFEST, atomic_file, atomic_folder, safetensors_header
+from pkt.files import MANIFEST, atomic_file, atomic_folder, safetensors_header
+from pkt.training.evaluation import evaluate
 
 PKT = [sys.executable, "-m", "pkt"]
 
@@ -212,7 +212,8 @@ def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
 
 
 def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
-    from pkt import finalization, training, transferring
+    from pkt import training, transferring
+    from pkt.lora import finalization
 
     monkeypatch.chdir(tmp_path)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT / "pkt" / "demo_assets"
+ASSETS = ROOT / "pkt" / "demo" / "assets"
 SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32}
 
 
@@ -145,8 +145,9 @@ def test_the_script_runs(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pkt import PktError, demonstration
-    from pkt.storage import MANIFEST
+    from pkt import PktError
+    from pkt.demo import runner as demonstration
+    from pkt.files import MANIFEST
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -165,7 +166,7 @@ def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_demos_training_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    from pkt import demonstration
+    from pkt.demo import runner as demonstration
     from pkt.models import load_model
     from pkt.seeds import load_seeds
 
@@ -178,8 +179,8 @@ def test_the_demos_training_leaves_no_folders(tmp_path: Path, monkeypatch: pytes
 
 def test_the_demos_pictures_say_what_they_show() -> None:
     from pkt.planning import Entry, TransferPlan
+    from pkt.planning.regions import Region
     from pkt.reporting import new_figure, plot_methods, plot_window
-    from pkt.selection import Region
 
     _, (match, window) = new_figure(6, 3, 2)
     plot_methods(match, {"PKT": [2.0, 4.0], "noise": [1.0, 3.0]}, 0.0, "exact match", guess=5.5)

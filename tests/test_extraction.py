@@ -17,9 +17,9 @@ from torch import Tensor
 import pkt
 from pkt import ops
 from pkt.adapters import WEIGHTS, read_adapter
-from pkt.factorization import factorize_all
+from pkt.extraction.factorization import factorize_all
+from pkt.files import MANIFEST
 from pkt.models import load_model
-from pkt.storage import MANIFEST
 
 
 def spectrum(name: str, n: int = 160, m: int = 120) -> Tensor:

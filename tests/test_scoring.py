@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pkt
-from pkt import head_loss, ops
+from pkt import ops
 from pkt.ops import tile_sums
 from pkt.scoring import default_loss
+from pkt.scoring import head as head_loss
 
 SAMPLES = oracle.token_samples(32)
 MODELS = {

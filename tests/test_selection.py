@@ -15,7 +15,7 @@ from torch import Tensor
 import pkt
 from pkt import ops
 from pkt.models import spec_of
-from pkt.selection import Region, select_layers, select_region, window
+from pkt.planning.regions import Region, select_layers, select_region, window
 
 
 def brute_force(score: np.ndarray, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[int, int]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import pkt
 from pkt import ops
-from pkt.budgeting import Place, parse_size, plan_memory, sizes_of
-from pkt.loading import NotLayeredError, open_teacher
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.seeds import Example, Seeds
-from pkt.streaming import Boundaries, Engine, _halved, samples_of
+from pkt.streaming import Boundaries, Engine, samples_of
+from pkt.streaming.engine import _halved
+from pkt.streaming.loader import NotLayeredError, open_teacher
+from pkt.streaming.memory import Place, parse_size, plan_memory, sizes_of
 from pkt.transferring import score_seeds
 
 CPU = torch.device("cpu")
@@ -490,9 +491,9 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
-import pkt, pkt.transferring, test_streaming
+import pkt, pkt.transferring.run, test_streaming
 from pkt.models import load_model
-from pkt.transferring import score_seeds
+from pkt.transferring.run import score_seeds
 
 def anonymous():
     text = Path("/proc/self/status").read_text()
@@ -500,7 +501,7 @@ def anonymous():
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
-with pkt.budgeting.exact_memory():
+with pkt.streaming.memory.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
 ctypes.CDLL(None).malloc_trim(0)
 bare, peak, stop, planned = anonymous(), [0], threading.Event(), []

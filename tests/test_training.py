@@ -16,11 +16,11 @@ from conftest import ASSETS, save
 from safetensors.torch import load_file
 
 import pkt
-from pkt import training
 from pkt.adapters import WEIGHTS
+from pkt.files import MANIFEST
 from pkt.models import load_model
 from pkt.seeds import Seeds, load_seeds
-from pkt.storage import MANIFEST
+from pkt.training import run as training
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import torch
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.head_loss import BLOCK, BLOCK_DEFAULT
-from pkt.loading import Teacher, dtype_of
 from pkt.models import layer_of, plain_head
+from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
+from pkt.streaming.loader import Teacher, dtype_of
 
 Place: TypeAlias = Literal["device", "host", "disk"]
 

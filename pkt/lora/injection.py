@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from pkt.adapters import RECORD, Adapter, Pair, check_fit, from_peft, parameter_name, read_adapter, split_tied
 from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
-from pkt.factorization import BATCH, factorize_all
+from pkt.extraction.factorization import BATCH, factorize_all
+from pkt.files import as_path
 from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
-from pkt.storage import as_path
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")

@@ -17,9 +17,9 @@ from torch import Tensor
 from pkt import ops
 from pkt.adapters import Pair
 from pkt.extraction import factorize_targets
+from pkt.files import sha256
 from pkt.models import Target
 from pkt.planning import Entry, Feed, Pairing, TransferPlan
-from pkt.storage import sha256
 from pkt.streaming import Key
 
 

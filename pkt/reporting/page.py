@@ -15,11 +15,11 @@ from pkt import ops
 from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.extraction import Extraction, describe_factorization, read_manifest, versions
-from pkt.finalization import read_source
+from pkt.files import MANIFEST, atomic_file, read_json
+from pkt.lora.finalization import read_source
 from pkt.models import spec_of
 from pkt.planning import TransferPlan, describe
-from pkt.resuming import describe_run, run_path
-from pkt.storage import MANIFEST, atomic_file, read_json
+from pkt.transferring.checkpoints import describe_run, run_path
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
 
@@ -71,7 +71,7 @@ def page(title: str, sections: list[dict[str, Any]]) -> str:
     for section in sections:
         if "picture" in section:
             section["picture"] = base64.b64encode(section["picture"]).decode()
-    environment = Environment(loader=PackageLoader("pkt", "templates"), autoescape=True)
+    environment = Environment(loader=PackageLoader("pkt.reporting", "templates"), autoescape=True)
     return environment.get_template("report.html").render(title=title, sections=sections)
 
 

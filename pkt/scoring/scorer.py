@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.head_loss import Tokens, head_losses, probabilities
+from pkt.files import atomic_file, safetensors_header, write_tensors
 from pkt.models import decoder_layers, kind_of, layer_of, plain_head
+from pkt.scoring.head import Tokens, head_losses, probabilities
 from pkt.seeds import IGNORE, Seeds
-from pkt.storage import atomic_file, safetensors_header, write_tensors
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.factorization import BATCH, Factors, Split, check_rank, enough_memory, factorize_all
+from pkt.extraction.factorization import BATCH, Factors, Split, check_rank, enough_memory, factorize_all
+from pkt.files import MANIFEST, as_path, atomic_folder, read_json, write_json
 from pkt.models import Kind, ModelSpec, Weights, check_identity, fingerprint, spec_of
 from pkt.planning import Entry, TransferPlan, by_expert, lora_matrix, source_names
 from pkt.progress import bar
-from pkt.storage import MANIFEST, as_path, atomic_folder, read_json, write_json
 from pkt.version import __version__
 
 FORMAT = "pkt-extraction-1"

@@ -32,7 +32,17 @@ from pkt.adapters import (
 )
 from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction, read_manifest, versions
-from pkt.injection import (
+from pkt.files import (
+    MANIFEST,
+    as_path,
+    atomic_folder,
+    check_apart,
+    check_output_folder,
+    is_stored,
+    read_json,
+    write_json,
+)
+from pkt.lora.injection import (
     SHIFTED,
     compare_sketch,
     name_of,
@@ -44,16 +54,6 @@ from pkt.injection import (
 )
 from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import load_seeds
-from pkt.storage import (
-    MANIFEST,
-    as_path,
-    atomic_folder,
-    check_apart,
-    check_output_folder,
-    is_stored,
-    read_json,
-    write_json,
-)
 from pkt.version import __version__
 
 FORMAT = "pkt-adapter-1"

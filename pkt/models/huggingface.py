@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError
-from pkt.storage import read_json, safetensors_header, sha256
+from pkt.files import read_json, safetensors_header, sha256
 
 Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
 Runs: TypeAlias = tuple[tuple[int, int], ...]

@@ -19,11 +19,7 @@ import torch
 from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
 from pkt.extraction import Extraction, name_kind, read_manifest, versions
-from pkt.finalization import INITIAL
-from pkt.injection import ADAPTER, Mode, check_settings, checked_dropout, inject
-from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, quiet, spec_of
-from pkt.seeds import Seeds, collate, load_seeds
-from pkt.storage import (
+from pkt.files import (
     LOCK,
     MANIFEST,
     as_path,
@@ -38,6 +34,10 @@ from pkt.storage import (
     share_files,
     write_json,
 )
+from pkt.lora.finalization import INITIAL
+from pkt.lora.injection import ADAPTER, Mode, check_settings, checked_dropout, inject
+from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, quiet, spec_of
+from pkt.seeds import Seeds, collate, load_seeds
 from pkt.version import __version__
 
 FORMAT = "pkt-run-1"

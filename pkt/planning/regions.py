@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
+from pkt.files import sha256
 from pkt.models import Runs
-from pkt.storage import sha256
 
 Strategy: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
 STRATEGIES: tuple[Strategy, ...] = ("window", "rows_cols", "weights", "blocks", "random")

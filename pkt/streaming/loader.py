@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError
+from pkt.files import os_errors, safetensors_header
 from pkt.models import check_checkpoint, hollow_model, load_config, load_model, stored_names, unwrap
-from pkt.storage import os_errors, safetensors_header
 
 _DTYPES = {
     "BF16": torch.bfloat16,

@@ -1,9 +1,9 @@
 """The first half of the work in one call: seeds, sensitivity, plan and extraction, everything checked before it starts.
 
-The teacher is scored part by part (`pkt.streaming`). As soon as a part's scores are complete its regions are chosen and
-factorized, and the scores are forgotten (`pkt.harvesting`).
+The teacher is scored part by part (`pkt.streaming.engine`). As soon as a part's scores are complete its regions are chosen and
+factorized, and the scores are forgotten (`pkt.transferring.extractor`).
 
-With an output folder, every finished part is a checkpoint in a hidden folder beside it (`.NAME.run`, `pkt.resuming`), bound to
+With an output folder, every finished part is a checkpoint in a hidden folder beside it (`.NAME.run`, see `checkpoints`), bound to
 the inputs. The same command continues there after any interruption and ends with the same bytes.
 """
 
@@ -27,12 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.budgeting import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract, versions
-from pkt.factorization import Split, check_rank
-from pkt.harvesting import Harvest
-from pkt.loading import NotLayeredError, Teacher, open_teacher
+from pkt.extraction.factorization import Split, check_rank
+from pkt.files import (
+    MANIFEST,
+    check_output_folder,
+    os_errors,
+    sha256,
+    sweep_scratch,
+)
 from pkt.models import (
     ModelSpec,
     check_checkpoint,
@@ -48,27 +52,16 @@ from pkt.models import (
     spec_of,
     with_roles,
 )
-from pkt.planning import (
-    ModuleMap,
-    Pairing,
-    TransferPlan,
-    Vocabulary,
-    check_options,
-    read_vocabulary,
-)
-from pkt.resuming import RunFolder, run_path
+from pkt.planning import ModuleMap, Pairing, TransferPlan, Vocabulary, check_options, read_vocabulary
+from pkt.planning.regions import BLOCK, Strategy
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
 from pkt.seeds import Seeds, collate, load_seeds
-from pkt.selection import BLOCK, Strategy
-from pkt.storage import (
-    MANIFEST,
-    check_output_folder,
-    os_errors,
-    sha256,
-    sweep_scratch,
-)
 from pkt.streaming import Boundaries, Engine, Key, Progress, Tick, samples_of
+from pkt.streaming.loader import NotLayeredError, Teacher, open_teacher
+from pkt.streaming.memory import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
+from pkt.transferring.checkpoints import RunFolder, run_path
+from pkt.transferring.extractor import Harvest
 
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 SCORES = "scores.safetensors"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
+from pkt.files import atomic_file, read_json, write_json
 from pkt.models import (
     EXPERT_PARAMETERS,
     FUSED,
@@ -33,8 +34,7 @@ from pkt.models import (
     spec_of,
     with_roles,
 )
-from pkt.scoring import Sensitivity
-from pkt.selection import (
+from pkt.planning.regions import (
     LAYER_CHOICES,
     STRATEGIES,
     Region,
@@ -45,7 +45,7 @@ from pkt.selection import (
     select_region,
     through,
 )
-from pkt.storage import atomic_file, read_json, write_json
+from pkt.scoring import Sensitivity
 
 # Spans of experts that a line names.
 _FEW = 6

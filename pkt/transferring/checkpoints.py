@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pkt import ops
-from pkt.budgeting import MemoryPlan
 from pkt.errors import PktError
-from pkt.harvesting import Harvest
-from pkt.storage import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
+from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
 from pkt.streaming import Key, Progress
+from pkt.streaming.memory import MemoryPlan
+from pkt.transferring.extractor import Harvest
 
 RUN_FORMAT = "pkt-run-2"
 

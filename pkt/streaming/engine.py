@@ -3,7 +3,7 @@
 How it works. The model runs once with its decoder layers replaced by recorders, which yields every layer's own arguments
 (masks, rotary embeddings) for any architecture. Layers then run forward one at a time, keeping only the hidden states at
 their boundaries; the head gives the gradient at the last boundary; and from the last layer down each one is loaded again,
-recomputed with a graph, scored by the taps of `pkt.scoring`, handed to the caller, and forgotten.
+recomputed with a graph, scored by the taps of `pkt.scoring.scorer`, handed to the caller, and forgotten.
 
 What it trades: weights are read twice and the forward pass is computed twice, for a memory that does not grow with depth.
 A model that is not a plain chain of layers (its layers share parameters, or later ones use earlier hidden states) is found
@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.budgeting import Place, exact_memory, rounded_up, width_step
 from pkt.errors import PktError
-from pkt.loading import Loader, NotLayeredError, Teacher, all_tensors, bytes_of, dtype_of
+from pkt.files import os_errors
 from pkt.models import layer_of
-from pkt.scoring import Scorer, _real_lengths, _RestartError, _SampleError, default_loss
-from pkt.storage import os_errors
+from pkt.scoring import Scorer, default_loss
+from pkt.scoring.scorer import _real_lengths, _RestartError, _SampleError
+from pkt.streaming.loader import Loader, NotLayeredError, Teacher, all_tensors, bytes_of, dtype_of
+from pkt.streaming.memory import Place, exact_memory, rounded_up, width_step
 
 Key: TypeAlias = int | Literal["head", "front"]  # a decoder layer, what follows them, what precedes them
 
