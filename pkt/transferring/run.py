@@ -57,9 +57,22 @@ from pkt.planning.regions import BLOCK, Strategy
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import Sensitivity, sensitivity
 from pkt.seeds import Seeds, collate, load_seeds
-from pkt.streaming import Boundaries, Engine, Key, Progress, Tick, samples_of
-from pkt.streaming.loader import NotLayeredError, Teacher, open_teacher
-from pkt.streaming.memory import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
+from pkt.streaming import (
+    Boundaries,
+    Engine,
+    Key,
+    MemoryPlan,
+    NotLayeredError,
+    Progress,
+    Teacher,
+    Tick,
+    measured_seconds,
+    open_teacher,
+    parse_size,
+    plan_memory,
+    samples_of,
+    sizes_of,
+)
 from pkt.transferring.checkpoints import RunFolder, run_path
 from pkt.transferring.extractor import Harvest
 
