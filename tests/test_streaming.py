@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
 from pkt.streaming import Boundaries, Engine, samples_of
 from pkt.streaming.engine import _halved
 from pkt.streaming.loader import NotLayeredError, open_teacher
 from pkt.streaming.memory import Place, parse_size, plan_memory, sizes_of
-from pkt.transferring import score_seeds
 
 CPU = torch.device("cpu")
 
@@ -493,7 +493,7 @@ torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 import pkt, pkt.transferring.run, test_streaming
 from pkt.models import load_model
-from pkt.transferring.run import score_seeds
+from pkt.scoring import score_seeds
 
 def anonymous():
     text = Path("/proc/self/status").read_text()
