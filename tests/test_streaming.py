@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
 from pkt.streaming import (
     Boundaries,
@@ -31,7 +32,6 @@ from pkt.streaming import (
 from pkt.streaming.memory import Place
 from pkt.streaming.microbatches import halved
 from pkt.streaming.parts import LayeredModel
-from pkt.transferring import score_seeds
 
 CPU = torch.device("cpu")
 
@@ -503,7 +503,7 @@ torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 import pkt, pkt.streaming.allocator, pkt.transferring.run, test_streaming
 from pkt.models import load_model
-from pkt.transferring.run import score_seeds
+from pkt.scoring import score_seeds
 
 def anonymous():
     text = Path("/proc/self/status").read_text()

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.errors import PktError
-from pkt.scoring import default_loss
-from pkt.scoring.scorer import _RestartError, _SampleError
+from pkt.errors import PktError, SampleError
+from pkt.scoring import RestartError, default_loss
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
@@ -238,12 +237,11 @@ class Engine:
 
     @contextlib.contextmanager
     def _named(self, task: int) -> Iterator[None]:
-        """Errors that speak of sample k of a batch say where the sample came from."""
+        """Errors of a sample say where the sample came from."""
         try:
             yield
-        except PktError as error:
-            text = re.sub(r"\bsample (\d+)", lambda m: self.where(task, int(m[1])), str(error), count=1)
-            raise PktError(text) from error
+        except SampleError as error:
+            raise error.placed(lambda sample: self.where(task, sample)) from error
 
     def _until_known(self, scorer: Any, attempt: Callable[[], Any]) -> Any:
         """Run `attempt`; begin again, knowing more, when a parameter turns out to need another way."""
@@ -252,7 +250,7 @@ class Engine:
             known = (len(scorer.shared), len(scorer.untapped))
             try:
                 return attempt()
-            except _RestartError:
+            except RestartError:
                 if known == (len(scorer.shared), len(scorer.untapped)):
                     raise _OneByOneError from None
                 for learnt, found in zip(self.learnt, (scorer.shared, scorer.untapped), strict=True):
@@ -314,12 +312,12 @@ class Engine:
             try:
                 with self.parts.after_layers(batch, leaf) as inputs:
                     losses = loss_fn(self.parts.model, inputs).reshape(-1)
-            except _SampleError as error:
-                raise PktError(f"sample {first + error.sample} {error}") from None
+            except SampleError as error:
+                raise error.shifted(first) from None
             values: list[float] = losses.detach().double().tolist()
             for j, value in enumerate(values):
                 if not math.isfinite(value):
-                    raise PktError(f"the loss of sample {first + j} is {value}; {scorer._blame()}")
+                    raise SampleError(f"the loss of {{samples}} is {value}; {scorer._blame()}", [first + j])
             grad = scorer.backward(losses, leaf)
             scorer.keep_fused()
         if grad is None or ("inputs_embeds" in inputs and inputs["inputs_embeds"].grad is not None):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError
-from pkt.scoring.scorer import _real_lengths
+from pkt.scoring import real_lengths
 
 
 @dataclass
@@ -74,7 +74,7 @@ def samples_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The samples of right-padded batches, each [1, T] without its padding."""
     found = []
     for batch in batches:
-        lengths = _real_lengths(batch)
+        lengths = real_lengths(batch)
         if lengths is None:
             raise PktError("streaming needs batches of input_ids, attention_mask and labels, padded on the right")
         found += [{k: v[j : j + 1, :n] for k, v in batch.items()} for j, n in enumerate(lengths)]

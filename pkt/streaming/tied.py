@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.scoring import Scorer
-from pkt.scoring.scorer import _RestartError
+from pkt.scoring import RestartError, Scorer
 
 
 class PartScorer(Scorer):
@@ -64,7 +63,7 @@ class PartScorer(Scorer):
     def spans(self, dy: Tensor) -> list[tuple[int, int]]:
         layout = self._rows(dy)
         if layout is None:
-            raise _RestartError
+            raise RestartError
         return [(s, s + n) for s, n in zip(layout[1].tolist(), layout[2].tolist(), strict=True)]
 
 
@@ -142,7 +141,7 @@ class FrontScorer(PartScorer):
         acc, table = self._accumulator(self.tied), self.parameters[self.tied].detach()
         ids, head = (t.to(acc.device) for t in self.head[sample])
         if not torch.equal(ids, touched):
-            raise _RestartError
+            raise RestartError
         weight = table[ids].to(embedding.dtype)
         head = head.to(embedding.dtype) * self.scale
         change = (weight * (head + embedding)).abs_() - (weight * head).abs_()
