@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import pkt
+from pkt.extraction import assemble
 from pkt.lora.injection import load_with_adapter
 from pkt.models import load_model, shared_vocabulary, spec_of
-from pkt.planning import assemble
 from pkt.planning.regions import Region
 from pkt.seeds import Example, Seeds
 from pkt.streaming.loader import open_teacher

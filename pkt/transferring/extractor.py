@@ -19,7 +19,7 @@ from pkt.adapters import Pair
 from pkt.extraction import factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
-from pkt.planning import Entry, Feed, Pairing, TransferPlan
+from pkt.planning import Chooser, Entry, Feed, Pairing, TransferPlan
 from pkt.streaming import Key
 
 
@@ -31,7 +31,7 @@ class Harvest:
     """
 
     def __init__(self, pairing: Pairing, factorization: dict[str, Any]) -> None:
-        self.pairing, self.factorization = pairing, factorization
+        self.pairing, self.chooser, self.factorization = pairing, Chooser(pairing), factorization
         self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
         self.records: dict[Key, dict[str, Any]] = {}
         self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -59,11 +59,11 @@ class Harvest:
         def score_of(source: Target) -> Tensor:
             return scores[source.parameter]
 
-        experts_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
+        experts_of = self.chooser.expert_chooser(key if isinstance(key, int) else None, score_of)
         for group, target, feeds in wanted:
             name = f"{group}/{target.suffix}"
             entries = [
-                e for f in feeds for e in self.pairing.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
+                e for f in feeds for e in self.chooser.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
             ]
             record["entries"][name] = {"entries": [e.to_json() for e in entries]}
         at_once = len(groups) == 1 or not self.ranked
@@ -148,4 +148,4 @@ class Harvest:
             pairs[module] = Pair(A, B, mine[0].kind)
             energies[module] = found["energy"]
         layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
-        return self.pairing.finish(entries, chosen, layer_scores), pairs, energies
+        return self.chooser.finish(entries, chosen, layer_scores), pairs, energies
