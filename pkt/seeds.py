@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from pkt.errors import PktError
 from pkt.files import os_errors, sha256
 from pkt.models import quiet
+from pkt.options import Loss
 
 IGNORE = -100
 FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
@@ -118,7 +119,7 @@ def load_seeds(
     path: str | Path,
     tokenizer: Any,
     *,
-    loss: Literal["answer", "all"] = "answer",
+    loss: Loss = "answer",
     max_length: int = 2048,
     limit: int | None = None,
 ) -> Seeds:
