@@ -25,6 +25,7 @@ from pkt.ops.reference import (
     tile_sums,
     window_bits,
 )
+from pkt.ops.rsvd_reference import block_width
 
 __all__ = [
     "GRADIENT_ELEMENTS",
@@ -32,6 +33,7 @@ __all__ = [
     "abs_accumulate_",
     "abs_accumulate_many_",
     "best_window",
+    "block_width",
     "double_sum",
     "embedding_rows",
     "embedding_sensitivity_",
