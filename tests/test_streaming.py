@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import oracle
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -543,7 +543,7 @@ def peak_of(
         **{"count": 4, "longest": 20, **rows},
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [int(word) for word in done.stdout.splitlines()[-1].split()]
 
