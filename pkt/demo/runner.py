@@ -31,10 +31,10 @@ from pkt.lora.finalization import finalize
 from pkt.lora.injection import inject, load_with_adapter, wrap
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
+from pkt.scoring import score_seeds
 from pkt.seeds import Seeds, load_seeds
 from pkt.training import fit
 from pkt.training.evaluation import evaluate, final_answer
-from pkt.transferring import score_seeds
 
 ASSETS = Path(__file__).parent / "assets"
 RANK = 16
