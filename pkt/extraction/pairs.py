@@ -12,8 +12,9 @@ from torch import Tensor
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction.factorization import BATCH, Factors, Split, check_rank, enough_memory, factorize_all
-from pkt.extraction.result import Extraction, versions
+from pkt.extraction.result import Extraction
 from pkt.files import as_path
+from pkt.manifest import versions
 from pkt.models import ModelSpec, Weights, check_identity, fingerprint, spec_of
 from pkt.planning import Entry, TransferPlan, by_expert, source_names
 from pkt.progress import bar
