@@ -119,7 +119,7 @@ def same_answer(folder: Path) -> bool:
     """On a small teacher: the windows and layers of the in-memory path."""
     import pkt
     from pkt.models import load_model
-    from pkt.transferring import score_seeds
+    from pkt.scoring import score_seeds
 
     small = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 4}
     student = config({"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 2, "num_hidden_layers": 2})

@@ -50,6 +50,14 @@ class Seeds(Sequence[Example]):
     def tokens(self) -> int:
         return sum(len(e.input_ids) for e in self.examples)
 
+    def describe(self) -> dict[str, Any]:
+        """What a result records of the seeds it was made from."""
+        return {"source": self.source, "count": len(self), "tokens": self.tokens, "fingerprint": self.fingerprint}
+
+    def where(self, index: int) -> str:
+        """File and line of an example."""
+        return f"{self.source}:{self.examples[index].line}"
+
     def check_vocabulary(self, vocab_size: int | None, model: str) -> None:
         """Raises `PktError` when a token id has no row in the model's embedding, naming the line."""
         for example in self.examples:

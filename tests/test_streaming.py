@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import oracle
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
 from pkt.streaming import Boundaries, Engine, samples_of
 from pkt.streaming.engine import _halved
 from pkt.streaming.loader import NotLayeredError, open_teacher
 from pkt.streaming.memory import Place, parse_size, plan_memory, sizes_of
-from pkt.transferring import score_seeds
 
 CPU = torch.device("cpu")
 
@@ -493,7 +493,7 @@ torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 import pkt, pkt.transferring.run, test_streaming
 from pkt.models import load_model
-from pkt.transferring.run import score_seeds
+from pkt.scoring import score_seeds
 
 def anonymous():
     text = Path("/proc/self/status").read_text()
@@ -543,7 +543,7 @@ def peak_of(
         **{"count": 4, "longest": 20, **rows},
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [int(word) for word in done.stdout.splitlines()[-1].split()]
 

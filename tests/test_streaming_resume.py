@@ -64,7 +64,8 @@ def work(folder: Path, out: str, slow: float, limit: int, tell: Any) -> None:
 class Run:
     def __init__(self, folder: Path, out: str, slow: float, limit: int) -> None:
         self.ear, tell = SERVER.Pipe(duplex=False)
-        self.process = SERVER.Process(target=work, args=(folder, out, slow, limit, tell))
+        # A test that fails halfway leaves a run that ends with pytest.
+        self.process = SERVER.Process(target=work, args=(folder, out, slow, limit, tell), daemon=True)
         self.process.start()
         tell.close()
         self.heard: list[str] = []
@@ -78,6 +79,7 @@ class Run:
         with contextlib.suppress(EOFError):
             while True:
                 self.heard.append(self.ear.recv())
+        self.ear.close()
         self.process.join()
         assert self.process.exitcode is not None
         return self.process.exitcode

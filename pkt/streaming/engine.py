@@ -27,11 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.errors import PktError
+from pkt.errors import PktError, SampleError
 from pkt.files import os_errors
 from pkt.models import layer_of
-from pkt.scoring import Scorer, default_loss
-from pkt.scoring.scorer import _real_lengths, _RestartError, _SampleError
+from pkt.scoring import RestartError, Scorer, default_loss, real_lengths
 from pkt.streaming.loader import Loader, NotLayeredError, Teacher, all_tensors, bytes_of, dtype_of
 from pkt.streaming.memory import Place, exact_memory, rounded_up, width_step
 
@@ -181,7 +180,7 @@ class _PartScorer(Scorer):
     def spans(self, dy: Tensor) -> list[tuple[int, int]]:
         layout = self._rows(dy)
         if layout is None:
-            raise _RestartError
+            raise RestartError
         return [(s, s + n) for s, n in zip(layout[1].tolist(), layout[2].tolist(), strict=True)]
 
 
@@ -259,7 +258,7 @@ class _FrontScorer(_PartScorer):
         acc, table = self._accumulator(self.tied), self.parameters[self.tied].detach()
         ids, head = (t.to(acc.device) for t in self.head[sample])
         if not torch.equal(ids, touched):
-            raise _RestartError
+            raise RestartError
         weight = table[ids].to(embedding.dtype)
         head = head.to(embedding.dtype) * self.scale
         change = (weight * (head + embedding)).abs_() - (weight * head).abs_()
@@ -720,12 +719,11 @@ class Engine:
 
     @contextlib.contextmanager
     def _named(self, task: int) -> Iterator[None]:
-        """Errors that speak of sample k of a batch say where the sample came from."""
+        """Errors of a sample say where the sample came from."""
         try:
             yield
-        except PktError as error:
-            text = re.sub(r"\bsample (\d+)", lambda m: self.where(task, int(m[1])), str(error), count=1)
-            raise PktError(text) from error
+        except SampleError as error:
+            raise error.placed(lambda sample: self.where(task, sample)) from error
 
     def _until_known(self, scorer: Any, attempt: Callable[[], Any]) -> Any:
         """Run `attempt`; begin again, knowing more, when a parameter turns out to need another way."""
@@ -734,7 +732,7 @@ class Engine:
             known = (len(scorer.shared), len(scorer.untapped))
             try:
                 return attempt()
-            except _RestartError:
+            except RestartError:
                 if known == (len(scorer.shared), len(scorer.untapped)):
                     raise _OneByOneError from None
                 for learnt, found in zip(self.learnt, (scorer.shared, scorer.untapped), strict=True):
@@ -796,12 +794,12 @@ class Engine:
             try:
                 with self._after_layers(batch, leaf) as inputs:
                     losses = loss_fn(self.model, inputs).reshape(-1)
-            except _SampleError as error:
-                raise PktError(f"sample {first + error.sample} {error}") from None
+            except SampleError as error:
+                raise error.shifted(first) from None
             values: list[float] = losses.detach().double().tolist()
             for j, value in enumerate(values):
                 if not math.isfinite(value):
-                    raise PktError(f"the loss of sample {first + j} is {value}; {scorer._blame()}")
+                    raise SampleError(f"the loss of {{samples}} is {value}; {scorer._blame()}", [first + j])
             grad = scorer.backward(losses, leaf)
             scorer.keep_fused()
         if grad is None or ("inputs_embeds" in inputs and inputs["inputs_embeds"].grad is not None):
@@ -1002,7 +1000,7 @@ def samples_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The samples of right-padded batches, each [1, T] without its padding."""
     found = []
     for batch in batches:
-        lengths = _real_lengths(batch)
+        lengths = real_lengths(batch)
         if lengths is None:
             raise PktError("streaming needs batches of input_ids, attention_mask and labels, padded on the right")
         found += [{k: v[j : j + 1, :n] for k, v in batch.items()} for j, n in enumerate(lengths)]

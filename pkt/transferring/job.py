@@ -35,6 +35,7 @@ from pkt.models import (
 )
 from pkt.planning import Pairing, Vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
+from pkt.scoring import in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.streaming import samples_of
 from pkt.transferring.checkpoints import RunFolder, run_path
@@ -101,7 +102,6 @@ class Job:
                 given = load_seeds(given, tokenizer, loss=loss, max_length=max_length)
             given.check_vocabulary(self.teacher.vocab_size, self.teacher.name)
             self.seeds[name] = given
-        # Samples of like length share a micro-batch, so that little is padding; S does not depend on it.
         self.orders = [longest_first(found) for found in self.seeds.values()]
         both = all(isinstance(m, (str, Path)) for m in (teacher, student))
         if both and vocabulary is None and any(t.group == "embedding" for t in self.pairing.targets):
@@ -123,14 +123,11 @@ class Job:
 
     def where(self, task: int, sample: int) -> str:
         seeds = list(self.seeds.values())[task]
-        return f"{seeds.source}:{seeds[self.orders[task][sample]].line}"
+        return seeds.where(self.orders[task][sample])
 
     def losses(self, task: int, found: Sequence[float]) -> list[float]:
         """The losses in the order of the file."""
-        placed = [0.0] * len(found)
-        for place, value in zip(self.orders[task], found, strict=True):
-            placed[place] = value
-        return placed
+        return in_order_of(found, self.orders[task])
 
     def inputs(self) -> dict[str, Any]:
         """All that a result depends on, by the names a refusal uses."""
@@ -160,7 +157,7 @@ class Job:
             "factorization": self.factorization,
             "teacher": {**self.teacher.identity(), "fingerprint": fingerprint(self.model)},
             "versions": versions(),
-            "seeds": describe_seeds(seeds),
+            "seeds": seeds.describe(),
             "losses": self.losses(task, losses),
         }
 
@@ -175,7 +172,7 @@ class Job:
             "layers": self.teacher.layers,
             "losses": self.losses(task, losses),
             "shapes": shapes,
-            "provenance": {"seeds": describe_seeds(seeds), "teacher": self.teacher.identity()},
+            "provenance": {"seeds": seeds.describe(), "teacher": self.teacher.identity()},
         }
 
     def finished(self, out: Path) -> dict[str, Extraction] | None:
@@ -230,10 +227,6 @@ class Job:
         return done is not None
 
 
-def describe_seeds(seeds: Seeds) -> dict[str, Any]:
-    return {"source": seeds.source, "count": len(seeds), "tokens": seeds.tokens, "fingerprint": seeds.fingerprint}
-
-
 def check_rank_fits(pairing: Pairing, rank: int, energy: float | None) -> None:
     """Refuse a rank that some matrix of the student does not have, before the teacher is loaded."""
     low = [f"{t.module} {list(t.shape)}" for t in pairing.targets if rank > min(t.shape)]
@@ -241,10 +234,6 @@ def check_rank_fits(pairing: Pairing, rank: int, energy: float | None) -> None:
         raise PktError(
             f"rank {rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
         )
-
-
-def longest_first(seeds: Seeds) -> list[int]:
-    return sorted(range(len(seeds)), key=lambda i: -len(seeds[i].input_ids))
 
 
 def _finished(

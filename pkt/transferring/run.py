@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
 import shutil
 import signal
 import tempfile
@@ -27,52 +26,19 @@ from torch import Tensor, nn
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
 from pkt.extraction.factorization import Split
-from pkt.models import checked_device, load_model, spec_of
+from pkt.models import checked_device, load_model
 from pkt.planning import Chooser, ModuleMap, TransferPlan, check_options, read_vocabulary
 from pkt.planning.regions import BLOCK, Strategy
-from pkt.scoring import Sensitivity, sensitivity
-from pkt.seeds import Seeds
+from pkt.scoring import score_seeds
 from pkt.streaming import Boundaries, Engine, Key, Progress, Tick
 from pkt.streaming.loader import NotLayeredError, Teacher, open_teacher
 from pkt.streaming.memory import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Harvest
-from pkt.transferring.job import Job, KeepScores, SeedsLike, describe_seeds
+from pkt.transferring.job import Job, KeepScores, SeedsLike
 
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
-
-
-def score_seeds(
-    teacher: Any, seeds: Seeds, *, batch_size: int = 8, tile: int | None = None, progress: bool = True
-) -> Sensitivity:
-    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them."""
-    if batch_size < 1:
-        raise PktError(f"batch_size={batch_size} must be at least 1")
-    spec = spec_of(teacher)
-    seeds.check_vocabulary(spec.vocab_size, spec.name)
-    # Samples of like length share a batch, so that little is padding; S does not depend on it.
-    order = sorted(range(len(seeds)), key=lambda i: -len(seeds[i].input_ids))
-    ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
-    try:
-        sens = sensitivity(teacher, ordered.batches(batch_size), tile=tile, progress=progress)
-    except PktError as error:
-        raise PktError(_in_file(str(error), seeds, order)) from error
-    losses = [0.0] * len(seeds)
-    for place, loss in zip(order, sens.losses, strict=True):
-        losses[place] = loss
-    sens.losses = losses
-    sens.provenance = {"seeds": describe_seeds(seeds), "teacher": spec.identity()}
-    return sens
-
-
-def _in_file(message: str, seeds: Seeds, order: Sequence[int]) -> str:
-    """Name the file and line of the sample an error speaks of."""
-
-    def line(match: re.Match[str]) -> str:
-        return f"{seeds.source}:{seeds[order[int(match[1])]].line}"
-
-    return re.sub(r"\bsample (\d+)", line, message, count=1)
 
 
 def transfer(
@@ -333,7 +299,7 @@ class Runner:
             made = Chooser(job.pairing).plan(sens)
             if self.on_plan is not None:
                 self.on_plan(made)
-            provenance = {"seeds": describe_seeds(seeds), "losses": sens.losses}
+            provenance = {"seeds": seeds.describe(), "losses": sens.losses}
             found[name] = extract(model, made, **job.factorization, progress=self.progress, provenance=provenance)
             if job.keep_scores != "none":
                 assert self.folder is not None
