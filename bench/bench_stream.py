@@ -260,8 +260,7 @@ def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
 def scaling(samples: int = 32, tokens: int = 512) -> None:
     """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
     from pkt.models import hollow_model
-    from pkt.streaming.loader import Teacher
-    from pkt.streaming.memory import plan_memory, sizes_of
+    from pkt.streaming import Teacher, plan_memory, sizes_of
 
     print("| teacher | parameters | one layer | its S | micro-batch | device | boundaries | read | flops |")
     print("|---|---|---|---|---|---|---|---|---|")
