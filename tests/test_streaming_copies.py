@@ -199,6 +199,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_late_copies_change_no_byte(place: Any, prefetch: bool, plain: Any, tmp_path: Path, late: list[Late]) -> None:
     found = streamed(plain[0], BATCHES, tmp_path, place=place, prefetch=prefetch)
-    assert sum(call[1] == "copy" for streams in late for call in streams.calls) > 10
+    assert sum(call[1] == "copy" for streams in late for call in streams.calls) > 5
     assert all(torch.equal(plain[1][name], found[name]) for name in found)
     assert not list(tmp_path.glob("boundary-*"))
