@@ -30,7 +30,8 @@ pkt::Strided strided(const Tensor& t) {
 }
 
 void linear_sensitivity(Tensor acc, const Tensor& w, const Tensor& x, const Tensor& dy, const Tensor& seq_starts,
-                        const Tensor& seq_lens) {
+                        const Tensor& seq_lens, int64_t power, bool weighted) {
+  STD_TORCH_CHECK(power == 1 && weighted, kOp, "this is compiled for power 1, weighted, only");
   STD_TORCH_CHECK(acc.dim() == 2 && w.dim() == 2 && x.dim() == 2 && dy.dim() == 2 && x.size(0) == dy.size(0) &&
                       w.size(0) == dy.size(1) && w.size(1) == x.size(1) && acc.size(0) == w.size(0) &&
                       acc.size(1) == w.size(1),

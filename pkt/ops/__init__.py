@@ -19,6 +19,7 @@ from pkt.ops.dispatch import (
 )
 from pkt.ops.reference import (
     GRADIENT_ELEMENTS,
+    MEASURES,
     SEARCH_BYTES,
     double_sum,
     embedding_rows,
@@ -28,6 +29,7 @@ from pkt.ops.reference import (
 
 __all__ = [
     "GRADIENT_ELEMENTS",
+    "MEASURES",
     "SEARCH_BYTES",
     "abs_accumulate_",
     "abs_accumulate_many_",
