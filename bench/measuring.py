@@ -273,8 +273,7 @@ def implementations(device: str | torch.device) -> dict[str, tuple[str, str]]:
     """Every op of pkt -> what serves it on a device, and why."""
     from pkt import ops
 
-    names = (name.removeprefix("pkt::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("pkt::"))
-    return {name: ops.implementation(name, device) for name in sorted(names)}
+    return {name: ops.implementation(name, device) for name in sorted(ops.names())}
 
 
 def machine(device: str | torch.device) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops, training
 from pkt.adapters import CONFIG, WEIGHTS, read_adapter
+from pkt.extraction import assemble
 from pkt.files import MANIFEST, read_json
 from pkt.lora.finalization import looks_paired
 from pkt.lora.injection import load_with_adapter
 from pkt.models import load_model, spec_of
-from pkt.planning import assemble, by_expert
+from pkt.planning import by_expert
 from pkt.seeds import load_seeds
 
 EXPERTS = "model.layers.{}.mlp.experts.{}"

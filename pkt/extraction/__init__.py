@@ -1,23 +1,10 @@
 """Regions of the teacher as LoRA factors, and the folder that holds them."""
 
-from pkt.extraction.result import (
-    Extraction as Extraction,
-)
-from pkt.extraction.result import (
-    describe_factorization as describe_factorization,
-)
-from pkt.extraction.result import (
-    extract as extract,
-)
-from pkt.extraction.result import (
-    factorize_targets as factorize_targets,
-)
-from pkt.extraction.result import (
-    name_kind as name_kind,
-)
-from pkt.extraction.result import (
-    read_manifest as read_manifest,
-)
-from pkt.extraction.result import (
-    versions as versions,
-)
+from pkt.extraction.pairs import assemble as assemble
+from pkt.extraction.pairs import extract as extract
+from pkt.extraction.pairs import factorize_targets as factorize_targets
+from pkt.extraction.result import Extraction as Extraction
+from pkt.extraction.result import describe_factorization as describe_factorization
+from pkt.extraction.result import name_kind as name_kind
+from pkt.extraction.result import read_manifest as read_manifest
+from pkt.extraction.result import versions as versions

@@ -1,25 +1,21 @@
-"""Cut a plan's regions out of the teacher and factorize them; the result is a PEFT adapter folder with its provenance."""
+"""An extraction: LoRA pairs with their provenance, and the PEFT adapter folder that holds them, with its card."""
 
 from __future__ import annotations
 
-import itertools
 import platform
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction.factorization import BATCH, Factors, Split, check_rank, enough_memory, factorize_all
 from pkt.files import MANIFEST, as_path, atomic_folder, read_json, write_json
-from pkt.models import Kind, ModelSpec, Weights, check_identity, fingerprint, spec_of
-from pkt.planning import Entry, TransferPlan, by_expert, lora_matrix, source_names
-from pkt.progress import bar
+from pkt.models import Kind
+from pkt.planning import TransferPlan
 from pkt.version import __version__
 
 FORMAT = "pkt-extraction-1"
@@ -142,108 +138,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def check_extraction(
-    plan: TransferPlan, teacher: ModelSpec, rank: int, max_rank: int, energy: float | None, split: str
-) -> None:
-    """Everything about an extraction that can be refused without reading a weight."""
-    check_rank(rank, max_rank, energy, split)
-    check_identity(plan.teacher, teacher, "the plan")
-    sources = teacher.by_module()
-    faults = []
-    for entry in plan.entries:
-        source = sources.get(entry.source)
-        if source is None or (entry.expert is None) == bool(source.experts):
-            faults.append(f"{entry.source}: the teacher has no such matrix")
-        elif energy is None and rank > min(entry.target_shape):
-            faults.append(f"{entry.target} {list(entry.target_shape)}: rank {rank} is above {min(entry.target_shape)}")
-    if faults:
-        raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(dict.fromkeys(faults)))
-
-
-def factorize_targets(
-    targets: Mapping[str, Sequence[Entry]], matrix_of: Callable[[Entry], Tensor], **options: Any
-) -> dict[str, tuple[Pair, float]]:
-    """The pair of each target, by its name, and its energy. options: of `factorize_all`, which says what is raised.
-
-    Every expert of a target is a factorization of its own; one that nothing feeds, or of a smaller rank, is filled up with
-    zeros.
-    """
-    pieces = [(target, slot, mine) for target in targets for slot, mine in by_expert(targets[target]).items()]
-    found: dict[str, dict[int, Factors]] = {target: {} for target in targets}
-    for first in range(0, len(pieces), BATCH):
-        some = pieces[first : first + BATCH]
-        names = [source_names(mine) for _, _, mine in some]
-        factors = factorize_all([lora_matrix(mine, matrix_of) for _, _, mine in some], names, **options)
-        for (target, slot, _), made in zip(some, factors, strict=True):
-            found[target][slot] = made
-    return {target: _joined(targets[target][0], made) for target, made in found.items()}
-
-
-def _joined(entry: Entry, found: Mapping[int, Factors]) -> tuple[Pair, float]:
-    first = next(iter(found.values()))
-    if entry.target_expert is None:
-        return Pair(first.A, first.B, entry.kind), first.energy
-    experts, rank = entry.target_expert[1], max(made.rank for made in found.values())
-    a, b = first.A.new_zeros(experts, rank, first.A.shape[1]), first.B.new_zeros(experts, len(first.B), rank)
-    for slot, made in found.items():
-        a[slot, : made.rank], b[slot, :, : made.rank] = made.A, made.B
-    return Pair(a, b, entry.kind), sum(made.energy for made in found.values()) / len(found)
-
-
-def extract(
-    teacher: Any,
-    plan: TransferPlan,
-    *,
-    rank: int = 16,
-    max_rank: int = 64,
-    energy: float | None = None,
-    split: Split = "b",
-    seed: int = 0,
-    progress: bool = True,
-    provenance: dict[str, Any] | None = None,
-) -> Extraction:
-    """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (METHOD, section 4).
-
-    rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
-    max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for
-    weights that are not finite.
-    """
-    if not isinstance(plan, TransferPlan):
-        raise PktError(
-            f"a plan is needed, not {type(plan).__name__}; make one with pkt.plan, or TransferPlan.from_json"
-        )
-    if not isinstance(teacher, torch.nn.Module):
-        teacher = as_path(teacher, "a teacher (a model, or the path of its checkpoint)")
-    spec = spec_of(teacher)
-    check_extraction(plan, spec, rank, max_rank, energy, split)
-    weights = Weights(teacher)
-    sources = spec.by_module()
-    pairs: dict[str, Pair] = {}
-    energies: dict[str, float] = {}
-    targets = plan.by_target()
-
-    def matrix_of(entry: Entry) -> Tensor:
-        source = sources[entry.source]
-        return source.oriented(weights[source.parameter], entry.expert)
-
-    options = {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed}
-    with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
-        for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
-            layer = {target: targets[target] for target in group}
-            with enough_memory(", ".join(source_names(entries) for entries in layer.values())):
-                found = factorize_targets(layer, matrix_of, **options)
-            pairs |= {target: pair for target, (pair, _) in found.items()}
-            energies |= {target: caught for target, (_, caught) in found.items()}
-            if progress:
-                advance(len(pairs))
-    details = {
-        "factorization": options,
-        "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},
-        "versions": versions(),
-    }
-    return Extraction(pairs, energies, plan, {**details, **(provenance or {})})
 
 
 CARD = """---

@@ -19,7 +19,8 @@ from pkt.adapters import Pair
 from pkt.extraction import factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
-from pkt.planning import Entry, Feed, Pairing, TransferPlan
+from pkt.options import Factorization
+from pkt.planning import Chooser, Entry, Feed, Pairing, TransferPlan
 from pkt.streaming import Key
 
 
@@ -30,8 +31,8 @@ class Harvest:
     Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
     """
 
-    def __init__(self, pairing: Pairing, factorization: dict[str, Any]) -> None:
-        self.pairing, self.factorization = pairing, factorization
+    def __init__(self, pairing: Pairing, factorization: Factorization) -> None:
+        self.pairing, self.chooser, self.factorization = pairing, Chooser(pairing), factorization
         self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
         self.records: dict[Key, dict[str, Any]] = {}
         self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -46,7 +47,7 @@ class Harvest:
             [t.suffix, *(t.stored_shape if t.experts else t.shape)] for t in self.pairing.targets if t.layer == place
         ]
         # A random window is drawn from the target's name.
-        drawn = place if self.options["select"] == "random" else ""
+        drawn = place if self.options.select == "random" else ""
         return sha256(json.dumps([mine, drawn]))[:12]
 
     def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
@@ -59,11 +60,11 @@ class Harvest:
         def score_of(source: Target) -> Tensor:
             return scores[source.parameter]
 
-        experts_of = self.pairing.expert_chooser(key if isinstance(key, int) else None, score_of)
+        experts_of = self.chooser.expert_chooser(key if isinstance(key, int) else None, score_of)
         for group, target, feeds in wanted:
             name = f"{group}/{target.suffix}"
             entries = [
-                e for f in feeds for e in self.pairing.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
+                e for f in feeds for e in self.chooser.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
             ]
             record["entries"][name] = {"entries": [e.to_json() for e in entries]}
         at_once = len(groups) == 1 or not self.ranked
@@ -98,7 +99,7 @@ class Harvest:
             return source.oriented(weight(source.parameter), entry.expert)
 
         entries = {name: [Entry.from_json(e) for e in target["entries"]] for name, target in targets.items()}
-        found = factorize_targets(entries, matrix_of, **self.factorization)
+        found = factorize_targets(entries, matrix_of, self.factorization)
         for name, (_, energy) in found.items():
             targets[name]["energy"] = energy
         return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _) in found.items()}
@@ -148,4 +149,4 @@ class Harvest:
             pairs[module] = Pair(A, B, mine[0].kind)
             energies[module] = found["energy"]
         layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
-        return self.pairing.finish(entries, chosen, layer_scores), pairs, energies
+        return self.chooser.finish(entries, chosen, layer_scores), pairs, energies
