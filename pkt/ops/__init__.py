@@ -26,6 +26,7 @@ from pkt.ops.reference import (
     tile_sums,
     window_bits,
 )
+from pkt.ops.rsvd_reference import block_width
 
 __all__ = [
     "GRADIENT_ELEMENTS",
@@ -34,6 +35,7 @@ __all__ = [
     "abs_accumulate_",
     "abs_accumulate_many_",
     "best_window",
+    "block_width",
     "double_sum",
     "embedding_rows",
     "embedding_sensitivity_",

@@ -162,8 +162,7 @@ def _choosing(elements: int, side: int, *, itemsize: int, select: str, rank: int
     # Windows and sums are found a block at a time; other regions are copied, and single weights sorted.
     region = {"window": 0, "random": 0, "weights": 32 * elements}.get(select, 4 * elements)
     cut = 0 if select in ("window", "random") else itemsize * elements
-    width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
-    return max(min(ops.SEARCH_BYTES, 48 * elements), region, cut + 4 * side * 9 * width)
+    return max(min(ops.SEARCH_BYTES, 48 * elements), region, cut + 4 * side * 9 * ops.block_width(rank))
 
 
 def plan_memory(
