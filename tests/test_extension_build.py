@@ -22,6 +22,21 @@ ARCHITECTURES = (80, 90, 100)
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 
+# What csrc may use of torch: each is in the headers of 2.11 and of 2.13, so one source builds against every torch between.
+STABLE_ABI = """
+    torch/csrc/stable/accelerator.h torch/csrc/stable/library.h torch/csrc/stable/ops.h torch/csrc/stable/tensor.h
+    torch/headeronly/core/ScalarType.h torch/headeronly/util/Exception.h torch/headeronly/util/shim_utils.h
+    STABLE_TORCH_LIBRARY_IMPL STD_TORCH_CHECK TORCH_ABI_VERSION TORCH_BOX TORCH_ERROR_CODE_CHECK
+    StableIValue torch::stable::detail::from torch::stable::detail::to torch_call_dispatcher aten::mm.dtype
+    torch::headeronly::ScalarType torch::stable::Tensor torch::stable::accelerator::DeviceGuard
+    torch::stable::empty torch::stable::matmul torch::stable::new_empty torch::stable::transpose torch::stable::zero_
+    torch::stable::get_num_threads torch::stable::parallel_for aoti_torch_get_current_cuda_stream
+"""
+TORCH_NAME = re.compile(
+    r"\b\w*TORCH_\w+|\b(?:aoti_torch|torch)_\w+|\bSTD_\w+|\bStable\w+|torch(?:::\w+)+|(?<=#include <)torch/[\w/.]+"
+)
+ATEN_OP = re.compile(r'"(aten::\w+)", "(\w*)"')
+
 NO_TORCH = "import sys; sys.modules['torch'] = None; "
 RUN_SETUP = "import runpy, sys; sys.argv = ['setup.py', *sys.argv[1:]]; runpy.run_path('setup.py', run_name='__main__')"
 
@@ -110,6 +125,26 @@ def test_the_sdist_holds_every_source(tree: Path, tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     expected = {f"csrc/{path.name}" for path in CSRC.iterdir() if path.is_file()}
     assert expected | {"setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+
+
+def uses_of_torch(text: str) -> set[str]:
+    code = re.sub(r"//.*", "", text)
+    ops = {f"{name}.{overload}".rstrip(".") for name, overload in ATEN_OP.findall(code)}
+    return (set(TORCH_NAME.findall(code)) | ops) - {"torch_threads"}  # our own torch_threads.h
+
+
+def test_the_sources_use_what_every_torch_from_2_11_on_has() -> None:
+    used = {
+        name
+        for path in CSRC.iterdir()
+        if path.is_file() and path.suffix != ".md"
+        for name in uses_of_torch(path.read_text())
+    }
+    allowed = set(STABLE_ABI.split())
+    assert used == allowed
+    later = "STABLE_TORCH_ERROR_CODE_CHECK(torch_exception_get_what()); torch::stable::Generator g; STD_CUDA_CHECK(e);"
+    assert uses_of_torch(later).isdisjoint(allowed)
+    assert len(uses_of_torch(later)) == 4
 
 
 @needs_nvcc
