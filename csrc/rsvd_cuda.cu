@@ -14,9 +14,11 @@
 
 #include "rsvd_check.h"
 #include "rsvd_pipeline.h"
+#include "torch_memory.h"
 
 namespace {
 
+using pkt::empty;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -26,7 +28,7 @@ struct Options {
 
 // What one problem's pointers point to, kept until its kernels are launched: the allocator is ordered by the stream.
 struct Workspace {
-  Tensor a, operand_m, operand_n, product;  // a has at least as many rows as columns
+  Tensor a, transposed, operand_m, operand_n, product_n, product_m;  // a has at least as many rows as columns
   std::vector<Tensor> others;
 };
 
@@ -45,17 +47,31 @@ struct TypeOf<float> {
   static constexpr ScalarType value = ScalarType::Float;
 };
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type = ScalarType::Float) {
-  return torch::stable::new_empty(like, {size.begin(), size.size()}, type);
+// Rows and columns of a matrix's memory, however it is shaped, and apart from any gradient it wants.
+Tensor view(const Tensor& a, int64_t rows, int64_t columns, int64_t row_stride, int64_t col_stride) {
+  const int64_t size[] = {rows, columns}, stride[] = {row_stride, col_stride};
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(a.get(), 2, size, stride, 0, &result));
+  return Tensor(result);
 }
 
-// a [n, m] times b [m, k] in fp32: for the half types this is aten::mm.dtype, for matmul would round to a's type.
-Tensor multiply(const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == ScalarType::Float) return torch::stable::matmul(a, b);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(ScalarType::Float)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// out = a b, in fp32: for the half types by aten::mm.dtype, for without it mm would round to a's type.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  const bool half = a.scalar_type() != ScalarType::Float;
+  std::vector<StableIValue> stack{from(a), from(b)};
+  if (half) stack.push_back(from(ScalarType::Float));
+  stack.push_back(from(out));
+  const AOTITorchError error = half ? torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION)
+                                    : torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
+  if (error == TORCH_SUCCESS) {
+    torch::stable::detail::to<Tensor>(stack[0]);  // out once more, which is ours to let go
+    return;
+  }
+  // All that a product allocates here is cuBLAS's workspace: where as much cannot be had, that was the reason.
+  constexpr int64_t workspace_bytes = 32 << 20;
+  pkt::empty(out, {workspace_bytes}, ScalarType::Byte);
+  STD_TORCH_CHECK(false, "pkt::rsvd: torch's product with a ", a.size(0), " by ", a.size(1), " matrix failed");
 }
 
 void check_cuda(cudaError_t error) {
@@ -78,8 +94,11 @@ Workspace prepare(const Tensor& matrix, const Options& options, const Result& re
   constexpr int64_t parts = pkt::Type<T>::parts;
   constexpr ScalarType type = TypeOf<T>::value;
   const bool wide = matrix.size(0) < matrix.size(1);
+  const Tensor by_rows = view(matrix, matrix.size(0), matrix.size(1), matrix.stride(0), matrix.stride(1));
+  const Tensor by_columns = view(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
   Workspace work;
-  work.a = wide ? torch::stable::transpose(matrix, 0, 1) : matrix;
+  work.a = wide ? by_columns : by_rows;
+  work.transposed = wide ? by_rows : by_columns;
   const Tensor& a = work.a;
   const int64_t columns = std::min<int64_t>((options.rank + options.oversample + 15) / 16 * 16, INT16_MAX);
   const int64_t n = a.size(0), m = a.size(1), l = std::min(columns, m);
@@ -96,10 +115,13 @@ Workspace prepare(const Tensor& matrix, const Options& options, const Result& re
   };
   work.operand_m = empty(a, {m, parts * l}, type);
   work.operand_n = empty(a, {n, parts * l}, type);
+  work.product_n = empty(a, {n, parts * l});
+  work.product_m = view(work.product_n, m, parts * l, parts * l, 1);  // one is read before the other is made
   p.a = a.const_data_ptr(), p.row_stride = a.stride(0), p.col_stride = a.stride(1);
   p.n = static_cast<int>(n), p.m = static_cast<int>(m), p.l = static_cast<int>(l);
   p.rank = static_cast<int>(options.rank), p.seed = options.seed;
   p.operand_m = work.operand_m.mutable_data_ptr(), p.operand_n = work.operand_n.mutable_data_ptr();
+  p.product = static_cast<float*>(work.product_n.mutable_data_ptr());
   p.q = floats(m * l), p.y = floats(n * l);
   p.partial = doubles(std::max<int64_t>(pkt::kGramBlocks * l8 * l8, pkt::kEnergyBlocks));
   p.small = pkt::small_may_be_global(columns, shared_limit) ? doubles(pkt::small_doubles(l)) : nullptr;
@@ -130,9 +152,8 @@ void factorize(const std::vector<Tensor>& matrices, const Options& options, cons
                                 launches.batch.problem[i]));
     }
     check_cuda(pkt::subspace_iteration<T>(launches, options.iters, [&](int i, bool transposed) {
-      Workspace& w = work[i];
-      w.product = transposed ? multiply(torch::stable::transpose(w.a, 0, 1), w.operand_n) : multiply(w.a, w.operand_m);
-      launches.batch.problem[i].product = static_cast<float*>(w.product.mutable_data_ptr());
+      const Workspace& w = work[i];
+      transposed ? multiply(w.transposed, w.operand_n, w.product_m) : multiply(w.a, w.operand_m, w.product_n);
     }));
   }
 }

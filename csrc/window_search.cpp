@@ -14,6 +14,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "torch_memory.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PKT_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
 #else
@@ -110,8 +112,8 @@ std::tuple<Tensor, Tensor> best_window(const Tensor& score, int64_t rows, int64_
   for (const Best& one : found)
     if (one.sum > best.sum) best = one;
 
-  Tensor offset = torch::stable::empty({2}, ScalarType::Long);
-  Tensor sum = torch::stable::empty({}, ScalarType::Long);
+  Tensor offset = pkt::empty({2}, ScalarType::Long);
+  Tensor sum = pkt::empty({}, ScalarType::Long);
   auto* at = static_cast<int64_t*>(offset.mutable_data_ptr());
   at[0] = best.row, at[1] = best.col;
   *static_cast<int64_t*>(sum.mutable_data_ptr()) = best.sum;

@@ -27,13 +27,15 @@ STABLE_ABI = """
     torch/csrc/stable/accelerator.h torch/csrc/stable/library.h torch/csrc/stable/ops.h torch/csrc/stable/tensor.h
     torch/headeronly/core/ScalarType.h torch/headeronly/util/Exception.h torch/headeronly/util/shim_utils.h
     STABLE_TORCH_LIBRARY_IMPL STD_TORCH_CHECK TORCH_ABI_VERSION TORCH_BOX TORCH_ERROR_CODE_CHECK
-    StableIValue torch::stable::detail::from torch::stable::detail::to torch_call_dispatcher aten::mm.dtype
-    torch::headeronly::ScalarType torch::stable::Tensor torch::stable::accelerator::DeviceGuard
-    torch::stable::empty torch::stable::matmul torch::stable::new_empty torch::stable::transpose torch::stable::zero_
+    StableIValue torch::stable::detail::from torch::stable::detail::to torch_call_dispatcher TORCH_SUCCESS
+    AOTITorchError AtenTensorHandle aoti_torch__reinterpret_tensor aten::mm.out aten::mm.dtype_out
+    torch::headeronly::ScalarType torch::headeronly::ScalarType::Float torch::stable::Tensor
+    torch::stable::accelerator::DeviceGuard
+    torch::stable::empty torch::stable::new_empty torch::stable::zero_
     torch::stable::get_num_threads torch::stable::parallel_for aoti_torch_get_current_cuda_stream
 """
 TORCH_NAME = re.compile(
-    r"\b\w*TORCH_\w+|\b(?:aoti_torch|torch)_\w+|\bSTD_\w+|\bStable\w+|torch(?:::\w+)+|(?<=#include <)torch/[\w/.]+"
+    r"\b\w*TORCH_\w+|\b(?:aoti_torch|torch)_\w+|\b(?:STD_|Stable|AOTI|Aten)\w+|torch(?:::\w+)+|(?<=#include <)torch/[\w/.]+"
 )
 ATEN_OP = re.compile(r'"(aten::\w+)", "(\w*)"')
 
@@ -130,7 +132,8 @@ def test_the_sdist_holds_every_source(tree: Path, tmp_path: Path) -> None:
 def uses_of_torch(text: str) -> set[str]:
     code = re.sub(r"//.*", "", text)
     ops = {f"{name}.{overload}".rstrip(".") for name, overload in ATEN_OP.findall(code)}
-    return (set(TORCH_NAME.findall(code)) | ops) - {"torch_threads"}  # our own torch_threads.h
+    ours = {path.stem for path in CSRC.iterdir()}  # torch_threads.h and the like
+    return (set(TORCH_NAME.findall(code)) | ops) - ours
 
 
 def test_the_sources_use_what_every_torch_from_2_11_on_has() -> None:
