@@ -1,7 +1,8 @@
 """Builds `pkt._C`, the compiled part of pkt, where the machine can; everything else is in pyproject.toml.
 
     pip install -e . --no-build-isolation      C++ always, CUDA too where torch has it and nvcc is there
-    PKT_BUILD_EXT=1 pip install ...            the same, but what cannot be built is an error
+    PKT_BUILD_EXT=1 pip install ...            the same, but what cannot be built is an error: of the CUDA part too, if
+                                               torch is built for CUDA
     PKT_BUILD_EXT=0 pip install ...            no compiler is asked for: pkt uses its torch implementation
 
 An isolated build has no torch, so it builds nothing: that is why a plain `pip install` is small and fast.
@@ -64,11 +65,18 @@ def cuda_home() -> Path | None:
     return None
 
 
+def torch_has_cuda() -> bool:
+    """What makes a machine one for CUDA: neither a GPU nor a toolkit is of use to a torch without it."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
 def cuda_obstacle() -> str | None:
     """Why the CUDA part cannot be built here, or None; then CUDA_HOME is set."""
     import torch
 
-    if torch.version.cuda is None:
+    if not torch_has_cuda():
         return "this torch has no CUDA"
     home = cuda_home()
     if home is None:
@@ -128,6 +136,8 @@ def arguments() -> dict[str, Any]:
         print(f"pkt: pkt._C is not built: {reason}; the torch implementation serves instead", file=sys.stderr)
         return {}
     no_cuda = cuda_obstacle()
+    if mode == "1" and no_cuda is not None and torch_has_cuda():
+        raise SystemExit(f"PKT_BUILD_EXT=1 with a torch for CUDA, but pkt._C's CUDA part cannot be built: {no_cuda}")
     scope = f"for the CPU; not for CUDA: {no_cuda}" if no_cuda else "for the CPU and CUDA"
     print(f"pkt: pkt._C is built {scope}", file=sys.stderr)
     return {

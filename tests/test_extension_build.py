@@ -98,6 +98,21 @@ def test_what_cannot_be_done_is_an_error_when_asked_for(tree: Path, mode: str, m
     assert message in run.stderr
 
 
+# No nvcc is of that release; `--version` runs setup.py and builds nothing.
+NO_SUCH_CUDA = "import torch; torch.version.cuda = '99.9'; "
+
+
+@needs_compiler
+def test_a_cuda_part_that_cannot_be_built_is_told_and_an_error_when_asked_for(tree: Path) -> None:
+    reason = "(nvcc is not of CUDA 99.9|there is no nvcc)"
+    run = setup(tree, "--version", before=NO_SUCH_CUDA, PKT_BUILD_EXT="auto")
+    assert run.returncode == 0, run.stderr
+    assert re.search(f"built for the CPU; not for CUDA: {reason}", said(run))
+    run = setup(tree, "--version", before=NO_SUCH_CUDA, PKT_BUILD_EXT="1")
+    assert run.returncode != 0
+    assert re.search(f"PKT_BUILD_EXT=1 with a torch for CUDA, but .* CUDA part cannot be built: {reason}", run.stderr)
+
+
 @needs_compiler
 def test_a_failed_compilation_is_told_and_survived_unless_forced(tree: Path) -> None:
     (tree / "csrc" / "extension.cpp").write_text("#error deliberately\n")
