@@ -24,18 +24,6 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: one build s
 PYTHON_TAG = "cp310"
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
-CPU_KERNELS = ["cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
-CPU_SOURCES = [
-    "extension",
-    "linear_sensitivity",
-    "abs_products",
-    "window_search",
-    "rsvd_cpu",
-    "block_krylov",
-    "orthonormalize",
-    *CPU_KERNELS,
-]
-CUDA_SOURCES = ["rsvd_cuda"]
 
 
 def obstacle() -> str | None:
@@ -93,9 +81,9 @@ def extension(with_cuda: bool) -> Any:
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = [f"csrc/{name}.cpp" for name in CPU_SOURCES]
+    sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     if with_cuda:
-        sources += [f"csrc/{name}.cu" for name in CUDA_SOURCES]
+        sources += sorted(map(str, Path("csrc").glob("*.cu")))
         blackwell = tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 8)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
@@ -103,7 +91,7 @@ def extension(with_cuda: bool) -> Any:
         "pkt._C",
         sources,
         extra_compile_args={"cxx": [*CXX_FLAGS, *macros], "nvcc": [*NVCC_FLAGS, *macros]},
-        depends=[str(path) for path in Path("csrc").glob("*.[hi]*")],
+        depends=[*map(str, Path("csrc").glob("*.[hi]*")), "csrc/rsvd_kernels.cuh"],
         py_limited_api=True,
     )
 

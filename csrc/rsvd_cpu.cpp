@@ -7,24 +7,16 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include "block_krylov.h"
+#include "from_torch.h"
 #include "rsvd_check.h"
-#include "torch_memory.h"
-#include "torch_threads.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-pkt::Dtype dtype_of(const Tensor& a) {
-  if (a.scalar_type() == ScalarType::BFloat16) return pkt::Dtype::bf16;
-  return a.scalar_type() == ScalarType::Half ? pkt::Dtype::fp16 : pkt::Dtype::fp32;
-}
 
 // Fills `stats` [4]; returns U, S and V.
 std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options& options, float* stats) {
@@ -37,11 +29,10 @@ std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options
   Tensor u = pkt::empty({n, rank});
   Tensor s = pkt::empty({rank});
   Tensor v = pkt::empty({m, rank});
-  pkt::Matrix x{a.const_data_ptr(), dtype_of(a), n, m, a.stride(0), a.stride(1)};
+  pkt::Matrix x{a.const_data_ptr(), pkt::dtype_of(a), n, m, a.stride(0), a.stride(1)};
   pkt::Factors out{floats(u), floats(s), floats(v), stats};
   if (n < m) {
-    std::swap(x.n, x.m);
-    std::swap(x.row_stride, x.col_stride);
+    x = pkt::transposed(x);
     std::swap(out.u, out.v);
   }
   pkt::block_krylov_svd(x, options, out, pkt::torch_threads());

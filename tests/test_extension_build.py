@@ -48,7 +48,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the sources, so that building leaves nothing in the checkout."""
     copy = tmp_path / "pkt"
     copy.mkdir()
-    for name in ("csrc", "kernels", "pkt"):
+    for name in ("csrc", "kernels", "pkt", "tests/native"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).exists():
@@ -115,19 +115,8 @@ def test_a_cuda_part_that_cannot_be_built_is_told_and_an_error_when_asked_for(tr
 
 @needs_compiler
 def test_a_failed_compilation_is_told_and_survived_unless_forced(tree: Path) -> None:
-    (tree / "csrc" / "extension.cpp").write_text("#error deliberately\n")
-    for name in (
-        "rsvd_cpu",
-        "linear_sensitivity",
-        "abs_products",
-        "window_search",
-        "block_krylov",
-        "orthonormalize",
-        "cpu_kernels_baseline",
-        "cpu_kernels_avx2",
-        "cpu_kernels_avx512",
-    ):
-        (tree / "csrc" / f"{name}.cpp").write_text("")
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.write_text("#error deliberately\n" if source.stem == "extension" else "")
     run = setup(tree, "build_ext", "--inplace")
     assert run.returncode == 0, run.stderr
     assert "pkt: pkt._C was not built, the torch implementation serves instead" in run.stderr
@@ -140,24 +129,18 @@ def test_the_sdist_holds_every_source(tree: Path, tmp_path: Path) -> None:
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    expected = {f"csrc/{path.name}" for path in CSRC.iterdir() if path.is_file()}
+    expected = {f"{folder}/{path.name}" for folder in ("csrc", "tests/native") for path in (ROOT / folder).iterdir()}
     assert expected | {"setup.py", "pyproject.toml", "MANIFEST.in"} <= names
 
 
 def uses_of_torch(text: str) -> set[str]:
     code = re.sub(r"//.*", "", text)
     ops = {f"{name}.{overload}".rstrip(".") for name, overload in ATEN_OP.findall(code)}
-    ours = {path.stem for path in CSRC.iterdir()}  # torch_threads.h and the like
-    return (set(TORCH_NAME.findall(code)) | ops) - ours
+    return (set(TORCH_NAME.findall(code)) | ops) - {"torch_threads"}  # our own
 
 
 def test_the_sources_use_what_every_torch_from_2_11_on_has() -> None:
-    used = {
-        name
-        for path in CSRC.iterdir()
-        if path.is_file() and path.suffix != ".md"
-        for name in uses_of_torch(path.read_text())
-    }
+    used = {name for path in CSRC.iterdir() if path.suffix != ".md" for name in uses_of_torch(path.read_text())}
     allowed = set(STABLE_ABI.split())
     assert used == allowed
     later = "STABLE_TORCH_ERROR_CODE_CHECK(torch_exception_get_what()); torch::stable::Generator g; STD_CUDA_CHECK(e);"

@@ -185,8 +185,8 @@ def test_every_failed_allocation_is_recognised(error: Exception) -> None:
 
 
 def test_what_the_extension_says_of_a_failed_allocation_is_recognised() -> None:
-    source = (Path(__file__).parents[1] / "csrc" / "torch_memory.h").read_text()
-    (message,) = re.findall(r'runtime_error\("(.*?)"', source)
+    source = (Path(__file__).parents[1] / "csrc" / "from_torch.h").read_text()
+    (message,) = re.findall(r'runtime_error\("(pkt: out of memory.*?)"', source)
     assert ops.out_of_memory(RuntimeError(message))
 
 
