@@ -434,6 +434,25 @@ class TestTransfer:
         with pytest.raises(pkt.PktError, match="one sample at a time"):
             pkt.transfer(tmp_path / "teacher", student, rows, rank=4, progress=False)
 
+    def test_memory_that_runs_out_in_the_extension_halves_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        calm = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
+        plain, calls = ops.rsvd_batch, []
+
+        def once(*args: Any, **options: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise RuntimeError("pkt: out of memory: no tensor of 4096 entries")
+            return plain(*args, **options)
+
+        monkeypatch.setattr(ops, "rsvd_batch", once)
+        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
+        plans_equal(ext.plan, calm.plan)
+        assert len(calls) > 2
+
     def test_a_model_scored_whole_says_so(self) -> None:
         model = oracle.llama()
         model.model.layers[2].mlp = model.model.layers[0].mlp
