@@ -19,6 +19,7 @@ from pkt.ops.dispatch import (
 )
 from pkt.ops.reference import (
     GRADIENT_ELEMENTS,
+    MEASURES,
     SEARCH_BYTES,
     double_sum,
     embedding_rows,
@@ -29,6 +30,7 @@ from pkt.ops.rsvd_reference import block_width
 
 __all__ = [
     "GRADIENT_ELEMENTS",
+    "MEASURES",
     "SEARCH_BYTES",
     "abs_accumulate_",
     "abs_accumulate_many_",
