@@ -27,13 +27,11 @@ from pkt.adapters import Pair
 from pkt.demo.workers import workers
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, read_json, write_json
-from pkt.lora.finalization import finalize
-from pkt.lora.injection import inject, load_with_adapter, wrap
+from pkt.lora import finalize, inject, load_with_adapter, wrap
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 from pkt.seeds import Seeds, load_seeds
-from pkt.training import fit
-from pkt.training.evaluation import evaluate, final_answer
+from pkt.training import evaluate, final_answer, fit
 from pkt.transferring import score_seeds
 
 ASSETS = Path(__file__).parent / "assets"
