@@ -127,8 +127,8 @@ def test_a_full_disk_is_one_error_and_the_same_call_continues(
 
 
 def test_the_weights_are_as_readable_as_the_rest(finished: Path) -> None:
-    for folder in (finished, finished / "checkpoint-6"):
-        modes = {stat.S_IMODE((folder / name).stat().st_mode) for name in (WEIGHTS, "adapter_config.json")}
+    for where in (finished, finished / "checkpoint-6"):
+        modes = {stat.S_IMODE((where / name).stat().st_mode) for name in (WEIGHTS, "adapter_config.json")}
         assert len(modes) == 1
 
 
