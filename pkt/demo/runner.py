@@ -30,9 +30,9 @@ from pkt.files import MANIFEST, check_output_folder, os_errors, read_json, write
 from pkt.lora import finalize, inject, load_with_adapter, wrap
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
+from pkt.scoring import score_seeds
 from pkt.seeds import Seeds, load_seeds
 from pkt.training import evaluate, final_answer, fit
-from pkt.transferring import score_seeds
 
 ASSETS = Path(__file__).parent / "assets"
 RANK = 16
