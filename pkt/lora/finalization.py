@@ -19,16 +19,16 @@ from torch import nn
 
 from pkt.adapters import Adapter, Pair, apply_kinds, check_fit, kinds_of, parameter_name, split_tied
 from pkt.errors import PktError
-from pkt.extraction import Extraction, versions
+from pkt.extraction import Extraction
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora.checking import TOLERANCE, Check, dtype_of, self_check, token_ids_of
 from pkt.lora.recognition import Source, read_source
 from pkt.lora.record import SHIFTED, compare_sketch, subtract
 from pkt.lora.wrapping import spec_of_base, unwrapped
+from pkt.manifest import manifest_of, versions
 from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
 from pkt.version import __version__
 
-FORMAT = "pkt-adapter-1"
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -271,9 +271,7 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
 
 
 def _manifest(result: Finalized) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "kind": "adapter",
+    entries = {
         "mode": result.mode,
         "base": result.base,
         "ranks": {m: p.rank for m, p in result.pairs.items()},
@@ -282,6 +280,7 @@ def _manifest(result: Finalized) -> dict[str, Any]:
         "check": None if result.check is None else dataclasses.asdict(result.check),
         "versions": versions(),
     }
+    return manifest_of("adapter", entries)
 
 
 def _card(result: Finalized) -> str:
@@ -299,4 +298,4 @@ def _write_merged(folder: Path, adapter: Adapter, student: str | Path) -> None:
         model.save_pretrained(folder)
         if (Path(student) / "tokenizer_config.json").is_file():
             load_tokenizer(student).save_pretrained(folder)
-    write_json(folder / MANIFEST, {"format": FORMAT, "kind": "model", "base": adapter.base, "versions": versions()})
+    write_json(folder / MANIFEST, manifest_of("model", {"base": adapter.base, "versions": versions()}))

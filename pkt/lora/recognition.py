@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from pkt.adapters import CONFIG, Adapter, Pair, adapter_from_state, read_adapter
 from pkt.errors import PktError, PktWarning
-from pkt.extraction import Extraction, read_manifest
+from pkt.extraction import Extraction
 from pkt.files import MANIFEST, as_path, read_json
 from pkt.lora.record import SHIFTED, record_of
 from pkt.lora.wrapping import unwrapped
+from pkt.manifest import read_manifest
 
 INITIAL = "pkt_initial"  # folder with the factors that a residual adapter started from
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pkt import ops
-from pkt.extraction import versions
+from pkt.manifest import versions
 
 
 def environment() -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction import Extraction, read_manifest
+from pkt.extraction import Extraction
 from pkt.files import MANIFEST, read_json
 from pkt.lora import read_source
+from pkt.manifest import read_manifest
 from pkt.models import spec_of
 from pkt.transferring.checkpoints import describe_run, run_path
 

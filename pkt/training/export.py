@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import PktError
-from pkt.extraction import Extraction, versions
+from pkt.extraction import Extraction
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject
+from pkt.manifest import manifest_of, versions
 from pkt.models import fingerprint, load_tokenizer, quiet
-from pkt.training.folder import FORMAT, write_initial, write_run
+from pkt.training.folder import write_initial, write_run
 from pkt.version import __version__
 
 CARD = """---
@@ -87,9 +88,7 @@ def _write_base(folder: Path, model: Any, ext: Extraction, student: str | Path) 
         if (Path(student) / "tokenizer_config.json").is_file():
             load_tokenizer(student).save_pretrained(str(folder))
     write_initial(folder, ext, str(student))
-    write_json(
-        folder / MANIFEST, {"format": FORMAT, "kind": "residual-base", "student": str(student), "versions": versions()}
-    )
+    write_json(folder / MANIFEST, manifest_of("residual-base", {"student": str(student), "versions": versions()}))
 
 
 def _card(mode: str, student: Any, base: Any) -> str:

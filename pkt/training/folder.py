@@ -12,11 +12,10 @@ from typing import Any
 
 from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
-from pkt.extraction import Extraction, name_kind, read_manifest, versions
+from pkt.extraction import Extraction
 from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, write_json
 from pkt.lora import INITIAL
-
-FORMAT = "pkt-run-1"
+from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
 
 
 def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> str | None:
@@ -33,11 +32,9 @@ def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> st
     manifest = read_manifest(out)
     if manifest.get("kind") != "run":
         raise PktError(f"{out} holds {name_kind(manifest)}, not a training run; name a new folder")
-    different = [k for k, v in settings.items() if manifest["settings"].get(k) != v]
+    different = difference(manifest["settings"], settings)
     if different:
-        raise PktError(
-            f"{out} is another run (different: {', '.join(different)}); name a new folder, or start over with --force"
-        )
+        raise PktError(f"{out} is another run ({', '.join(different)}); name a new folder, or start over with --force")
     if manifest.get("finished"):
         raise PktError(
             f"{out} is a finished run; finalize it (pkt finalize {shlex.quote(str(out))} --out DIR), name a new folder, or start "
@@ -69,9 +66,7 @@ def _checkpoint_fault(folder: Path, step: int) -> str | None:
 def write_run(out: Path, ext: Extraction, model: Any, settings: dict[str, Any], student: str) -> None:
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            "format": FORMAT,
-            "kind": "run",
+        entries = {
             "mode": settings["mode"],
             "student": student,
             "settings": settings,
@@ -80,7 +75,7 @@ def write_run(out: Path, ext: Extraction, model: Any, settings: dict[str, Any], 
             "finished": False,
         }
         with atomic_file(out / MANIFEST) as scratch:
-            write_json(scratch, manifest)
+            write_json(scratch, manifest_of("run", entries))
         if settings["mode"] == "residual":
             write_initial(out, ext, student)
 

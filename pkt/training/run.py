@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import PktError
-from pkt.extraction import Extraction, read_manifest
+from pkt.extraction import Extraction
 from pkt.files import (
     MANIFEST,
     as_path,
@@ -21,6 +21,7 @@ from pkt.files import (
     write_json,
 )
 from pkt.lora import Mode, check_settings, checked_dropout, inject
+from pkt.manifest import read_manifest
 from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, spec_of
 from pkt.seeds import Seeds, load_seeds
 from pkt.training.folder import start_run, write_run
