@@ -158,6 +158,16 @@ def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
     return torch.cat(list(parts)) if dim == 1 else functools.reduce(Tensor.add_, parts)
 
 
+def add_rows_(acc: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """acc[rows[i]] += values[i] for every i, summed in one order wherever it runs; acc [N, ...], rows [n], values [n, ...].
+
+    Returns acc. On CUDA `index_add_` adds with atomics, in another order every time; `index_put_` sorts the rows first.
+    """
+    if acc.device.type == "cpu":
+        return acc.index_add_(0, rows, values)
+    return acc.index_put_((rows,), values, accumulate=True)
+
+
 def embedding_rows(
     ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
@@ -169,8 +179,8 @@ def embedding_rows(
     keys = torch.cat([ids[a:b] + j * vocabulary for j, (a, b) in enumerate(spans)])
     rows = torch.cat([dy[a:b] for a, b in spans]).to(work)
     unique, inverse = keys.unique(return_inverse=True)
-    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device).index_add_(0, inverse, rows)
-    return unique % vocabulary, summed
+    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device)
+    return unique % vocabulary, add_rows_(summed, inverse, rows)
 
 
 def embedding_sensitivity_(
@@ -186,7 +196,7 @@ def embedding_sensitivity_(
     touched, rows = embedding_rows(ids, dy, seq_starts, seq_lens, w.shape[0])
     if weighted:
         rows *= w[touched].to(rows.dtype)
-    acc.index_add_(0, touched, _raised_(rows, power).to(acc.dtype))
+    add_rows_(acc, touched, _raised_(rows, power).to(acc.dtype))
 
 
 def window_bits(rows: int, cols: int) -> int:
