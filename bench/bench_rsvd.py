@@ -9,7 +9,7 @@ their conversion from bf16 into account, as a user would pay it. Each row holds 
 rounds, the captured energy as a share of the best known, and the peak of the memory beyond the input. `--full` adds
 torch.linalg.svd, once, and the exact energy (on a CPU of matrices up to 4096 wide); `--student` the 224 matrices of a 7B
 student, in batches and one by one; `--quality` compares block Krylov with plain subspace iteration for the same readings of
-the matrix. Writes DIR/rsvd_<device>.json after every group.
+the matrix. Writes DIR/rsvd_<device>.json (with --tiny, rsvd_tiny.json) after every group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from measuring import RESULTS, Bench, Measured, Report  # noqa: E402
+from measuring import RESULTS, Bench, Measured, Report, kind_of  # noqa: E402
 
 from pkt import ops  # noqa: E402
 from pkt.ops import rsvd_reference  # noqa: E402
@@ -223,7 +223,7 @@ def main() -> int:
         options.shapes, options.ranks, options.rounds, options.layers = "200x160,130x200", "16", 2, 1
         by, core = 64, (128, 100)
     print(f"pkt::rsvd on {options.device}: {ops.implementation('rsvd', options.device)}", flush=True)
-    path = options.out / f"rsvd_{torch.device(options.device).type}.json"
+    path = options.out / f"rsvd_{kind_of(options.device, options.tiny)}.json"
     report = Report(path, options.device, rounds=options.rounds)
     bench = Bench(report, options.device, options.rounds, options.budget)
     bench.measure_ceilings(tiny=options.tiny)
