@@ -3,7 +3,7 @@
     python bench/bench_kernels.py [--device cuda|cpu] [--groups linear,...] [--model 13b] [--sweep] [--tiny] [--out DIR]
 
 Rates are shares of ceilings measured in the same run: a large copy and a large product (`measuring.Bench`). Writes
-DIR/kernels_<device>.json (with --model, kernels_<device>_<model>.json; with --tiny, kernels_tiny.json) after every group and prints a row a rival. Ops are
+DIR/kernels_<device>.json (kernels_<device>_<model>.json, kernels_tiny.json) after every group and prints a row a rival. Ops are
 called as `torch.ops.pkt.*`, whatever implements them there.
 """
 
