@@ -17,6 +17,7 @@ after it in the same process on the same operands' shapes and types, and the byt
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -259,7 +260,9 @@ def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict
         "host_memory": None if tiny else host_memory,
         "progress": False,
     }
-    two = [type(shape)(**{**shape.to_dict(), "num_hidden_layers": 2}) for shape in shapes]
+    two = copy.deepcopy(shapes)
+    for shape in two:
+        shape.num_hidden_layers = 2
     begin = time.perf_counter()
     pkt.transfer(random_model(two[0], home, layers_share=False), two[1], **options)
     warm_up = time.perf_counter() - begin
