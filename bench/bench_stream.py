@@ -12,6 +12,10 @@ Correctness comes first: on a small teacher of the same architecture the streame
 in-memory path. Then, in one process of its own, so that its memory can be told: the peak of anonymous memory above the bare
 import (mapped files are not counted), the time of the whole transfer against that of its matrix products alone, measured
 after it in the same process on the same operands' shapes and types, and the bytes read against the checkpoint's size.
+
+Predicted for the GPU's rows before any was run (never a measured figure): 8·P·T flops at 800 TFLOP/s and the weights twice at
+25 GB/s give 13B 2.1 s of products and, streamed, 52 GB in 2.1 s; 34B 5.5 s, and 134 GB in 5.4 s. What a run takes beyond that is
+launches, attention, windows and factors, or waiting, and `seconds_by_phase` and `waiting_share` say where.
 """
 
 from __future__ import annotations
