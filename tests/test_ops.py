@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -215,6 +217,43 @@ def test_every_op_says_what_it_uses_and_why() -> None:
         used, why = ops.implementation(op, "cpu")
         assert used in ("torch", "C++")
         assert why
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("pkt: out of memory: no tensor of 4096 entries"),
+        RuntimeError("pkt::rsvd: CUDA says: out of memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=str,
+)
+def test_every_failed_allocation_is_recognised(error: Exception) -> None:
+    assert ops.out_of_memory(error)
+
+
+def test_what_the_extension_says_of_a_failed_allocation_is_recognised() -> None:
+    source = (Path(__file__).parents[1] / "csrc" / "from_torch.h").read_text()
+    (message,) = re.findall(r'runtime_error\("(pkt: out of memory.*?)"', source)
+    assert ops.out_of_memory(RuntimeError(message))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "pkt::rsvd: torch's product with a 64 by 32 matrix failed",
+        "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
+    ],
+)
+def test_other_errors_are_not_taken_for_failed_allocations(message: str) -> None:
+    assert not ops.out_of_memory(RuntimeError(message))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from pkt.ops.reference import (
     tile_sums,
     window_bits,
 )
+from pkt.ops.rsvd_reference import block_width
 
 __all__ = [
     "GRADIENT_ELEMENTS",
@@ -36,6 +37,7 @@ __all__ = [
     "abs_accumulate_many_",
     "add_rows_",
     "best_window",
+    "block_width",
     "double_sum",
     "embedding_rows",
     "embedding_sensitivity_",

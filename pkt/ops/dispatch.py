@@ -54,8 +54,8 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's on a GPU and on a CPU, C++'s, or one asked for by pkt._C."""
-    told = ("can't allocate memory", "bad_alloc", '"aten::empty"')
+    """Whether an allocation failed: torch's on a GPU and on a CPU, CUDA's, C++'s, or one asked for by pkt._C."""
+    told = ("out of memory", "can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
 
 
