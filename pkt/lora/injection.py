@@ -22,7 +22,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ from pkt.extraction.factorization import BATCH, factorize_all
 from pkt.files import as_path
 from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
 from pkt.options import Factorization
+from pkt.options import Mode as Mode
 
-Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")
 ADAPTER = "default"
 DROPOUT = 0.05  # the paper's

@@ -20,7 +20,7 @@ from pkt.lora.finalization import read_source
 from pkt.manifest import read_manifest, versions
 from pkt.models import spec_of
 from pkt.planning import TransferPlan, describe
-from pkt.transferring.checkpoints import describe_run, run_path
+from pkt.transferring import describe_run, run_path
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
 
