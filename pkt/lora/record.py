@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pkt.adapters import RECORD, Adapter, Pair, parameter_name
 from pkt.errors import PktError
 from pkt.models import Weights
-from pkt.options import Mode
+from pkt.options import Mode as Mode
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 SHIFTED = "pkt_residual"  # in the configuration of a base whose weights are W − B₀A₀
