@@ -158,14 +158,13 @@ def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
     return torch.cat(list(parts)) if dim == 1 else functools.reduce(Tensor.add_, parts)
 
 
-def add_rows_(acc: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """acc[rows[i]] += values[i] for every i, summed in one order wherever it runs; acc [N, ...], rows [n], values [n, ...].
-
-    Returns acc. On CUDA `index_add_` adds with atomics, in another order every time; `index_put_` sorts the rows first.
-    """
-    if acc.device.type == "cpu":
-        return acc.index_add_(0, rows, values)
-    return acc.index_put_((rows,), values, accumulate=True)
+def add_rows_(to: Tensor, index: Tensor, rows: Tensor) -> None:
+    """to[index[i]] += rows[i], in an order that does not change from run to run; rows of `to`'s dtype."""
+    if to.is_cuda:
+        # index_add_ adds by atomics there; this sorts the indices first.
+        to.index_put_((index,), rows, accumulate=True)
+    else:
+        to.index_add_(0, index, rows)
 
 
 def embedding_rows(
@@ -180,7 +179,8 @@ def embedding_rows(
     rows = torch.cat([dy[a:b] for a, b in spans]).to(work)
     unique, inverse = keys.unique(return_inverse=True)
     summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device)
-    return unique % vocabulary, add_rows_(summed, inverse, rows)
+    add_rows_(summed, inverse, rows)
+    return unique % vocabulary, summed
 
 
 def embedding_sensitivity_(

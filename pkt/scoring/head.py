@@ -125,7 +125,8 @@ class _HeadLoss(torch.autograd.Function):
             top = logits.amax(1, keepdim=True)
             tokens.lse[part] = logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
         losses = torch.zeros(len(tokens.counts), dtype=work, device=rows.device)
-        return ops.add_rows_(losses, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+        ops.add_rows_(losses, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
