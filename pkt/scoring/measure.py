@@ -16,7 +16,7 @@ from pkt.models import decoder_layers, kind_of, spec_of
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
-from pkt.scoring.scorer import Scorer
+from pkt.scoring.scorer import score_batches
 from pkt.seeds import Seeds
 
 
@@ -67,15 +67,12 @@ def sensitivity(
         raise PktError("the loader gave no batches; there is nothing to score on")
     for batch in batches:
         _check_batch(model, batch, loss_fn)
-    scorer = Scorer(model, names, tile=tile)
-    loss_fn = loss_fn or default_loss
-    sizes = [batch_size(batch) for batch in batches]
-    with scorer, _progress(sum(sizes), progress) as advance:
-        losses = scorer.run(batches, sizes, loss_fn, advance)
-    scores = scorer.finish()
+    with _progress(sum(map(batch_size, batches)), progress) as advance:
+        scores, losses = score_batches(model, names, batches, loss_fn or default_loss, tile=tile, advance=advance)
     if device is not None:
         scores = {name: score.to(device) for name, score in scores.items()}
-    return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
+    shapes = {name: tuple(parameters[name].shape) for name in scores}
+    return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses)
 
 
 def score_seeds(
