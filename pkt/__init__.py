@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from pkt.extraction import Extraction as Extraction
     from pkt.extraction import extract as extract
     from pkt.extraction.factorization import factorize as factorize
-    from pkt.lora.finalization import finalize as finalize
-    from pkt.lora.injection import initialize_lora_weights as initialize_lora_weights
-    from pkt.lora.injection import initialize_pissa_weights as initialize_pissa_weights
-    from pkt.lora.injection import inject as inject
+    from pkt.lora import finalize as finalize
+    from pkt.lora import initialize_lora_weights as initialize_lora_weights
+    from pkt.lora import initialize_pissa_weights as initialize_pissa_weights
+    from pkt.lora import inject as inject
     from pkt.planning import TransferPlan as TransferPlan
     from pkt.planning import plan as plan
     from pkt.scoring import Sensitivity as Sensitivity
@@ -41,10 +41,10 @@ _HOME = {
     "TransferPlan": "planning",
     "extract": "extraction",
     "factorize": "extraction.factorization",
-    "finalize": "lora.finalization",
-    "initialize_lora_weights": "lora.injection",
-    "initialize_pissa_weights": "lora.injection",
-    "inject": "lora.injection",
+    "finalize": "lora",
+    "initialize_lora_weights": "lora",
+    "initialize_pissa_weights": "lora",
+    "inject": "lora",
     "load_seeds": "seeds",
     "plan": "planning",
     "sensitivity": "scoring",

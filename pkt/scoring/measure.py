@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError, SampleError
-from pkt.models import decoder_layers, kind_of, spec_of
+from pkt.models import checked_device, decoder_layers, kind_of, spec_of
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
@@ -56,6 +56,7 @@ def sensitivity(
     packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
+    place = None if device is None else checked_device(device)
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
@@ -69,8 +70,8 @@ def sensitivity(
         _check_batch(model, batch, loss_fn)
     with _progress(sum(map(batch_size, batches)), progress) as advance:
         scores, losses = score_batches(model, names, batches, loss_fn or default_loss, tile=tile, advance=advance)
-    if device is not None:
-        scores = {name: score.to(device) for name, score in scores.items()}
+    if place is not None:
+        scores = {name: score.to(place) for name, score in scores.items()}
     shapes = {name: tuple(parameters[name].shape) for name in scores}
     return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses)
 

@@ -165,8 +165,7 @@ def _choosing(elements: int, side: int, *, itemsize: int, choices: Sequence[tupl
     most = min(ops.SEARCH_BYTES, 48 * elements)
     for select, rank in choices:
         strategy = STRATEGIES[select]
-        width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
-        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * width
+        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * ops.block_width(rank)
         most = max(most, strategy.choosing_bytes(elements), factors)
     return most
 
