@@ -282,7 +282,7 @@ def bench_window(bench: Bench) -> None:
     (n, m), (rows, cols) = ((13824, 5120), (11008, 4096)) if bench.cuda else ((2048, 768), (1408, 512))
     score = torch.rand(n, m, device=bench.device) ** 4
     found = [value.tolist() for value in pkt_ops.best_window(score, rows, cols)]
-    wanted = [value.tolist() for value in pkt.ops._best_window_torch(score, rows, cols)]
+    wanted = [value.tolist() for value in pkt.ops.reference.best_window(score, rows, cols)]
     if found != wanted:
         raise SystemExit(f"best_window: {found} where prefix sums give {wanted}; nothing is timed")
     bench.group(
@@ -290,7 +290,7 @@ def bench_window(bench: Bench) -> None:
         {
             "pkt": lambda: pkt_ops.best_window(score, rows, cols),
             "one read (amax)": lambda: score.amax(),
-            "prefix sums in torch": lambda: pkt.ops._best_window_torch(score, rows, cols),
+            "prefix sums in torch": lambda: pkt.ops.reference.best_window(score, rows, cols),
         },
         bytes_moved=score.numel() * 4,
     )
@@ -489,7 +489,7 @@ def main() -> None:
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "implementations": {op: pkt.ops.implementation(op, arguments.device)[0] for op in sorted(pkt.ops._TRITON)},
+        "implementations": {op: pkt.ops.implementation(op, arguments.device)[0] for op in pkt.ops.names()},
         "ceilings": bench.ceilings,
         "rows": bench.rows,
         "failures": failures,

@@ -33,7 +33,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from pkt import ops, rsvd_reference  # noqa: E402
+from pkt import ops  # noqa: E402
+from pkt.ops import rsvd_reference  # noqa: E402
 
 Values = Callable[[], Tensor]  # the singular values a rival finds
 LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]

@@ -119,7 +119,7 @@ def same_answer(folder: Path) -> bool:
     """On a small teacher: the windows and layers of the in-memory path."""
     import pkt
     from pkt.models import load_model
-    from pkt.transferring import score_seeds
+    from pkt.scoring import score_seeds
 
     small = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 4}
     student = config({"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 2, "num_hidden_layers": 2})
@@ -260,8 +260,7 @@ def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
 def scaling(samples: int = 32, tokens: int = 512) -> None:
     """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
     from pkt.models import hollow_model
-    from pkt.streaming.loader import Teacher
-    from pkt.streaming.memory import plan_memory, sizes_of
+    from pkt.streaming import Teacher, plan_memory, sizes_of
 
     print("| teacher | parameters | one layer | its S | micro-batch | device | boundaries | read | flops |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-// pkt::linear_sensitivity_ for CPU tensors. The schema and its checks are pkt/ops.py's.
+// pkt::linear_sensitivity_ for CPU tensors. The schema and its checks are in pkt/ops.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -362,8 +362,8 @@ def sensitivity(
     from pkt.files import os_errors
     from pkt.models import check_tokenizer, load_model, load_tokenizer, spec_of
     from pkt.ops import working_dtype
+    from pkt.scoring import score_seeds
     from pkt.seeds import load_seeds
-    from pkt.transferring import score_seeds
 
     if out.exists():
         raise PktError(f"{out} exists already; name another file")

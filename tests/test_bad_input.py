@@ -19,7 +19,7 @@ from pkt.models import load_config, load_tokenizer, spec_of
 @pytest.fixture(scope="module")
 def scored(teacher_dir: Path, seed_file: Path, tokenizer: Any) -> Any:
     from pkt.models import load_model
-    from pkt.transferring import score_seeds
+    from pkt.scoring import score_seeds
 
     return score_seeds(load_model(teacher_dir), pkt.load_seeds(seed_file, tokenizer, limit=2), progress=False)
 

@@ -10,12 +10,12 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import oracle
+import processes
 import pytest
 import torch
 from conftest import ASSETS, save, write_rows
@@ -193,12 +193,12 @@ def test_help_version_and_env() -> None:
 
 def test_errors_are_one_line_and_the_traceback_comes_with_debug(tmp_path: Path) -> None:
     for extra, traceback in ((), False), (("--debug",), True):
-        done = subprocess.run([*PKT, *extra, "inspect", str(tmp_path / "no")], capture_output=True, text=True)
+        done = processes.run([*PKT, *extra, "inspect", tmp_path / "no"])
         assert done.returncode == 1
         assert "is not a folder" in done.stderr
         assert ("Traceback" in done.stderr) == traceback
         assert done.stdout == ""
-    assert subprocess.run([*PKT, "inspect"], capture_output=True).returncode == 2
+    assert processes.run([*PKT, "inspect"]).returncode == 2
 
 
 def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
@@ -320,8 +320,8 @@ def test_what_to_type_next_can_be_typed(
 
 def test_import_is_light() -> None:
     code = "import sys, pkt; print([m for m in ('transformers', 'peft', 'triton', 'typer', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = processes.run([sys.executable, "-c", code])
+    assert done.stdout.strip() == "[]", done.stderr
     for name in pkt.__all__:
         assert getattr(pkt, name) is getattr(pkt, name)
 
@@ -502,9 +502,7 @@ class TestBadInput:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
         command = [*PKT, "transfer", str(teacher_dir), str(student_dir), str(seed_file), "--rank", "4"]
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=small_files
-        )
+        done = processes.run([*command, "--out", tmp_path / "out"], preexec_fn=small_files)
         assert done.returncode == 1
         assert "writing" in done.stderr
         assert "limit" in done.stderr

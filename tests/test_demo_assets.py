@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 
@@ -130,12 +130,7 @@ def test_the_teacher_knows_the_task_and_the_student_does_not() -> None:
 def test_the_script_runs(tmp_path: Path) -> None:
     script = ROOT / "examples" / "make_demo_models.py"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, script, "--out", tmp_path, "--quick", "--threads", "1"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    run = processes.run([sys.executable, script, "--out", tmp_path, "--quick", "--threads", "1"], env=env)
     assert run.returncode == 0, run.stderr
     assert "| student |" in run.stdout
     here, there = ({str(p.relative_to(d)) for p in d.rglob("*") if p.is_file()} for d in (ASSETS, tmp_path))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ def test_the_pages_commands_run(page: str, tmp_path: Path) -> None:
     assert len(found) > 5
     for language, text in found:
         script.append(text if language == "bash" else f"python - <<'END'\n{text}END")
-    done = subprocess.run(["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(["bash", "-c", "\n".join(script)], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -52,7 +52,5 @@ def test_names_of_modules_are_known_in_one_file_only() -> None:
 
 
 def test_the_readmes_tables_come_from_committed_results() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "readme_tables.py"), "--check"], capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, ROOT / "bench" / "readme_tables.py", "--check"])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,7 +20,7 @@ from pkt.lora.injection import load_with_adapter
 from pkt.models import load_model, shared_vocabulary, spec_of
 from pkt.planning.regions import Region
 from pkt.seeds import Example, Seeds
-from pkt.streaming.loader import open_teacher
+from pkt.streaming import open_teacher
 
 SAMPLES = oracle.token_samples(3, longest=12)
 BATCHES = oracle.batched(SAMPLES, 2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import lifecycle
+import processes
 import pytest
 import torch
 from lifecycle import IDS, contents, extraction, logits, save_quietly, steps, student
@@ -97,12 +97,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                     "final": root / "final" / name,
                     "before": before,
                 }
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(root), str(Path(__file__).parent)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", FRESH, root, Path(__file__).parent]
+    done = processes.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for name, case in cases.items():
         case["fresh"] = torch.load(root / "final" / f"{name}.pt")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -442,9 +442,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     results = tmp_path_factory.mktemp("interpreter") / "results.jsonl"
     path = [str(Path(__file__).parents[1] / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
-    ran = subprocess.run(
-        [sys.executable, __file__, str(results), *names], env=environment, capture_output=True, text=True, check=False
-    )
+    ran = processes.run([sys.executable, __file__, results, *names], env=environment)
     said = dict(json.loads(line) for line in results.read_text().splitlines()) if results.exists() else {}
     for name in names:
         said.setdefault(name, f"not reached: the process ended with {ran.returncode}\n{ran.stderr}")

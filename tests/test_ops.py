@@ -52,7 +52,7 @@ def truth(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor) -> Ten
 def test_linear_sensitivity(dtype: torch.dtype, lengths: list[int], n: int, m: int, gap: int) -> None:
     args = case(lengths, n, m, dtype, gap=gap)
     expected = truth(*args)
-    for add in (ops.linear_sensitivity_, ops._linear_sensitivity_torch):
+    for add in (ops.linear_sensitivity_, ops.reference.linear_sensitivity_):
         acc = torch.ones(n, m)
         add(acc, *args)
         assert oracle.relative_error(acc, expected + 1) < 1e-6
@@ -66,7 +66,7 @@ def test_linear_sensitivity_of_strided_views() -> None:
     w, x, dy, starts, lens = case([7, 5], 20, 24, torch.float32)
     wide_x = torch.full((12, 50), float("nan"))
     wide_x[:, 1:49:2] = x
-    for add in (ops.linear_sensitivity_, ops._linear_sensitivity_torch):
+    for add in (ops.linear_sensitivity_, ops.reference.linear_sensitivity_):
         acc = torch.zeros(24, 20).t()
         add(acc, w.t().contiguous().t(), wide_x[:, 1:49:2], dy, starts, lens)
         assert oracle.relative_error(acc, truth(w, x, dy, starts, lens)) < 1e-6
@@ -157,7 +157,9 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
 
 
 def test_every_op_says_what_it_uses_and_why() -> None:
-    for op in ("abs_accumulate_", "linear_sensitivity_", "best_window", "rsvd", "rsvd_batch"):
+    declared = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("pkt::")}
+    assert {f"pkt::{op}" for op in ops.names()} == declared
+    for op in ops.names():
         used, why = ops.implementation(op, "cpu")
         assert used in ("torch", "C++")
         assert why

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pkt
 from pkt import ops
+from pkt.errors import SampleError
 from pkt.ops import tile_sums
 from pkt.scoring import default_loss
 from pkt.scoring import head as head_loss
@@ -382,6 +383,17 @@ class TestBadInput:
             name = "model.layers.1.mlp.gate_proj.weight"
         with pytest.raises(pkt.PktError, match=rf"gradient of {name} is not finite for sample 2"):
             pkt.sensitivity(model, oracle.batched(SAMPLES[:4], batch), progress=False)
+
+    def test_a_fault_of_a_sample_carries_its_number_and_is_said_by_place(self) -> None:
+        batch = oracle.padded(SAMPLES[:4])
+        batch["labels"][2] = -100
+        with pytest.raises(SampleError) as caught:
+            pkt.sensitivity(oracle.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
+        assert caught.value.samples == (5,)
+        assert str(caught.value.placed("seeds.jsonl:{}".format)).startswith("seeds.jsonl:5 has no target token")
+        several = SampleError("{samples}: {not a field}", range(2)).shifted(3)
+        assert str(several) == "one of sample 3, sample 4: {not a field}"
+        assert str(several.placed(lambda i: f"line {i + 1}")) == "one of line 4, line 5: {not a field}"
 
     def test_an_empty_loader(self) -> None:
         with pytest.raises(pkt.PktError, match="no batches"):

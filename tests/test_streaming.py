@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import oracle
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,21 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
-from pkt.streaming import Boundaries, Engine, samples_of
-from pkt.streaming.engine import _halved
-from pkt.streaming.loader import NotLayeredError, open_teacher
-from pkt.streaming.memory import Place, parse_size, plan_memory, sizes_of
-from pkt.transferring import score_seeds
+from pkt.streaming import (
+    Boundaries,
+    Engine,
+    NotLayeredError,
+    open_teacher,
+    parse_size,
+    plan_memory,
+    samples_of,
+    sizes_of,
+)
+from pkt.streaming.memory import Place
+from pkt.streaming.microbatches import halved
+from pkt.streaming.parts import LayeredModel
 
 CPU = torch.device("cpu")
 
@@ -210,9 +219,10 @@ class TestScores:
         assert torch.float32 in wanted.values() or (family == "GPT-OSS" and dtype == torch.bfloat16)
         assert {name: tensor.dtype for name, tensor in teacher.model.state_dict().items()} == wanted
         engine = Engine(teacher, device=CPU, num_layers=3, layers="model.layers", on_part=lambda *part: None)
-        with engine.loaded(engine.layer_names[1]):
-            for name in engine.layer_names[1]:
-                module, key, _ = engine.places[name][0]
+        parts = engine.parts
+        with parts.loaded(parts.layer_names[1]):
+            for name in parts.layer_names[1]:
+                module, key, _ = parts.places[name][0]
                 assert torch.equal(getattr(module, key), loaded.state_dict()[name])
                 assert getattr(module, key).dtype == wanted[name]
         engine.close()
@@ -398,10 +408,10 @@ class TestTransfer:
     ) -> None:
         oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
         student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
-        plain = Engine._call
+        plain = LayeredModel.call
         runs: list[Any] = []
 
-        def call(self: Engine, index: int, hidden: Tensor, recorded: Any) -> Tensor:
+        def call(self: LayeredModel, index: int, hidden: Tensor, recorded: Any) -> Tensor:
             if hidden.requires_grad and index == 1 and hidden.shape[0] > 2:
                 runs.append(hidden.shape)
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -409,7 +419,7 @@ class TestTransfer:
 
         rows = seeds()
         calm = pkt.transfer(tmp_path / "teacher", student, rows, rank=4, batch_size=7, progress=False)
-        monkeypatch.setattr(Engine, "_call", call)
+        monkeypatch.setattr(LayeredModel, "call", call)
         ext = pkt.transfer(
             tmp_path / "teacher", student, rows, rank=4, batch_size=7, progress=False, out=tmp_path / "out"
         )
@@ -417,10 +427,10 @@ class TestTransfer:
         assert [shape[0] for shape in runs] == [7, 4]
         assert not (tmp_path / ".out.run").exists()
 
-        def never(self: Engine, index: int, hidden: Tensor, recorded: Any) -> Tensor:
+        def never(self: LayeredModel, index: int, hidden: Tensor, recorded: Any) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(Engine, "_call", never)
+        monkeypatch.setattr(LayeredModel, "call", never)
         with pytest.raises(pkt.PktError, match="one sample at a time"):
             pkt.transfer(tmp_path / "teacher", student, rows, rank=4, progress=False)
 
@@ -481,7 +491,7 @@ class TestMemoryPlan:
             parse_size(text)
 
     def test_halving(self) -> None:
-        assert _halved([8, 3, 1]) == [4, 4, 2, 1, 1]
+        assert halved([8, 3, 1]) == [4, 4, 2, 1, 1]
 
 
 CHILD = """
@@ -491,9 +501,9 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
-import pkt, pkt.transferring.run, test_streaming
+import pkt, pkt.streaming.allocator, pkt.transferring.run, test_streaming
 from pkt.models import load_model
-from pkt.transferring.run import score_seeds
+from pkt.scoring import score_seeds
 
 def anonymous():
     text = Path("/proc/self/status").read_text()
@@ -501,7 +511,7 @@ def anonymous():
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
-with pkt.streaming.memory.exact_memory():
+with pkt.streaming.allocator.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
 ctypes.CDLL(None).malloc_trim(0)
 bare, peak, stop, planned = anonymous(), [0], threading.Event(), []
@@ -543,7 +553,7 @@ def peak_of(
         **{"count": 4, "longest": 20, **rows},
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [int(word) for word in done.stdout.splitlines()[-1].split()]
 

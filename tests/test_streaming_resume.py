@@ -23,6 +23,7 @@ from test_streaming import seeds
 import pkt
 from pkt import streaming
 from pkt.streaming import Engine
+from pkt.streaming.parts import LayeredModel
 
 # Processes are forked from one that has imported everything and computed nothing: they start at once.
 SERVER = multiprocessing.get_context("forkserver")
@@ -32,13 +33,13 @@ SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.
 def work(folder: Path, out: str, slow: float, limit: int, tell: Any) -> None:
     """A transfer in a process of its own: tells of every finished part, slow enough to be hit in between."""
     torch.set_num_threads(1)
-    plain = Engine._call
+    plain = LayeredModel.call
 
-    def call(self: Engine, *args: Any) -> Any:
+    def call(self: LayeredModel, *args: Any) -> Any:
         time.sleep(slow)
         return plain(self, *args)
 
-    Engine._call = call  # type: ignore[method-assign]
+    LayeredModel.call = call  # type: ignore[method-assign]
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -64,7 +65,8 @@ def work(folder: Path, out: str, slow: float, limit: int, tell: Any) -> None:
 class Run:
     def __init__(self, folder: Path, out: str, slow: float, limit: int) -> None:
         self.ear, tell = SERVER.Pipe(duplex=False)
-        self.process = SERVER.Process(target=work, args=(folder, out, slow, limit, tell))
+        # A test that fails halfway leaves a run that ends with pytest.
+        self.process = SERVER.Process(target=work, args=(folder, out, slow, limit, tell), daemon=True)
         self.process.start()
         tell.close()
         self.heard: list[str] = []
@@ -78,6 +80,7 @@ class Run:
         with contextlib.suppress(EOFError):
             while True:
                 self.heard.append(self.ear.recv())
+        self.ear.close()
         self.process.join()
         assert self.process.exitcode is not None
         return self.process.exitcode
@@ -274,14 +277,14 @@ def test_a_shard_that_changes_between_the_passes(case: Case, how: str, tmp_path:
 def test_halvings_are_recorded_and_a_resumed_run_keeps_them(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Engine._call
+    plain = LayeredModel.call
 
-    def call(self: Engine, index: int, hidden: Any, recorded: Any) -> Any:
+    def call(self: LayeredModel, index: int, hidden: Any, recorded: Any) -> Any:
         if hidden.requires_grad and index == 3 and hidden.shape[0] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, index, hidden, recorded)
 
-    monkeypatch.setattr(Engine, "_call", call)
+    monkeypatch.setattr(LayeredModel, "call", call)
     interrupted(case, tmp_path / "out")
     monkeypatch.undo()
     execution = json.loads((tmp_path / ".out.run" / "run.json").read_text())["execution"]

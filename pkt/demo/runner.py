@@ -11,16 +11,12 @@ import contextlib
 import io
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +24,17 @@ import torch
 
 import pkt
 from pkt.adapters import Pair
+from pkt.demo.workers import workers
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, read_json, write_json
 from pkt.lora.finalization import finalize
 from pkt.lora.injection import inject, load_with_adapter, wrap
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
+from pkt.scoring import score_seeds
 from pkt.seeds import Seeds, load_seeds
 from pkt.training import fit
 from pkt.training.evaluation import evaluate, final_answer
-from pkt.transferring import score_seeds
 
 ASSETS = Path(__file__).parent / "assets"
 RANK = 16
@@ -137,10 +134,7 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     untrained = evaluate(load_model(student, dtype=torch.float32), test_rows, tokenizer=tokenizer, exact_match=True)
     knows = evaluate(load_model(teacher, dtype=torch.float32), test_rows, tokenizer=tokenizer, exact_match=True)
     results: dict[str, dict[str, Any]] = {}
-    # Models this small do not fill two cores from one process.
-    spawn = multiprocessing.get_context("spawn")
-    # Ctrl-C ends the workers without a word of theirs.
-    with ProcessPoolExecutor(os.cpu_count(), spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+    with workers() as pool:
         jobs = {name: pool.submit(_measure, name, folders, out, seeds) for name in starts(ext, ext, ext)}
         for name, job in jobs.items():
             results[name] = job.result()

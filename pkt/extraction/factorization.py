@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
+from pkt.options import Factorization, Split
 
-Split: TypeAlias = Literal["b", "sqrt"]
 # Matrices factorized at a time: what the GPU's kernels take in one launch.
 BATCH = 16
 
@@ -29,18 +28,6 @@ class Factors:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
-
-
-def check_rank(rank: int, max_rank: int, energy: float | None, split: str) -> None:
-    """Refuse impossible factorization options before any work."""
-    if not isinstance(rank, int) or not isinstance(max_rank, int):
-        raise PktError(f"rank={rank!r} and max_rank={max_rank!r} must be whole numbers")
-    if rank < 1 or max_rank < 1:
-        raise PktError(f"rank={rank} and max_rank={max_rank} must be at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise PktError(f"energy={energy} must be in (0, 1]: the share of each matrix's squared norm to catch")
-    if split not in ("b", "sqrt"):
-        raise PktError(f"split={split!r} is unknown; choose 'b' (the paper's) or 'sqrt' (PiSSA's)")
 
 
 def factorize(
@@ -61,7 +48,7 @@ def factorize(
     Raises `PktError` naming the matrix for a rank it does not have, for NaN or Inf in it, and for memory that does not suffice.
     """
     with enough_memory(name):
-        return factorize_all([matrix], [name], rank, max_rank=max_rank, energy=energy, split=split, seed=seed)[0]
+        return factorize_all([matrix], [name], Factorization(rank, max_rank, energy, split, seed))[0]
 
 
 @contextlib.contextmanager
@@ -75,40 +62,30 @@ def enough_memory(name: str) -> Iterator[None]:
         raise PktError(f"{name}: not enough memory to factorize it; use a smaller rank, or free some") from error
 
 
-def factorize_all(
-    matrices: Sequence[Tensor],
-    names: Sequence[str],
-    rank: int = 16,
-    *,
-    max_rank: int = 64,
-    energy: float | None = None,
-    split: Split = "b",
-    seed: int = 0,
-) -> list[Factors]:
+def factorize_all(matrices: Sequence[Tensor], names: Sequence[str], options: Factorization) -> list[Factors]:
     """`factorize` of each matrix, in batches of one rank and device, each waiting for its device once.
 
     Everything is checked before any work; `PktError` names the first matrix that cannot be factorized.
     """
-    check_rank(rank, max_rank, energy, split)
     inputs: list[Tensor] = []
     batches: dict[tuple[int, torch.device], list[int]] = {}
     for i, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
         inputs.append(_checked(matrix, name))
         smaller = min(matrix.shape)
-        wanted = rank if energy is None else min(max_rank, smaller)
+        wanted = options.rank if options.energy is None else min(options.max_rank, smaller)
         if not 0 < wanted <= smaller:
             raise PktError(f"{name} is {list(matrix.shape)}: rank {wanted} is above its {smaller}; use a smaller rank")
         batches.setdefault((wanted, matrix.device), []).append(i)
     found: dict[int, Factors] = {}
     for (wanted, _), batch in batches.items():
-        U, S, V, stats = ops.rsvd_batch([inputs[i] for i in batch], wanted, seed=seed)
+        U, S, V, stats = ops.rsvd_batch([inputs[i] for i in batch], wanted, seed=options.seed)
         facts = torch.cat((stats, torch.stack(S)), 1).cpu().double()
         for i, u, s, v, (total, _, _, finite, *values) in zip(batch, U, S, V, facts.tolist(), strict=True):
             if not finite:
                 raise PktError(f"{names[i]} contains NaN or Inf; the checkpoint is damaged")
-            kept = wanted if energy is None else _rank_for(energy * total, values)
+            kept = wanted if options.energy is None else _rank_for(options.energy * total, values)
             caught = sum(x * x for x in values[:kept]) / total if total > 0 else 1.0
-            found[i] = _factors(u[:, :kept], s[:kept], v[:, :kept], split, caught)
+            found[i] = _factors(u[:, :kept], s[:kept], v[:, :kept], options.split, caught)
     return [found[i] for i in range(len(inputs))]
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pkt.adapters import Pair
 from pkt.errors import PktError
-from pkt.extraction.factorization import BATCH, Factors, Split, check_rank, enough_memory, factorize_all
+from pkt.extraction.factorization import BATCH, Factors, enough_memory, factorize_all
 from pkt.extraction.result import Extraction, versions
 from pkt.files import as_path
 from pkt.models import ModelSpec, Weights, check_identity, fingerprint, spec_of
+from pkt.options import Factorization, Split
 from pkt.planning import Entry, TransferPlan, by_expert, source_names
 from pkt.progress import bar
 
@@ -43,11 +44,8 @@ def lora_matrix(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) 
     return matrix.t() if entries[0].kind == "embedding" else matrix
 
 
-def check_extraction(
-    plan: TransferPlan, teacher: ModelSpec, rank: int, max_rank: int, energy: float | None, split: str
-) -> None:
+def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorization) -> None:
     """Everything about an extraction that can be refused without reading a weight."""
-    check_rank(rank, max_rank, energy, split)
     check_identity(plan.teacher, teacher, "the plan")
     sources = teacher.by_module()
     faults = []
@@ -55,16 +53,17 @@ def check_extraction(
         source = sources.get(entry.source)
         if source is None or (entry.expert is None) == bool(source.experts):
             faults.append(f"{entry.source}: the teacher has no such matrix")
-        elif energy is None and rank > min(entry.target_shape):
-            faults.append(f"{entry.target} {list(entry.target_shape)}: rank {rank} is above {min(entry.target_shape)}")
+        elif options.energy is None and options.rank > min(entry.target_shape):
+            smaller = min(entry.target_shape)
+            faults.append(f"{entry.target} {list(entry.target_shape)}: rank {options.rank} is above {smaller}")
     if faults:
         raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(dict.fromkeys(faults)))
 
 
 def factorize_targets(
-    targets: Mapping[str, Sequence[Entry]], matrix_of: Callable[[Entry], Tensor], **options: Any
+    targets: Mapping[str, Sequence[Entry]], matrix_of: Callable[[Entry], Tensor], options: Factorization
 ) -> dict[str, tuple[Pair, float]]:
-    """The pair of each target, by its name, and its energy. options: of `factorize_all`, which says what is raised.
+    """The pair of each target, by its name, and its energy; `factorize` says what is raised.
 
     Every expert of a target is a factorization of its own; one that nothing feeds, or of a smaller rank, is filled up with
     zeros.
@@ -74,7 +73,7 @@ def factorize_targets(
     for first in range(0, len(pieces), BATCH):
         some = pieces[first : first + BATCH]
         names = [source_names(mine) for _, _, mine in some]
-        factors = factorize_all([lora_matrix(mine, matrix_of) for _, _, mine in some], names, **options)
+        factors = factorize_all([lora_matrix(mine, matrix_of) for _, _, mine in some], names, options)
         for (target, slot, _), made in zip(some, factors, strict=True):
             found[target][slot] = made
     return {target: _joined(targets[target][0], made) for target, made in found.items()}
@@ -116,7 +115,8 @@ def extract(
     if not isinstance(teacher, torch.nn.Module):
         teacher = as_path(teacher, "a teacher (a model, or the path of its checkpoint)")
     spec = spec_of(teacher)
-    check_extraction(plan, spec, rank, max_rank, energy, split)
+    options = Factorization(rank, max_rank, energy, split, seed)
+    check_extraction(plan, spec, options)
     weights = Weights(teacher)
     sources = spec.by_module()
     pairs: dict[str, Pair] = {}
@@ -127,18 +127,17 @@ def extract(
         source = sources[entry.source]
         return source.oriented(weights[source.parameter], entry.expert)
 
-    options = {"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed}
     with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
         for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
             layer = {target: targets[target] for target in group}
             with enough_memory(", ".join(source_names(entries) for entries in layer.values())):
-                found = factorize_targets(layer, matrix_of, **options)
+                found = factorize_targets(layer, matrix_of, options)
             pairs |= {target: pair for target, (pair, _) in found.items()}
             energies |= {target: caught for target, (_, caught) in found.items()}
             if progress:
                 advance(len(pairs))
     details = {
-        "factorization": options,
+        "factorization": options.as_dict(),
         "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},
         "versions": versions(),
     }

@@ -33,6 +33,7 @@ from pkt.extraction import Extraction
 from pkt.extraction.factorization import BATCH, factorize_all
 from pkt.files import as_path
 from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
+from pkt.options import Factorization
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 MODES: tuple[Mode, ...] = ("paired", "residual", "add")
@@ -228,10 +229,11 @@ def initialize_pissa_weights(peft_model: Any, *, adapter_name: str = ADAPTER, se
         by_rank.setdefault(layer.r[adapter_name], []).append(name)
     pairs = {}
     for rank, names in by_rank.items():
+        options = Factorization(rank, split="sqrt", seed=seed)
         for some in (names[i : i + BATCH] for i in range(0, len(names), BATCH)):
             weights = [layers[n].get_base_layer().weight.detach() for n in some]
             matrices = [w.t() if layers[n].fan_in_fan_out else w for n, w in zip(some, weights, strict=True)]
-            for name, found in zip(some, factorize_all(matrices, some, rank, split="sqrt", seed=seed), strict=True):
+            for name, found in zip(some, factorize_all(matrices, some, options), strict=True):
                 kind: Kind = "conv1d" if layers[name].fan_in_fan_out else "linear"
                 root = layers[name].scaling[adapter_name] ** 0.5
                 pairs[name] = Pair((found.A / root).cpu(), (found.B * root).cpu(), kind)

@@ -4,7 +4,7 @@ from pkt.planning.choosing import Chooser as Chooser
 from pkt.planning.choosing import plan as plan
 from pkt.planning.options import ModuleMap as ModuleMap
 from pkt.planning.options import Vocabulary as Vocabulary
-from pkt.planning.options import check_options as check_options
+from pkt.planning.options import read_map as read_map
 from pkt.planning.options import read_vocabulary as read_vocabulary
 from pkt.planning.pairing import Feed as Feed
 from pkt.planning.pairing import Pairing as Pairing

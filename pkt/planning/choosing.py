@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import ModelSpec, Target, check_identity, spec_of, with_roles
-from pkt.planning.options import ModuleMap, check_options, read_vocabulary
+from pkt.models import ModelSpec, Target, check_identity, read_roles, spec_of, with_roles
+from pkt.options import PlanOptions, Select
+from pkt.planning.options import ModuleMap, read_map, read_vocabulary
 from pkt.planning.pairing import Feed, Pairing, steps_of
-from pkt.planning.regions import Region, Strategy, select_experts, select_region
+from pkt.planning.regions import Region, select_experts, select_region
 from pkt.planning.transfer_plan import Entry, TransferPlan, spans
 from pkt.scoring import Sensitivity
 
@@ -25,7 +26,7 @@ def plan(
     student: Any,
     *,
     layers: str | Sequence[int] = "sensitivity",
-    select: Strategy = "window",
+    select: Select = "window",
     modules: str = "all",
     align_heads: bool = False,
     layer_map: Sequence[int] | None = None,
@@ -52,11 +53,19 @@ def plan(
 
     Raises one `PktError` listing every module whose shape cannot be cut.
     """
-    teacher_spec, student_spec = with_roles(spec_of(teacher), roles), with_roles(spec_of(student), roles)
-    vocabulary = read_vocabulary(map_vocabulary, teacher, student)
-    options = check_options(
-        layers, select, modules, align_heads, layer_map, seed, module_map, partial, vocabulary is not None, roles
+    options = PlanOptions(
+        layers=layers if layer_map is None else layer_map,
+        select=select,
+        modules=modules,
+        align_heads=align_heads,
+        module_map=read_map(module_map),
+        partial=partial,
+        map_vocabulary=map_vocabulary is not False,
+        roles=None if roles is None else read_roles(roles),
+        seed=seed,
     )
+    teacher_spec, student_spec = (with_roles(spec_of(model), options.roles) for model in (teacher, student))
+    vocabulary = read_vocabulary(map_vocabulary, teacher, student)
     check_identity(sens.provenance.get("teacher"), teacher_spec, "the scores")
     return Chooser(Pairing(teacher_spec, student_spec, options, vocabulary)).plan(sens)
 
@@ -135,10 +144,10 @@ class Chooser:
             part,
             shape,
             feed.shape,
-            options["select"],
+            options.select,
             tile=tile,
-            steps=steps_of(feed.role, shape, feed.shape, self.pairing.teacher) if options["align_heads"] else (1, 1),
-            seed=options["seed"],
+            steps=steps_of(feed.role, shape, feed.shape, self.pairing.teacher) if options.align_heads else (1, 1),
+            seed=options.seed,
             name=name if slot is None else f"{name} of expert {slot[0]}",
         )
         inside = caught_by(part, region, tile)
@@ -163,7 +172,7 @@ class Chooser:
             layer_map=chosen,
             teacher=self.pairing.teacher.identity(),
             student=self.pairing.student.identity(),
-            options=dict(self.pairing.options),
+            options=self.pairing.options.as_dict(),
             layer_scores=layer_scores,
             layer_shares=layer_shares_of(entries, self.pairing.student, chosen, layer_scores),
             notes=[*self.pairing.notes, *self._expert_note(entries), *self._partial_note(entries)],

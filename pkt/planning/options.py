@@ -1,4 +1,4 @@
-"""What may be asked of a plan, refused before anything slow starts."""
+"""What the options of a plan mean: the modules it chooses, the map of names, the tokens that two vocabularies share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from pkt.errors import PktError
-from pkt.models import FUSED, ROLES, Runs, Target, load_tokenizer, read_roles, shared_vocabulary
-from pkt.planning.regions import LAYER_CHOICES, STRATEGIES, runs
+from pkt.models import FUSED, ROLES, Runs, Target, load_tokenizer, shared_vocabulary
+from pkt.options import PlanOptions
+from pkt.planning.regions import runs
 
 GROUPS = ("all", "attention", "ffn", "embedding")
 _ROLES = {role for role, _ in ROLES.values()} | {r for f in FUSED.values() for r in f.roles} | {"embed", "head"}
@@ -34,66 +33,28 @@ def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Any, student: Any) 
     return runs([t for t, _ in shared]), runs([s for _, s in shared])
 
 
-def check_options(
-    layers: str | Sequence[int],
-    select: str,
-    modules: str,
-    align_heads: bool,
-    layer_map: Sequence[int] | None,
-    seed: int,
-    module_map: ModuleMap | None = None,
-    partial: bool = False,
-    map_vocabulary: bool = False,
-    roles: Any = None,
-) -> dict[str, Any]:
-    """Refuse an unknown option before anything slow starts; the options as they are recorded."""
-    if select not in STRATEGIES:
-        raise PktError(f"select={select!r} is unknown; choose one of {', '.join(STRATEGIES)}")
-    if isinstance(layers, str) and layers not in LAYER_CHOICES:
-        raise PktError(f"layers={layers!r} is unknown; choose one of {', '.join(LAYER_CHOICES)}, or list the layers")
-    if align_heads and select not in ("window", "random"):
-        raise PktError(f"align_heads concerns windows; select={select!r} does not cut windows")
-    if map_vocabulary and select == "weights":
+def check_options(options: PlanOptions) -> None:
+    """Refuse a list of modules that means nothing, and options that their strategy cannot serve."""
+    if options.align_heads and options.select not in ("window", "random"):
+        raise PktError(f"align_heads concerns windows; select={options.select!r} does not cut windows")
+    if options.map_vocabulary and options.select == "weights":
         raise PktError(
             "select='weights' lays single weights out in the teacher's order, which a mapped vocabulary changes"
         )
-    if not isinstance(modules, str):
-        raise PktError(f"modules={modules!r} must be a string, such as 'attention,-v' or a regular expression")
-    if _role_list(modules) is None:
+    if _role_list(options.modules) is None:
         try:
-            re.compile(modules)
+            re.compile(options.modules)
         except re.error as error:
             raise PktError(
-                f"modules={modules!r} is neither a list of {', '.join(GROUPS)} and roles ({', '.join(sorted(_ROLES))}) "
-                f"nor a regular expression: {error}"
+                f"modules={options.modules!r} is neither a list of {', '.join(GROUPS)} and roles "
+                f"({', '.join(sorted(_ROLES))}) nor a regular expression: {error}"
             ) from error
-    given = layers if layer_map is None else layer_map
-    whole = (int, np.integer)
-    if not isinstance(given, str) and (not isinstance(given, Sequence) or not all(isinstance(i, whole) for i in given)):
-        raise PktError(f"layers={given!r}: give one of {', '.join(LAYER_CHOICES)}, or a list of the teacher's layers")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise PktError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
-    options: dict[str, Any] = {
-        "layers": given if isinstance(given, str) else [int(i) for i in given],
-        "select": select,
-        "modules": modules,
-        "align_heads": align_heads,
-        "seed": seed,
-    }
-    # Recorded only when used, so that results made without them stay what they were.
-    if module_map is not None:
-        options["module_map"] = _read_map(module_map)
-    if partial:
-        options["partial"] = True
-    if map_vocabulary:
-        options["map_vocabulary"] = True
-    if roles is not None:
-        options["roles"] = {name: list(line) for name, line in sorted(read_roles(roles).items())}
-    return options
 
 
-def _read_map(given: ModuleMap) -> dict[str, str]:
+def read_map(given: ModuleMap | None) -> dict[str, str] | None:
     """Teacher's pattern by student's pattern."""
+    if given is None:
+        return None
     if isinstance(given, str):
         given = [given]
     pairs = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.models import EXPERT_PARAMETERS, HEAD_COLUMNS, HEAD_ROWS, ModelSpec, Runs, Target
-from pkt.planning.options import Vocabulary, chosen_parts
+from pkt.options import PlanOptions
+from pkt.planning.options import Vocabulary, check_options, chosen_parts
 from pkt.planning.regions import Region, select_layers, through
 
 
@@ -39,10 +40,11 @@ class Pairing:
     """
 
     def __init__(
-        self, teacher: ModelSpec, student: ModelSpec, options: Mapping[str, Any], vocabulary: Vocabulary | None = None
+        self, teacher: ModelSpec, student: ModelSpec, options: PlanOptions, vocabulary: Vocabulary | None = None
     ) -> None:
+        check_options(options)
         self.teacher, self.student, self.options, self.vocabulary = teacher, student, options, vocabulary
-        self.partial = bool(options.get("partial"))
+        self.partial = options.partial
         self.notes: list[str] = []
         self.by_module = teacher.by_module()
         self.inside: dict[int, list[Target]] = {}
@@ -58,7 +60,7 @@ class Pairing:
         wanted = [t for t in student.targets if t.module in self.parts]
         if not wanted:
             raise PktError(
-                f"modules={options['modules']!r} chooses none of the student's matrices; their names are like "
+                f"modules={options.modules!r} chooses none of the student's matrices; their names are like "
                 f"{student.targets[0].module if student.targets else '(it has none)'}"
             )
         if any(t.layer is not None for t in wanted):
@@ -70,7 +72,7 @@ class Pairing:
                 f"the teacher has {teacher.num_layers} layers, fewer than the student's {student.num_layers}; "
                 "choose a deeper teacher, or feed the first layers only with partial=True (--partial)"
             )
-        self.ranked = options["layers"] == "sensitivity" and self.count > 0
+        self.ranked = options.layers == "sensitivity" and self.count > 0
         self.fixed: list[int] | None = None
         if not self.ranked:
             self.fixed = self.choose_layers(None)
@@ -81,9 +83,9 @@ class Pairing:
     # -- which matrices
 
     def _parts_of(self, target: Target) -> tuple[tuple[str, Runs], ...]:
-        patterns = self.options.get("module_map")
+        patterns = self.options.module_map
         if patterns is None:
-            return chosen_parts(target, self.options["modules"])
+            return chosen_parts(target, self.options.modules)
         named = any(_numbers(pattern, target.module) is not None for pattern in patterns)
         return ((target.role, ((0, target.shape[0]),)),) if named else ()
 
@@ -113,15 +115,15 @@ class Pairing:
             )
             wanted = [t for t in wanted if t not in dense]
         if not wanted:
-            raise PktError(f"modules={self.options['modules']!r} leaves nothing to transfer: {'; '.join(self.notes)}")
+            raise PktError(f"modules={self.options.modules!r} leaves nothing to transfer: {'; '.join(self.notes)}")
         return wanted
 
     def choose_layers(self, scores: Tensor | None) -> list[int]:
         """The teacher layer for each student layer that is fed."""
         if self.count == 0:
             return []
-        given = self.options["layers"]
-        return select_layers(given, self.teacher.num_layers, self.count, scores, seed=self.options["seed"])
+        given = self.options.layers
+        return select_layers(given, self.teacher.num_layers, self.count, scores, seed=self.options.seed)
 
     def layers_for(self, place: int) -> Sequence[int]:
         """The teacher layers that may feed this layer of the student."""
@@ -158,7 +160,7 @@ class Pairing:
 
     def feeds(self, target: Target, layer: int | None) -> list[Feed]:
         """What feeds a student's matrix when teacher layer `layer` does (None outside the layers)."""
-        if "module_map" in self.options:
+        if self.options.module_map is not None:
             return [self._feed(self._mapped(target, layer), target, *self.parts[target.module][0])]
         same = self._same_place(target, layer)
         if same is not None and same.shape == target.shape and same.parts == target.parts == self.parts[target.module]:
@@ -210,7 +212,7 @@ class Pairing:
         )
 
     def _mapped(self, target: Target, layer: int | None) -> Target:
-        for pattern, source in self.options["module_map"].items():
+        for pattern, source in (self.options.module_map or {}).items():
             numbers = _numbers(pattern, target.module)
             if numbers is None:
                 continue
@@ -249,7 +251,7 @@ class Pairing:
             )
         shape = min(have[0], need[0]), min(have[1], need[1])
         step = steps_of(role, have, shape, self.teacher)
-        if self.options["align_heads"] and any(size % s for size, s in zip(shape, step, strict=True)):
+        if self.options.align_heads and any(size % s for size, s in zip(shape, step, strict=True)):
             raise _UnfedError(f"{list(target.shape)}: not a whole number of the teacher's heads of {max(step)}{part}")
         whole = shape == target.shape and rows == ((0, target.shape[0]),)
         place = Region(shape, through(rows, ((0, shape[0]),)), ((0, shape[1]),), source_shape=target.shape)

@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from pkt import ops
 from pkt.errors import PktError
 from pkt.files import sha256
 from pkt.models import Runs
+from pkt.options import LayerChoice, Select
 
-Strategy: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
-STRATEGIES: tuple[Strategy, ...] = ("window", "rows_cols", "weights", "blocks", "random")
-LAYER_CHOICES = ("sensitivity", "first", "last", "random")
 BLOCK = 64
 # Longer lists of runs are gathered by an index, and packed in JSON.
 _MANY = 64
@@ -155,7 +153,7 @@ def select_region(
     score: Tensor,
     source_shape: tuple[int, int],
     shape: tuple[int, int],
-    strategy: Strategy,
+    strategy: Select,
     *,
     tile: int | None = None,
     steps: tuple[int, int] = (1, 1),
@@ -187,7 +185,7 @@ def select_region(
         keep = torch.zeros(n * m, dtype=torch.bool)
         keep[_top_tensor(score.flatten().cpu(), rows * cols)] = True
         return Region(shape, mask=_packed_bits(keep.numpy()), source_shape=source_shape)
-    raise PktError(f"select={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+    raise PktError(f"select={strategy!r} is unknown; choose one of {', '.join(get_args(Select))}")
 
 
 def _top_tensor(values: Tensor, count: int) -> Tensor:
@@ -233,7 +231,7 @@ def _from_tiles(
     score: Tensor,
     source_shape: tuple[int, int],
     shape: tuple[int, int],
-    strategy: Strategy,
+    strategy: Select,
     tile: int,
     steps: tuple[int, int],
     name: str,
@@ -295,4 +293,6 @@ def select_layers(
     if choice == "sensitivity":
         assert scores is not None
         return _top(scores, student_layers)
-    raise PktError(f"layers={choice!r} is unknown; choose one of {', '.join(LAYER_CHOICES)}, or list the layers")
+    raise PktError(
+        f"layers={choice!r} is unknown; choose one of {', '.join(get_args(LayerChoice))}, or list the layers"
+    )

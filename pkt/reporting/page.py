@@ -202,16 +202,7 @@ def environment() -> dict[str, Any]:
     for module in ("triton", "bitsandbytes"):
         found[module] = "installed" if importlib.util.find_spec(module) else "not installed"
     table = []
-    for op in (
-        "abs_accumulate_",
-        "abs_accumulate_many_",
-        "linear_sensitivity_",
-        "linear_sensitivity_tiles_",
-        "embedding_sensitivity_",
-        "best_window",
-        "rsvd",
-        "rsvd_batch",
-    ):
+    for op in ops.names():
         for device in devices:
             used, why = ops.implementation(op, device)
             table.append({"op": f"pkt::{op}", "device": device, "implementation": used, "why": why})

@@ -1,20 +1,13 @@
 """Sensitivity: exact per-sample scores of every parameter from one backward pass a batch."""
 
-from pkt.scoring.scorer import (
-    FORMAT as FORMAT,
-)
-from pkt.scoring.scorer import (
-    Scorer as Scorer,
-)
-from pkt.scoring.scorer import (
-    Sensitivity as Sensitivity,
-)
-from pkt.scoring.scorer import (
-    default_loss as default_loss,
-)
-from pkt.scoring.scorer import (
-    per_sample_loss as per_sample_loss,
-)
-from pkt.scoring.scorer import (
-    sensitivity as sensitivity,
-)
+from pkt.scoring.batches import in_order_of as in_order_of
+from pkt.scoring.batches import longest_first as longest_first
+from pkt.scoring.batches import real_lengths as real_lengths
+from pkt.scoring.losses import default_loss as default_loss
+from pkt.scoring.losses import per_sample_loss as per_sample_loss
+from pkt.scoring.measure import score_seeds as score_seeds
+from pkt.scoring.measure import sensitivity as sensitivity
+from pkt.scoring.result import FORMAT as FORMAT
+from pkt.scoring.result import Sensitivity as Sensitivity
+from pkt.scoring.scorer import RestartError as RestartError
+from pkt.scoring.scorer import Scorer as Scorer

@@ -13,16 +13,10 @@ everything is scored one sample at a time, the untapped parameters by autograd, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
-import json
 import math
-import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,373 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.errors import PktError
-from pkt.files import atomic_file, safetensors_header, write_tensors
-from pkt.models import decoder_layers, kind_of, layer_of, plain_head
+from pkt.errors import PktError, SampleError
+from pkt.models import kind_of, plain_head
+from pkt.scoring.batches import batch_size, one_sample, real_lengths, sliced, tensors_of
 from pkt.scoring.head import Tokens, head_losses, probabilities
-from pkt.seeds import IGNORE, Seeds
+from pkt.scoring.losses import LossFn, check_targets, default_loss, output_field
+from pkt.scoring.taps import per_sample_copy, tap
 
-LossFn = Callable[[nn.Module, Any], Tensor]
-
-FORMAT = "pkt-sensitivity-1"
 _PROBE_TOKENS = 24
 
 
-class Sensitivity(Mapping[str, Tensor]):
-    """Parameter name -> S, fp32, in the parameter's shape (or its tile sums).
-
-    shapes: the parameters' own shapes; tile: side of the summed tiles, or None; layers: name of the decoder layers' list;
-    losses [samples]: the mean loss of each seed, in the loader's order.
-    """
-
-    def __init__(
-        self,
-        scores: dict[str, Tensor],
-        shapes: dict[str, tuple[int, ...]],
-        *,
-        tile: int | None = None,
-        layers: str | None = None,
-        losses: list[float] | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        self.scores, self.shapes, self.tile, self.layers = scores, shapes, tile, layers
-        self.losses, self.provenance = losses or [], provenance or {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.scores[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.scores)
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __repr__(self) -> str:
-        what = f"{self.tile}x{self.tile} tile sums" if self.tile else "elements"
-        return f"Sensitivity({len(self)} parameters, {what}, {len(self.losses)} samples)"
-
-    def layer_scores(self) -> Tensor:
-        """Σ of S over all parameters of each decoder layer, fp64 [L] (METHOD, section 2)."""
-        found: dict[int, float] = defaultdict(float)
-        for name, score in self.scores.items():
-            layer = layer_of(name, self.layers)
-            if layer is not None:
-                found[layer] += ops.double_sum(score).item()
-        if not found:
-            raise PktError("these scores have no decoder layers; choose layers by an explicit list or a layer_map")
-        return torch.tensor([found[i] for i in range(max(found) + 1)], dtype=torch.float64)
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
-        meta = {
-            "format": FORMAT,
-            "tile": self.tile,
-            "layers": self.layers,
-            "losses": self.losses,
-            "shapes": self.shapes,
-            "provenance": self.provenance,
-        }
-        with atomic_file(path) as scratch:
-            write_tensors(scratch, self.scores, ("pkt", json.dumps(meta)))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Sensitivity:
-        """Read what `save` wrote. Raises `PktError` for a file that is missing, truncated or something else."""
-        from safetensors.torch import load_file
-
-        header = safetensors_header(Path(path))
-        try:
-            meta = json.loads(header["__metadata__"]["pkt"])
-            if meta["format"] != FORMAT:
-                raise KeyError
-        except (KeyError, ValueError, TypeError) as error:
-            raise PktError(f"{path} is not a file of sensitivities; make one with `pkt sensitivity`") from error
-        return cls(
-            load_file(str(path)),
-            {name: tuple(shape) for name, shape in meta["shapes"].items()},
-            tile=meta["tile"],
-            layers=meta["layers"],
-            losses=meta["losses"],
-            provenance=meta["provenance"],
-        )
-
-
-def sensitivity(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    loss_fn: LossFn | None = None,
-    params: str | Iterable[str] | None = None,
-    tile: int | None = None,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-) -> Sensitivity:
-    """Score every parameter of `model` on the samples of `loader` (METHOD, section 1).
-
-    model: any nn.Module; it is scored in eval mode and left exactly as it was found, also when interrupted.
-    loader: batches; for the default loss mappings with `labels` and what the model's forward takes. A batch's first
-        dimension is the sample. S does not depend on how samples are batched, padded on the right or ordered. What
-        `pkt.load_seeds` returns is taken as it is.
-    loss_fn(model, batch) -> [B]: one loss per sample; default: cross-entropy, the mean over each sample's target tokens,
-        shifted by one for logits [B, T, V]. A model that only gives a scalar loss is run one sample at a time.
-    params: a regular expression or a list of names; the other parameters are not scored.
-    tile: return sums over tile x tile blocks of S instead of its elements.
-    device: where the scores are kept; default: where each parameter is.
-
-    Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
-    gradient that is not finite (naming the sample and the first bad parameter), and an empty loader.
-    """
-    if not isinstance(model, nn.Module):
-        raise PktError(f"sensitivity takes a model in memory, not {model!r}; pkt.transfer takes checkpoint directories")
-    if isinstance(loader, (str, bytes, os.PathLike)):
-        raise PktError(
-            f"sensitivity takes batches, not the file {loader!r}; read it with pkt.load_seeds(path, tokenizer)"
-        )
-    if torch.is_inference_mode_enabled():
-        raise PktError("sensitivity needs gradients; call it outside torch.inference_mode()")
-    packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
-    if packed is not None:
-        raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
-    names = _choose(model, params)
-    parameters = dict(model.named_parameters())
-    if any(parameters[name].is_meta for name in names):
-        raise PktError("the model has parameters on the meta device, so without values; load its weights first")
-    if tile is not None and not 1 <= tile <= max(max(parameters[name].shape, default=1) for name in names):
-        raise PktError(f"tile={tile} must be at least 1 and no larger than the largest matrix")
-    batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
-    if not batches:
-        raise PktError("the loader gave no batches; there is nothing to score on")
-    for batch in batches:
-        _check_batch(model, batch, loss_fn)
-    scorer = Scorer(model, names, tile=tile)
-    loss_fn = loss_fn or default_loss
-    sizes = [batch_size(batch) for batch in batches]
-    with scorer, _progress(sum(sizes), progress) as advance:
-        losses = scorer.run(batches, sizes, loss_fn, advance)
-    scores = scorer.finish()
-    if device is not None:
-        scores = {name: score.to(device) for name, score in scores.items()}
-    return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
-
-
-def _check_labels(batch: Any) -> None:
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
-
-
-def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
-    """Refuse what would otherwise stop torch inside the model."""
-    if loss_fn is None:
-        _check_labels(batch)
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    try:
-        rows = model.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError):
-        return
-    if isinstance(ids, Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
-        raise PktError(
-            f"token ids {int(ids.min())} to {int(ids.max())} are not all in the model's {rows}; "
-            "the tokenizer and the model do not belong together"
-        )
-
-
-def _weight_of(module: Any) -> Tensor:
-    weight: Tensor = module.weight
-    return weight
-
-
-def _choose(model: nn.Module, params: str | Iterable[str] | None) -> list[str]:
-    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    if params is None:
-        chosen = names
-    elif isinstance(params, str):
-        try:
-            chosen = [name for name in names if re.search(params, name)]
-        except re.error as error:
-            raise PktError(f"params={params!r} is not a regular expression: {error}") from error
-    else:
-        wanted = list(params)
-        unknown = sorted(set(wanted) - set(names))
-        if unknown:
-            raise PktError(
-                f"the model has no parameter {', '.join(unknown[:5])}; names are those of named_parameters()"
-            )
-        chosen = [name for name in names if name in set(wanted)]
-    if not chosen:
-        raise PktError(f"no parameter to score (params={params!r}); names are those of model.named_parameters()")
-    return chosen
-
-
-@contextlib.contextmanager
-def _progress(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left that appears only once the work has taken two seconds."""
-    if not enabled:
-        yield lambda done: None
-        return
-    from pkt.progress import bar
-
-    with bar("scoring", total, unit="samples") as advance:
-        yield advance
-
-
-# --- losses ---------------------------------------------------------------------------------------------------------
-
-
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of each sample's target tokens, [B]; a 0-dim tensor when the model gives nothing but a loss."""
-    _check_labels(batch)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    labels = batch["labels"]
-    accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    if "output_router_logits" in accepted:
-        inputs["output_router_logits"] = False
-    required = "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty
-    output = model(**inputs, labels=labels) if required else model(**inputs)
-    logits = _field(output, "logits")
-    if logits is None:
-        if not required and "labels" in accepted:
-            output = model(**inputs, labels=labels)
-        loss = _field(output, "loss")
-        if loss is None:
-            raise PktError("the model returned neither logits nor a loss; pass loss_fn(model, batch) -> [B]")
-        return loss
-    return per_sample_loss(logits, labels)
-
-
-def _field(output: Any, name: str) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output if (name == "loss") == (output.ndim == 0) else None
-    if isinstance(output, Mapping):
-        return output.get(name)
-    if isinstance(output, tuple) and not hasattr(output, name):
-        return next((t for t in output if isinstance(t, Tensor) and (name == "loss") == (t.ndim == 0)), None)
-    return getattr(output, name, None)
-
-
-def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [B, T, V] with labels [B, T] (shifted by one) or logits [B, C] with labels [B] -> mean losses [B], fp32."""
-    if logits.ndim == labels.ndim + 1 == 3:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    elif logits.ndim != labels.ndim + 1:
-        raise PktError(f"logits {list(logits.shape)} and labels {list(labels.shape)} do not fit; pass loss_fn")
-    targets = _check_targets(labels)
-    work = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(work.reshape(-1, work.shape[-1]), labels.reshape(-1), reduction="none")
-    return losses.view(labels.shape[0], -1).sum(1) / targets
-
-
-def _check_targets(labels: Tensor) -> Tensor:
-    """Target tokens of each sample [B]; every sample must have one."""
-    targets = (labels != IGNORE).reshape(labels.shape[0], -1).sum(1)
-    if not bool(targets.all()):
-        sample = int((targets == 0).nonzero()[0, 0])
-        raise _SampleError(sample, "has no target token (every label is -100)")
-    return targets
-
-
-class _SampleError(Exception):
-    """A fault of one sample of a batch; the caller knows the sample's place in the loader."""
-
-    def __init__(self, sample: int, text: str) -> None:
-        super().__init__(text)
-        self.sample = sample
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the first dimension its tensors share."""
-    sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
-    if len(sizes) != 1:
-        raise PktError(f"cannot tell the samples of a batch: its tensors' first dimensions are {sorted(sizes)}")
-    return sizes.pop()
-
-
-def _slice(batch: Any, part: slice, tokens: int | None = None) -> Any:
-    """Some samples of a batch, and the first `tokens` positions of a batch of token matrices."""
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
-            return value
-        return value[part] if tokens is None else value[part, :tokens]
-
-    if isinstance(batch, Tensor):
-        return cut(batch)
-    if isinstance(batch, Mapping):
-        return {k: cut(v) for k, v in batch.items()}
-    return type(batch)(cut(v) for v in batch)
-
-
-def _real_lengths(batch: Any) -> list[int] | None:
-    """Tokens of each sample before its right padding, when the batch is of that form."""
-    if not isinstance(batch, Mapping):
-        return None
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or mask.shape != ids.shape or ids.ndim != 2:
-        return None
-    if any(t.shape != ids.shape for t in _tensors(batch)):
-        return None
-    used = mask != 0
-    if isinstance(batch.get("labels"), Tensor):
-        used = used | (batch["labels"] != IGNORE)
-    lengths = used.sum(1)
-    if bool((used != (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])).any()):
-        return None
-    return [int(n) for n in lengths]
-
-
-# --- taps -----------------------------------------------------------------------------------------------------------
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on y, whose backward hands (inputs saved for it, dY) to `record`."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, y: Tensor, saved: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.record = record
-        ctx.save_for_backward(saved)
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (dy,) = grads
-        ctx.record(ctx.saved_tensors[0], dy)
-        return None, dy, None, None
-
-
-class _PerSampleCopy(torch.autograd.Function):
-    """A vector as one copy per sample, [B, 1, ..., d]; backward hands their gradients to `record`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, vector: Tensor, shape: tuple[int, ...], record: Callable[[Tensor], None]
-    ) -> Tensor:
-        ctx.record = record
-        return vector.expand(shape).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.record(grads[0])
-        return None, None, None, None
-
-
-# autograd.Function.apply has no types.
-_tap: Callable[..., Tensor] = _Tap.apply
-_per_sample_copy: Callable[..., Tensor] = _PerSampleCopy.apply
-
-
-class _RestartError(Exception):
+class RestartError(Exception):
     """Something was learnt about the model that changes how it must be scored; begin again."""
 
 
@@ -532,7 +170,7 @@ class Scorer:
                 if name is not None:
                     self._record_matrix("conv1d" if transposed else "linear", name, saved, dy)
 
-            return _tap(self.anchor, y, x.detach().to(y.dtype), record)
+            return tap(self.anchor, y, x.detach().to(y.dtype), record)
 
         return forward
 
@@ -551,7 +189,7 @@ class Scorer:
                     dy = dy.masked_fill((saved == module.padding_idx).unsqueeze(-1), 0.0)
                 self._record_matrix("embedding", name, saved, dy)
 
-            return _tap(self.anchor, y, ids, record)
+            return tap(self.anchor, y, ids, record)
 
         return forward
 
@@ -572,7 +210,7 @@ class Scorer:
                     work = saved if saved.dtype == torch.float64 else saved.float()
                     self._record_vector(name, dy * F.layer_norm(work, shape, eps=eps), module.weight.ndim)
 
-            return _tap(self.anchor, y, x.detach(), record)
+            return tap(self.anchor, y, x.detach(), record)
 
         return forward
 
@@ -587,11 +225,11 @@ class Scorer:
             if x.shape[0] != self.batch:
                 if self.batch == 1:
                     return plain(*args, **kwargs)
-                raise _RestartError
+                raise RestartError
             for key, name in names.items():
                 shape = (self.batch, *[1] * (x.ndim - 2), own[key].shape[0])
                 # An instance attribute is found before the registered parameter, which stays where it is.
-                module.__dict__[key] = _per_sample_copy(
+                module.__dict__[key] = per_sample_copy(
                     self.anchor, own[key].detach(), shape, lambda grad, n=name: self._record_vector(n, grad)
                 )
             try:
@@ -603,7 +241,7 @@ class Scorer:
                 with torch.no_grad():
                     same = plain(*args, **kwargs)
                 if not (isinstance(y, Tensor) and y.shape == same.shape and torch.allclose(y, same, rtol=1e-3)):
-                    raise _RestartError
+                    raise RestartError
             return y
 
         return forward
@@ -634,10 +272,10 @@ class Scorer:
         """Sample 0's loss must reach only sample 0's rows."""
         layout = self._rows(dy)
         if layout is None:
-            raise _RestartError
+            raise RestartError
         rows = layout[0]
         if bool(dy.reshape(rows, -1)[rows // self.batch :].count_nonzero()):
-            raise _RestartError
+            raise RestartError
 
     def _watch(self, name: str, dy: Tensor) -> bool:
         """Note what is needed to find a gradient that is not finite. Returns whether to accumulate."""
@@ -671,7 +309,7 @@ class Scorer:
         parameter = self.parameters[name]
         layout = self._rows(dy) if ndim == 1 else None
         if (ndim == 1 and layout is None) or (self.batch > 1 and dy.shape[0] != self.batch and layout is None):
-            raise _RestartError
+            raise RestartError
         work = torch.float64 if dy.dtype == torch.float64 else torch.float32
         by_sample = dy.reshape(self.batch, -1, *parameter.shape).sum(1, dtype=work)
         self._add_use("dense", name, by_sample, by_sample)
@@ -690,10 +328,10 @@ class Scorer:
         self.uses[name] += 1
         if name in self.delivered:
             self.untapped.add(name)
-            raise _RestartError
+            raise RestartError
         if self.uses[name] > 1 and name not in self.shared:
             self.shared.add(name)
-            raise _RestartError
+            raise RestartError
         if name in self.shared:
             self.pending[name].append((kind, saved, dy))
         else:
@@ -710,7 +348,7 @@ class Scorer:
             return
         layout = self._rows(dy)
         if layout is None:
-            raise _RestartError
+            raise RestartError
         rows, starts, lens = layout
         dy = dy.reshape(rows, -1)
         if kind == "embedding":
@@ -781,7 +419,7 @@ class Scorer:
         try:
             with torch.no_grad():
                 inputs = {k: v for k, v in batch.items() if k != "labels"}
-                logits = _field(model(**inputs, use_cache=False), "logits")
+                logits = output_field(model(**inputs, use_cache=False), "logits")
                 hidden = below(**inputs, use_cache=False)[0]
         except (TypeError, IndexError, KeyError, RuntimeError):
             return
@@ -800,7 +438,7 @@ class Scorer:
         assert self.fused is not None
         name, head, below = self.fused
         labels = batch["labels"]
-        _check_targets(labels[:, 1:])
+        check_targets(labels[:, 1:])
         hidden = below(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)[0]
         weight = head.weight
         assert isinstance(weight, Tensor)
@@ -825,7 +463,7 @@ class Scorer:
         """The embedding's part of a tied table: only rows a sample touched change, |H + E| − |H| (DESIGN, section 5.6)."""
         layout = self._rows(dy)
         if layout is None:
-            raise _RestartError
+            raise RestartError
         rows, starts, lens = layout
         parameter = self.parameters[name].detach()
         flat_ids, flat = ids.reshape(rows), dy.reshape(rows, -1)
@@ -859,7 +497,7 @@ class Scorer:
                 continue
             layout = self._rows(dy)
             if layout is None:
-                raise _RestartError
+                raise RestartError
             rows, starts, lens = layout
             part = slice(int(starts[sample]), int(starts[sample] + lens[sample]))
             d = dy.reshape(rows, -1)[part].to(work)
@@ -876,10 +514,10 @@ class Scorer:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         if self.mode == "probe" or (self.batch > 1 and not self.one_by_one):
-            raise _RestartError
+            raise RestartError
         if self.uses[name]:
             self.untapped.add(name)
-            raise _RestartError
+            raise RestartError
         self.delivered.add(name)
         if self.mode == "measure":
             self._watch(name, grad)
@@ -892,8 +530,8 @@ class Scorer:
     def run(self, batches: list[Any], sizes: list[int], loss_fn: LossFn, advance: Callable[[int], None]) -> list[float]:
         """Score all batches; begins again, knowing more, when a parameter turns out to need another way."""
         if loss_fn is default_loss:
-            if _real_lengths(batches[0]) is not None:
-                self._find_head(self._to_device(_slice(batches[0], slice(0, 1), _PROBE_TOKENS)))
+            if real_lengths(batches[0]) is not None:
+                self._find_head(self._to_device(sliced(batches[0], slice(0, 1), _PROBE_TOKENS)))
             if self.fused is not None:
                 loss_fn = self._head_loss
         if max(sizes) > 1:
@@ -907,12 +545,12 @@ class Scorer:
                 for batch, size in zip(batches, sizes, strict=True):
                     pieces = [batch]
                     if size > 1 and self.one_by_one:
-                        pieces = [_one_sample(batch, j) for j in range(size)]
+                        pieces = [one_sample(batch, j) for j in range(size)]
                     for piece in pieces:
                         losses += self._score(piece, batch_size(piece), loss_fn, len(losses))
                         advance(len(losses))
                 return losses
-            except _RestartError:
+            except RestartError:
                 if known == (len(self.shared), len(self.untapped), self.one_by_one):
                     if self.one_by_one:
                         raise PktError(
@@ -922,8 +560,8 @@ class Scorer:
 
     def _set_layout(self, batch: Any, size: int) -> None:
         device = self.anchor.device
-        lengths = _real_lengths(batch)
-        first = next((t for t in _tensors(batch) if t.ndim > 1), None)
+        lengths = real_lengths(batch)
+        first = next((t for t in tensors_of(batch) if t.ndim > 1), None)
         self.batch = size
         self.width = first.shape[1] if first is not None else 1
         self.lens = None if lengths is None else torch.tensor(lengths, device=device)
@@ -944,10 +582,10 @@ class Scorer:
     def _probe_layout(self, batch: Any, loss_fn: LossFn) -> None:
         """Run two short samples and check that the gradients of the first stay in its own rows."""
         tokens = None
-        if loss_fn in (default_loss, self._head_loss) and _real_lengths(batch) is not None:
+        if loss_fn in (default_loss, self._head_loss) and real_lengths(batch) is not None:
             tokens = _PROBE_TOKENS
         try:
-            small = self._to_device(_slice(batch, slice(0, 2), tokens))
+            small = self._to_device(sliced(batch, slice(0, 2), tokens))
         except (TypeError, IndexError):
             small = self._to_device(batch)
         if tokens is not None:
@@ -963,7 +601,7 @@ class Scorer:
                     self.one_by_one = True
                 elif losses.requires_grad:
                     losses[0].backward()
-        except (_RestartError, RuntimeError, _SampleError):
+        except (RestartError, RuntimeError, SampleError):
             # Not a verdict on the model: scored one sample at a time, a real fault shows itself again.
             self.one_by_one = True
         finally:
@@ -983,17 +621,17 @@ class Scorer:
         with torch.enable_grad():
             try:
                 losses = loss_fn(self.model, batch)
-            except _SampleError as error:
-                raise PktError(f"sample {done + error.sample} {error}") from None
+            except SampleError as error:
+                raise error.shifted(done) from None
             if losses.ndim == 0 and size > 1:
-                raise _RestartError
+                raise RestartError
             losses = losses.reshape(-1)
             if losses.shape[0] != size:
                 raise PktError(f"loss_fn returned {losses.shape[0]} losses for a batch of {size} samples")
             values = losses.detach().double().cpu().tolist()
             for j, value in enumerate(values):
                 if not math.isfinite(value):
-                    raise PktError(f"the loss of sample {done + j} is {value}; {self._blame()}")
+                    raise SampleError(f"the loss of {{samples}} is {value}; {self._blame()}", [done + j])
             if not losses.requires_grad:
                 raise PktError(
                     "the loss does not depend on the parameters to be scored (is it computed under no_grad?)"
@@ -1046,12 +684,12 @@ class Scorer:
         if bool(good.all()):
             return
         name, total = self.sums[int((~good).nonzero()[0, 0])]
-        sample = int((~total.isfinite()).nonzero()[0, 0]) if len(total) == self.batch else 0
-        which = (
-            f"sample {done + sample}" if len(total) == self.batch else f"one of samples {done}..{done + self.batch - 1}"
-        )
-        raise PktError(
-            f"the gradient of {name} is not finite for {which} (the first seen, from the output down); {self._blame()}"
+        samples: Iterable[int] = range(done, done + self.batch)
+        if len(total) == self.batch:
+            samples = [done + int((~total.isfinite()).nonzero()[0, 0])]
+        raise SampleError(
+            f"the gradient of {name} is not finite for {{samples}} (the first seen, from the output down); {self._blame()}",
+            samples,
         )
 
     def finish(self) -> dict[str, Tensor]:
@@ -1066,13 +704,6 @@ class Scorer:
             scores[name] = acc
         self.scale = 1.0
         return scores
-
-
-def _one_sample(batch: Any, index: int) -> Any:
-    """One sample of a batch without its right padding."""
-    sample = _slice(batch, slice(index, index + 1))
-    lengths = _real_lengths(sample)
-    return sample if lengths is None else _slice(sample, slice(0, 1), max(1, lengths[0]))
 
 
 def _restorer(parameter: Tensor) -> Callable[[], None]:

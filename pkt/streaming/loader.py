@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,102 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.errors import PktError
-from pkt.files import os_errors, safetensors_header
-from pkt.models import check_checkpoint, hollow_model, load_config, load_model, stored_names, unwrap
+from pkt.models import (
+    CheckpointFiles,
+    NotStoredError,
+    Stored,
+    hollow_model,
+    load_config,
+    load_model,
+    stored_names,
+    unwrap,
+)
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
 _ALIGN = 64
 
 
 class NotLayeredError(Exception):
     """The model is not a chain of decoder layers that can be scored one at a time; the message says why."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint: its file, its place there, its type and shape."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class CheckpointFiles:
-    """Tensors of a safetensors checkpoint, read with pread into buffers that are used again."""
-
-    def __init__(self, folder: Path) -> None:
-        check_checkpoint(folder)
-        self.tensors: dict[str, Stored] = {}
-        self.joined: dict[str, list[str]] = {}
-        self.handles: dict[Path, int] = {}
-        self.stamps: dict[Path, tuple[int, int]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            header = safetensors_header(file)
-            with open(file, "rb") as opened:
-                base = 8 + int.from_bytes(opened.read(8), "little")
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                if entry["dtype"] not in _DTYPES:
-                    raise NotLayeredError(f"{file} stores {name} as {entry['dtype']}")
-                begin, end = entry["data_offsets"]
-                self.tensors[name] = Stored(
-                    file, base + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"])
-                )
-            self.stamps[file] = _stamp(os.stat(file))
-
-    def check(self, file: Path) -> int:
-        """A handle on a shard that is still the file it was. Raises `PktError` naming it."""
-        with os_errors(f"reading {file}"):
-            if file not in self.handles:
-                self.handles[file] = os.open(file, os.O_RDONLY)
-            now = _stamp(os.fstat(self.handles[file]))
-        if now != self.stamps[file]:
-            raise PktError(
-                f"{file} changed while it was read ({self.stamps[file][0]} bytes before, {now[0]} now); the scores of two "
-                "different checkpoints cannot be mixed: restore it and run the same command again, or start over with --force"
-            )
-        return self.handles[file]
-
-    def join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
-        """Add a tensor that is the bytes of others, one after another."""
-        first = self.tensors[parts[0]]
-        nbytes = sum(self.tensors[part].nbytes for part in parts)
-        self.tensors[name] = Stored(first.file, first.offset, nbytes, first.dtype, shape)
-        self.joined[name] = parts
-
-    def fill(self, name: str, target: memoryview) -> None:
-        done = 0
-        for part in self.joined.get(name, [name]):
-            self._fill(part, target[done : done + self.tensors[part].nbytes])
-            done += self.tensors[part].nbytes
-
-    def _fill(self, name: str, target: memoryview) -> None:
-        stored = self.tensors[name]
-        handle, done = self.check(stored.file), 0
-        with os_errors(f"reading {stored.file}"):
-            while done < stored.nbytes:
-                count = os.preadv(handle, [target[done : stored.nbytes]], stored.offset + done)
-                if count == 0:
-                    raise PktError(f"{stored.file} ends inside {name}; copy the checkpoint again")
-                done += count
-        self.check(stored.file)
-
-    def close(self) -> None:
-        for handle in self.handles.values():
-            os.close(handle)
-        self.handles.clear()
 
 
 class HostTensors:
@@ -141,10 +60,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     view: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(view)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -336,7 +251,7 @@ def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None =
             working = dtype or (stored and ops.working_dtype(stored, device))
             model = hollow_model(config, working, device)
             return Teacher(model, files, working, _match_names(model, files))
-        except NotLayeredError as error:
+        except NotStoredError as error:
             note = f"{teacher} is loaded whole, not layer by layer: {error}"
     loaded = load_model(teacher, dtype=dtype, dequantize=True)
     return Teacher(**{**vars(open_teacher(loaded, device, dtype)), "note": note})
@@ -355,7 +270,7 @@ def _emptied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
     """What transformers' dtype="auto" takes: the configuration's, or that of the first weights."""
     if getattr(config, "quantization_config", None):
-        raise NotLayeredError("its weights are quantized")
+        raise NotStoredError("its weights are quantized")
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named
@@ -363,7 +278,7 @@ def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
 
 
 def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
-    """Where each tensor of the model is stored. Raises `NotLayeredError` when only transformers can tell."""
+    """Where each tensor of the model is stored. Raises `NotStoredError` when only transformers can tell."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, str] = {}
     by_tensor: dict[int, str] = {}
@@ -379,7 +294,7 @@ def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
                 stored = name
                 files.join(name, parts, (len(tensor), sum(shape[0] for shape in shapes) // len(tensor), *shapes[0][1:]))
             if files.tensors[stored].shape != tuple(tensor.shape):
-                raise NotLayeredError(
+                raise NotStoredError(
                     f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
                 )
             found[name] = stored
@@ -389,5 +304,5 @@ def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
         if name not in found and id(tensor) in by_tensor:
             found[name] = by_tensor[id(tensor)]
         if name not in found:
-            raise NotLayeredError(f"its files do not name {name}; transformers has to map them")
+            raise NotStoredError(f"its files do not name {name}; transformers has to map them")
     return found

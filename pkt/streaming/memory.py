@@ -1,9 +1,7 @@
-"""What a streamed transfer will take, known before any weight is read; and on a CPU, that it takes no more than that."""
+"""What a streamed transfer will take, known before any weight is read."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import os
 import re
@@ -19,12 +17,12 @@ from pkt.errors import PktError
 from pkt.models import layer_of, plain_head
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
 from pkt.streaming.loader import Teacher, dtype_of
+from pkt.streaming.microbatches import rounded_up, width_step
 
 Place: TypeAlias = Literal["device", "host", "disk"]
 
 # What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
 _LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 @dataclass
@@ -349,39 +347,3 @@ def measured_seconds(flops: float, dtype: torch.dtype, device: torch.device, bud
     while sum(times) < budget and len(times) < 1000:
         times.append(trial())
     return flops / (2 * side**3 / sorted(times)[len(times) // 2])
-
-
-def width_step(device: torch.device, itemsize: int, longest: int) -> int:
-    """What the width of a micro-batch is a multiple of.
-
-    On a CPU the half types' matrix library keeps megabytes of code and buffers for every shape it has met, so widths are
-    rounded up to one of eight; it costs a few percent of padding.
-    """
-    return max(1, -(-longest // 8)) if device.type == "cpu" and itemsize == 2 else 1
-
-
-def rounded_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-@contextlib.contextmanager
-def exact_memory() -> Iterator[None]:
-    """Inside, memory that is freed goes back to the system at once, so that what a run takes is what it uses.
-
-    glibc raises the size from which a block has pages of its own with every such block that is freed, up to 32 MiB; smaller
-    ones then leave holes in its heaps that differ from run to run, a quarter of the peak here and there. Other C libraries
-    have no such option, or need none.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        yield
-        return
-    # Below it are the blocks that small work comes and goes in: those are better had again than mapped again.
-    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    mallopt(_M_TRIM_THRESHOLD, 4 << 20)
-    try:
-        yield
-    finally:
-        # Where glibc's own rule ends.
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)

@@ -1,4 +1,3 @@
 """The first half of the work in one call: streamed, resumable."""
 
-from pkt.transferring.run import score_seeds as score_seeds
 from pkt.transferring.run import transfer as transfer

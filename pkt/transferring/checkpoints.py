@@ -19,8 +19,7 @@ from torch import Tensor
 from pkt import ops
 from pkt.errors import PktError
 from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
-from pkt.streaming import Key, Progress
-from pkt.streaming.memory import MemoryPlan
+from pkt.streaming import Key, MemoryPlan, Progress
 from pkt.transferring.extractor import Harvest
 
 RUN_FORMAT = "pkt-run-2"

@@ -19,6 +19,7 @@ from pkt.adapters import Pair
 from pkt.extraction import factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
+from pkt.options import Factorization
 from pkt.planning import Chooser, Entry, Feed, Pairing, TransferPlan
 from pkt.streaming import Key
 
@@ -30,7 +31,7 @@ class Harvest:
     Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
     """
 
-    def __init__(self, pairing: Pairing, factorization: dict[str, Any]) -> None:
+    def __init__(self, pairing: Pairing, factorization: Factorization) -> None:
         self.pairing, self.chooser, self.factorization = pairing, Chooser(pairing), factorization
         self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
         self.records: dict[Key, dict[str, Any]] = {}
@@ -46,7 +47,7 @@ class Harvest:
             [t.suffix, *(t.stored_shape if t.experts else t.shape)] for t in self.pairing.targets if t.layer == place
         ]
         # A random window is drawn from the target's name.
-        drawn = place if self.options["select"] == "random" else ""
+        drawn = place if self.options.select == "random" else ""
         return sha256(json.dumps([mine, drawn]))[:12]
 
     def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
@@ -98,7 +99,7 @@ class Harvest:
             return source.oriented(weight(source.parameter), entry.expert)
 
         entries = {name: [Entry.from_json(e) for e in target["entries"]] for name, target in targets.items()}
-        found = factorize_targets(entries, matrix_of, **self.factorization)
+        found = factorize_targets(entries, matrix_of, self.factorization)
         for name, (_, energy) in found.items():
             targets[name]["energy"] = energy
         return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _) in found.items()}

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction, versions
-from pkt.extraction.factorization import check_rank
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
 from pkt.models import (
     ModelSpec,
     check_checkpoint,
     check_quantization,
     check_tokenizer,
+    checked_device,
     fingerprint,
     load_config,
     load_tokenizer,
@@ -32,13 +32,15 @@ from pkt.models import (
     spec_of,
     with_roles,
 )
+from pkt.options import Execution, Factorization, PlanOptions, Reading
 from pkt.planning import Pairing, Vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
+from pkt.scoring import in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.streaming import samples_of
+from pkt.streaming.memory import parse_size
 from pkt.transferring.checkpoints import RunFolder, run_path
 
-KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 SeedsLike: TypeAlias = Seeds | str | Path
 SCORES = "scores.safetensors"
 
@@ -53,65 +55,65 @@ class Job:
         seeds: SeedsLike | Mapping[str, SeedsLike],
         tokenizer: Any,
         *,
-        options: dict[str, Any],
+        options: PlanOptions,
         vocabulary: Vocabulary | None,
-        roles: Any,
-        factorization: dict[str, Any],
-        loss: Literal["answer", "all"],
-        max_length: int,
-        batch_size: int,
-        keep_scores: KeepScores,
-        device: torch.device,
-        dtype: torch.dtype | None,
+        factorization: Factorization,
+        reading: Reading,
+        execution: Execution,
     ) -> None:
-        if batch_size < 1:
-            raise PktError(f"batch_size={batch_size} must be at least 1")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise PktError(f"dtype={dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16")
-        if keep_scores not in ("none", "tiles", "full"):
-            raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
-        self.model, self.student_model, self.options, self.factorization = teacher, student, options, factorization
-        self.batch_size, self.keep_scores, self.device, self.dtype = batch_size, keep_scores, device, dtype
-        self.teacher, self.student = with_roles(spec_of(teacher), roles), with_roles(spec_of(student), roles)
-        check_rank(*(factorization[k] for k in ("rank", "max_rank", "energy", "split")))
+        self.model, self.options, self.vocabulary, self.factorization = teacher, options, vocabulary, factorization
+        self.execution, self.dtype = execution, execution.dtype
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise PktError(
+                f"dtype={self.dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16"
+            )
+        self.device = _device_of(teacher) if execution.device is None else checked_device(execution.device)
+        self.limits = parse_size(execution.device_memory), parse_size(execution.host_memory)
+        self.teacher, self.student = (with_roles(spec_of(model), options.roles) for model in (teacher, student))
         if isinstance(teacher, (str, Path)):
             check_quantization(teacher)
-        self.vocabulary = vocabulary
         self.pairing = Pairing(self.teacher, self.student, options, vocabulary)
-        check_rank_fits(self.pairing, factorization["rank"], factorization["energy"])
+        check_rank_fits(self.pairing, factorization)
         for given in (teacher, student):
             if isinstance(given, (str, Path)):
                 check_checkpoint(given)
         self.several = isinstance(seeds, Mapping)
-        named: Mapping[str, SeedsLike] = seeds if isinstance(seeds, Mapping) else {"": seeds}
+        self.seeds = self._read_seeds(seeds if isinstance(seeds, Mapping) else {"": seeds}, tokenizer, reading)
+        self.orders = [longest_first(found) for found in self.seeds.values()]
+        self._note_other_ids(student, tokenizer)
+
+    def _read_seeds(self, named: Mapping[str, SeedsLike], tokenizer: Any, reading: Reading) -> dict[str, Seeds]:
         if not named:
             raise PktError("no seeds were given")
         for name in named:
             if self.several and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 raise PktError(f"{name!r} cannot name a task's folder; use letters, digits, '-', '_' and '.'")
         if tokenizer is None and not all(isinstance(given, Seeds) for given in named.values()):
-            if isinstance(teacher, nn.Module):
+            if isinstance(self.model, nn.Module):
                 raise PktError("a teacher in memory needs its tokenizer to read the seeds; pass tokenizer=")
-            tokenizer = load_tokenizer(teacher)
-        self.seeds: dict[str, Seeds] = {}
+            tokenizer = load_tokenizer(self.model)
+        found: dict[str, Seeds] = {}
         for name, given in named.items():
             if not isinstance(given, Seeds):
                 check_tokenizer(tokenizer, self.teacher)
-                given = load_seeds(given, tokenizer, loss=loss, max_length=max_length)
+                given = load_seeds(given, tokenizer, loss=reading.loss, max_length=reading.max_length)
             given.check_vocabulary(self.teacher.vocab_size, self.teacher.name)
-            self.seeds[name] = given
-        # Samples of like length share a micro-batch, so that little is padding; S does not depend on it.
-        self.orders = [longest_first(found) for found in self.seeds.values()]
-        both = all(isinstance(m, (str, Path)) for m in (teacher, student))
-        if both and vocabulary is None and any(t.group == "embedding" for t in self.pairing.targets):
-            with contextlib.suppress(PktError):  # a student need not come with a tokenizer
-                count = other_ids(load_tokenizer(teacher) if tokenizer is None else tokenizer, load_tokenizer(student))
-                if count:
-                    self.pairing.notes.append(
-                        f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
-                        "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
-                        "--modules all,-embed,-head"
-                    )
+            found[name] = given
+        return found
+
+    def _note_other_ids(self, student: Any, tokenizer: Any) -> None:
+        """Say in the plan where tables are fed row by row though the two tokenizers number their tokens differently."""
+        stored = all(isinstance(m, (str, Path)) for m in (self.model, student))
+        if not stored or self.vocabulary is not None or all(t.group != "embedding" for t in self.pairing.targets):
+            return
+        with contextlib.suppress(PktError):  # a student need not come with a tokenizer
+            count = other_ids(load_tokenizer(self.model) if tokenizer is None else tokenizer, load_tokenizer(student))
+            if count:
+                self.pairing.notes.append(
+                    f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
+                    "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
+                    "--modules all,-embed,-head"
+                )
 
     def samples(self) -> list[list[dict[str, Tensor]]]:
         """Each task's samples, longest first, as batches of one."""
@@ -122,14 +124,11 @@ class Job:
 
     def where(self, task: int, sample: int) -> str:
         seeds = list(self.seeds.values())[task]
-        return f"{seeds.source}:{seeds[self.orders[task][sample]].line}"
+        return seeds.where(self.orders[task][sample])
 
     def losses(self, task: int, found: Sequence[float]) -> list[float]:
         """The losses in the order of the file."""
-        placed = [0.0] * len(found)
-        for place, value in zip(self.orders[task], found, strict=True):
-            placed[place] = value
-        return placed
+        return in_order_of(found, self.orders[task])
 
     def inputs(self) -> dict[str, Any]:
         """All that a result depends on, by the names a refusal uses."""
@@ -142,11 +141,11 @@ class Job:
             "teacher's weights": [fingerprint(self.model), stamps],
             "student": self.student.identity(),
             **{f"seeds {name}".strip(): seeds.fingerprint for name, seeds in self.seeds.items()},
-            **{f"option {name}": value for name, value in self.options.items()},
-            **{f"factorization {name}": value for name, value in self.factorization.items()},
+            **{f"option {name}": value for name, value in self.options.as_dict().items()},
+            **{f"factorization {name}": value for name, value in self.factorization.as_dict().items()},
             **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
-            "option keep_scores": self.keep_scores,
-            "option batch_size": self.batch_size,
+            "option keep_scores": self.execution.keep_scores,
+            "option batch_size": self.execution.batch_size,
             "device": self.device.type,
             "dtype": str(self.dtype),
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
@@ -156,10 +155,10 @@ class Job:
     def provenance(self, task: int, losses: Sequence[float]) -> dict[str, Any]:
         seeds = list(self.seeds.values())[task]
         return {
-            "factorization": self.factorization,
+            "factorization": self.factorization.as_dict(),
             "teacher": {**self.teacher.identity(), "fingerprint": fingerprint(self.model)},
             "versions": versions(),
-            "seeds": describe_seeds(seeds),
+            "seeds": seeds.describe(),
             "losses": self.losses(task, losses),
         }
 
@@ -174,7 +173,7 @@ class Job:
             "layers": self.teacher.layers,
             "losses": self.losses(task, losses),
             "shapes": shapes,
-            "provenance": {"seeds": describe_seeds(seeds), "teacher": self.teacher.identity()},
+            "provenance": {"seeds": seeds.describe(), "teacher": self.teacher.identity()},
         }
 
     def finished(self, out: Path) -> dict[str, Extraction] | None:
@@ -188,7 +187,7 @@ class Job:
         run = run_path(out)
         for task, name in enumerate(self.seeds):
             target, left = out / name / SCORES, run / f"scores-{task}.safetensors"
-            if self.keep_scores != "none" and not target.is_file():
+            if self.execution.keep_scores != "none" and not target.is_file():
                 # Interrupted between the last two renames.
                 if not left.is_file():
                     raise PktError(
@@ -229,21 +228,13 @@ class Job:
         return done is not None
 
 
-def describe_seeds(seeds: Seeds) -> dict[str, Any]:
-    return {"source": seeds.source, "count": len(seeds), "tokens": seeds.tokens, "fingerprint": seeds.fingerprint}
-
-
-def check_rank_fits(pairing: Pairing, rank: int, energy: float | None) -> None:
+def check_rank_fits(pairing: Pairing, options: Factorization) -> None:
     """Refuse a rank that some matrix of the student does not have, before the teacher is loaded."""
-    low = [f"{t.module} {list(t.shape)}" for t in pairing.targets if rank > min(t.shape)]
-    if energy is None and low:
+    low = [f"{t.module} {list(t.shape)}" for t in pairing.targets if options.rank > min(t.shape)]
+    if options.energy is None and low:
         raise PktError(
-            f"rank {rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
+            f"rank {options.rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
         )
-
-
-def longest_first(seeds: Seeds) -> list[int]:
-    return sorted(range(len(seeds)), key=lambda i: -len(seeds[i].input_ids))
 
 
 def _finished(
@@ -251,8 +242,8 @@ def _finished(
     teacher: ModelSpec,
     student: ModelSpec,
     seeds: Seeds,
-    options: dict[str, Any],
-    factorization: dict[str, Any],
+    options: PlanOptions,
+    factorization: Factorization,
 ) -> Extraction | None:
     """The extraction already in `out`, when it is of the same inputs; another one's is refused with the difference named."""
     if not (Path(out) / "pkt.json").is_file():
@@ -262,8 +253,8 @@ def _finished(
         "teacher": teacher.identity(),
         "student": student.identity(),
         "seeds": seeds.fingerprint,
-        "options": options,
-        "factorization": factorization,
+        "options": options.as_dict(),
+        "factorization": factorization.as_dict(),
     }
     recorded = {
         "teacher": ext.plan.teacher,
@@ -278,3 +269,9 @@ def _finished(
             f"{out} holds the result of another transfer (other {', '.join(different)}); name another, or replace it with --force"
         )
     return ext
+
+
+def _device_of(teacher: Any) -> torch.device:
+    if isinstance(teacher, nn.Module):
+        return next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    return torch.device("cpu")

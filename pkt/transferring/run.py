@@ -12,67 +12,45 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
 import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
-from pkt.extraction.factorization import Split
-from pkt.models import checked_device, load_model, spec_of
-from pkt.planning import Chooser, ModuleMap, TransferPlan, check_options, read_vocabulary
-from pkt.planning.regions import BLOCK, Strategy
-from pkt.scoring import Sensitivity, sensitivity
-from pkt.seeds import Seeds
-from pkt.streaming import Boundaries, Engine, Key, Progress, Tick
-from pkt.streaming.loader import NotLayeredError, Teacher, open_teacher
-from pkt.streaming.memory import MemoryPlan, measured_seconds, parse_size, plan_memory, sizes_of
+from pkt.models import load_model, read_roles
+from pkt.options import Execution, Factorization, KeepScores, Loss, PlanOptions, Reading, Select, Split
+from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map, read_vocabulary
+from pkt.planning.regions import BLOCK
+from pkt.scoring import score_seeds
+from pkt.streaming import (
+    Boundaries,
+    Engine,
+    Key,
+    MemoryPlan,
+    NotLayeredError,
+    Progress,
+    Teacher,
+    Tick,
+    measured_seconds,
+    open_teacher,
+    plan_memory,
+    sizes_of,
+)
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Harvest
-from pkt.transferring.job import Job, KeepScores, SeedsLike, describe_seeds
+from pkt.transferring.job import Job, SeedsLike
 
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
-
-
-def score_seeds(
-    teacher: Any, seeds: Seeds, *, batch_size: int = 8, tile: int | None = None, progress: bool = True
-) -> Sensitivity:
-    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them."""
-    if batch_size < 1:
-        raise PktError(f"batch_size={batch_size} must be at least 1")
-    spec = spec_of(teacher)
-    seeds.check_vocabulary(spec.vocab_size, spec.name)
-    # Samples of like length share a batch, so that little is padding; S does not depend on it.
-    order = sorted(range(len(seeds)), key=lambda i: -len(seeds[i].input_ids))
-    ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
-    try:
-        sens = sensitivity(teacher, ordered.batches(batch_size), tile=tile, progress=progress)
-    except PktError as error:
-        raise PktError(_in_file(str(error), seeds, order)) from error
-    losses = [0.0] * len(seeds)
-    for place, loss in zip(order, sens.losses, strict=True):
-        losses[place] = loss
-    sens.losses = losses
-    sens.provenance = {"seeds": describe_seeds(seeds), "teacher": spec.identity()}
-    return sens
-
-
-def _in_file(message: str, seeds: Seeds, order: Sequence[int]) -> str:
-    """Name the file and line of the sample an error speaks of."""
-
-    def line(match: re.Match[str]) -> str:
-        return f"{seeds.source}:{seeds[order[int(match[1])]].line}"
-
-    return re.sub(r"\bsample (\d+)", line, message, count=1)
 
 
 def transfer(
@@ -84,7 +62,7 @@ def transfer(
     resume: bool = True,
     tokenizer: Any = None,
     layers: str | Sequence[int] = "sensitivity",
-    select: Strategy = "window",
+    select: Select = "window",
     modules: str = "all",
     align_heads: bool = False,
     module_map: ModuleMap | None = None,
@@ -95,7 +73,7 @@ def transfer(
     max_rank: int = 64,
     energy: float | None = None,
     split: Split = "b",
-    loss: Literal["answer", "all"] = "answer",
+    loss: Loss = "answer",
     max_length: int = 2048,
     batch_size: int = 8,
     seed: int = 0,
@@ -131,65 +109,65 @@ def transfer(
         student,
         seeds,
         tokenizer,
-        options=check_options(
-            layers, select, modules, align_heads, None, seed, module_map, partial, map_vocabulary is not False, roles
+        options=PlanOptions(
+            layers=layers,
+            select=select,
+            modules=modules,
+            align_heads=align_heads,
+            module_map=read_map(module_map),
+            partial=partial,
+            map_vocabulary=map_vocabulary is not False,
+            roles=None if roles is None else read_roles(roles),
+            seed=seed,
         ),
         vocabulary=read_vocabulary(map_vocabulary, teacher, student),
-        roles=roles,
-        factorization={"rank": rank, "max_rank": max_rank, "energy": energy, "split": split, "seed": seed},
-        loss=loss,
-        max_length=max_length,
-        batch_size=batch_size,
-        keep_scores=keep_scores,
-        device=_device_of(teacher) if device is None else checked_device(device),
-        dtype=dtype,
+        factorization=Factorization(rank, max_rank, energy, split, seed),
+        reading=Reading(loss, max_length),
+        execution=Execution(batch_size, device, dtype, device_memory, host_memory, scratch, keep_scores, prefetch),
     )
+    listeners = Listeners(progress, on_memory, on_plan, on_tick)
+    return job.result(_run(job, None if out is None else Path(out), listeners, resume=resume, force=force))
+
+
+def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, force: bool) -> dict[str, Extraction]:
+    """The extractions of a job: those that are there already, or made, from an unfinished run's checkpoints where there are."""
+    scratch = job.execution.scratch
     if scratch is not None and not Path(scratch).is_dir():
         raise PktError(f"scratch={str(scratch)!r} is not a folder; name one that exists")
-    if keep_scores != "none" and out is None:
-        raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
-    limits = {"device_memory": parse_size(device_memory), "host_memory": parse_size(host_memory)}
     if out is None:
+        if job.execution.keep_scores != "none":
+            raise PktError(
+                f"keep_scores={job.execution.keep_scores!r} needs an output folder to keep them in; pass out="
+            )
         with tempfile.TemporaryDirectory(prefix="pkt-", dir=scratch) as folder:
-            runner = Runner(job, None, Path(folder), limits, prefetch, progress, on_memory, on_plan, on_tick)
-            return job.result(runner.run())
-    finished = job.finished(Path(out)) if resume and not force else None
+            return Runner(job, None, Path(folder), listeners).run()
+    finished = job.finished(out) if resume and not force else None
     if finished is not None:
-        return job.result(finished)
-    job.check_output(Path(out), force=force)
-    with RunFolder.locked(Path(out), fresh=force or not resume) as folder, _stoppable():
+        return finished
+    job.check_output(out, force=force)
+    with RunFolder.locked(out, fresh=force or not resume) as folder, _stoppable():
         folder.bind(job.inputs())
         with tempfile.TemporaryDirectory(prefix="activations-", dir=scratch or folder.path) as activations:
-            runner = Runner(job, folder, Path(activations), limits, prefetch, progress, on_memory, on_plan, on_tick)
-            extractions = runner.run()
-        job.save(extractions, Path(out), folder, force=force)
-    return job.result(extractions)
+            extractions = Runner(job, folder, Path(activations), listeners).run()
+        job.save(extractions, out, folder, force=force)
+    return extractions
 
 
-def _device_of(teacher: Any) -> torch.device:
-    if isinstance(teacher, nn.Module):
-        return next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    return torch.device("cpu")
+@dataclass(frozen=True)
+class Listeners:
+    """Who is told of a transfer's way: a bar on stderr, and the caller's functions."""
+
+    progress: bool = True
+    on_memory: Callable[[MemoryPlan], None] | None = None
+    on_plan: Callable[[TransferPlan], None] | None = None
+    on_tick: Callable[[Tick], None] | None = None
 
 
 class Runner:
     """Drives the engine for a job: memory plan, progress, checkpoints, and the extractions at the end."""
 
-    def __init__(
-        self,
-        job: Job,
-        folder: RunFolder | None,
-        activations: Path,
-        limits: dict[str, int | None],
-        prefetch: bool,
-        progress: bool,
-        on_memory: Callable[[MemoryPlan], None] | None,
-        on_plan: Callable[[TransferPlan], None] | None,
-        on_tick: Callable[[Tick], None] | None,
-    ) -> None:
-        self.job, self.folder, self.activations, self.limits = job, folder, activations, limits
-        self.prefetch, self.progress = prefetch, progress
-        self.on_memory, self.on_plan, self.on_tick = on_memory, on_plan, on_tick
+    def __init__(self, job: Job, folder: RunFolder | None, activations: Path, listeners: Listeners) -> None:
+        self.job, self.folder, self.activations, self.listeners = job, folder, activations, listeners
         self.harvests = [Harvest(job.pairing, job.factorization) for _ in job.seeds]
 
     def run(self) -> dict[str, Extraction]:
@@ -219,7 +197,7 @@ class Runner:
                 on_part=self._part,
                 on_commit=self._commit,
                 on_tick=tick,
-                prefetch=self.prefetch,
+                prefetch=self.job.execution.prefetch,
                 resident=memory.resident and teacher.source is not None,
             )
             try:
@@ -229,12 +207,13 @@ class Runner:
                     losses = engine.run(
                         samples,
                         sizes,
-                        lambda: Boundaries(job.device, memory.places, self.activations, behind=self.prefetch),
+                        lambda: Boundaries(
+                            job.device, memory.places, self.activations, behind=self.job.execution.prefetch
+                        ),
                         where=job.where,
                         resume=resume,
                         on_sizes=self._resized,
                     )
-                    # Names of parts outside the layers are known only once the engine has run.
                 return self._gather(losses, engine.weights_of)
             finally:
                 engine.close()
@@ -246,30 +225,30 @@ class Runner:
             sizes_of(teacher, job.teacher.layers, job.teacher.num_layers),
             [[s["input_ids"].shape[1] for s in task] for task in samples],
             device=job.device,
-            batch_size=job.batch_size,
+            batch_size=job.execution.batch_size,
             in_memory=teacher.source is None,
-            select=job.options["select"],
-            rank=job.factorization["rank" if job.factorization["energy"] is None else "max_rank"],
+            select=job.options.select,
+            rank=job.factorization.largest,
             scratch_free=shutil.disk_usage(self.activations).free,
-            device_memory=self.limits["device_memory"],
-            host_memory=self.limits["host_memory"],
+            device_memory=job.limits[0],
+            host_memory=job.limits[1],
         )
-        if self.on_memory is not None:
+        if self.listeners.on_memory is not None:
             if memory.flops > _WORTH_MEASURING:
                 dtype = teacher.dtype or next(teacher.model.parameters()).dtype
                 memory.seconds = measured_seconds(memory.flops, dtype, job.device)
-            self.on_memory(memory)
+            self.listeners.on_memory(memory)
         return memory
 
     def _part(self, task: int, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         self.harvests[task].take(key, scores, weight)
-        if self.job.keep_scores != "none":
+        if self.job.execution.keep_scores != "none":
             assert self.folder is not None
             self.folder.keep_scores(task, scores, self.tile)
 
     @property
     def tile(self) -> int | None:
-        return _tile(self.job) if self.job.keep_scores == "tiles" else None
+        return _tile(self.job) if self.job.execution.keep_scores == "tiles" else None
 
     def _commit(self, key: Key, progress: Progress) -> None:
         if self.folder is not None:
@@ -288,12 +267,12 @@ class Runner:
 
             def tick(now: Tick) -> None:
                 nonlocal advance
-                if self.progress:
+                if self.listeners.progress:
                     if advance is None:
                         advance = stack.enter_context(bar("transferring", now.total, unit="steps"))
                     advance(now.done)
-                if self.on_tick is not None:
-                    self.on_tick(now)
+                if self.listeners.on_tick is not None:
+                    self.listeners.on_tick(now)
 
             yield tick
 
@@ -305,10 +284,10 @@ class Runner:
         found = {}
         for task, (name, harvest) in enumerate(zip(self.job.seeds, self.harvests, strict=True)):
             made, pairs, energies = harvest.finish(weights_of)
-            if self.on_plan is not None:
-                self.on_plan(made)
+            if self.listeners.on_plan is not None:
+                self.listeners.on_plan(made)
             found[name] = Extraction(pairs, energies, made, self.job.provenance(task, losses[task]))
-            if self.job.keep_scores != "none":
+            if self.job.execution.keep_scores != "none":
                 assert self.folder is not None
                 described = functools.partial(self.job.scores_metadata, task, losses[task], self.tile)
                 self.folder.seal_scores(task, described)
@@ -329,13 +308,15 @@ class Runner:
             model = model.to(job.device)
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
-            sens = score_seeds(model, seeds, batch_size=job.batch_size, progress=self.progress)
+            sens = score_seeds(model, seeds, batch_size=job.execution.batch_size, progress=self.listeners.progress)
             made = Chooser(job.pairing).plan(sens)
-            if self.on_plan is not None:
-                self.on_plan(made)
-            provenance = {"seeds": describe_seeds(seeds), "losses": sens.losses}
-            found[name] = extract(model, made, **job.factorization, progress=self.progress, provenance=provenance)
-            if job.keep_scores != "none":
+            if self.listeners.on_plan is not None:
+                self.listeners.on_plan(made)
+            provenance = {"seeds": seeds.describe(), "losses": sens.losses}
+            found[name] = extract(
+                model, made, **job.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
+            )
+            if job.execution.keep_scores != "none":
                 assert self.folder is not None
                 sens.save(self.folder.scores_file(task))
         return found

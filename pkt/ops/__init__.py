@@ -1,0 +1,49 @@
+"""Every operation of pkt: one name each, whatever the device. `reference` says what it means, `dispatch` what runs it."""
+
+from pkt.ops.checked import (
+    abs_accumulate_,
+    abs_accumulate_many_,
+    best_window,
+    embedding_sensitivity_,
+    linear_sensitivity_,
+    linear_sensitivity_tiles_,
+    rsvd,
+    rsvd_batch,
+)
+from pkt.ops.dispatch import (
+    implementation,
+    names,
+    native_halves,
+    out_of_memory,
+    working_dtype,
+)
+from pkt.ops.reference import (
+    GRADIENT_ELEMENTS,
+    SEARCH_BYTES,
+    double_sum,
+    embedding_rows,
+    tile_sums,
+    window_bits,
+)
+
+__all__ = [
+    "GRADIENT_ELEMENTS",
+    "SEARCH_BYTES",
+    "abs_accumulate_",
+    "abs_accumulate_many_",
+    "best_window",
+    "double_sum",
+    "embedding_rows",
+    "embedding_sensitivity_",
+    "implementation",
+    "linear_sensitivity_",
+    "linear_sensitivity_tiles_",
+    "names",
+    "native_halves",
+    "out_of_memory",
+    "rsvd",
+    "rsvd_batch",
+    "tile_sums",
+    "window_bits",
+    "working_dtype",
+]
