@@ -1,4 +1,4 @@
-"""A model's matrices by role and layer, as the matching compares them: [out, in], fp32, the gain of the norm before them folded in."""
+"""A model's matrices by role and layer, as the matching compares them: fp32, the gain of the norm before them folded in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkt.models.huggingface import Runs, skeleton, unwrap
-from pkt.models import ModelSpec, Target, Weights, load_config, spec_of_model
-from pkt.models.norms import NORMS, unit_offset
+from pkt.models import (
+    NORMS,
+    ModelSpec,
+    Runs,
+    Target,
+    Weights,
+    load_config,
+    skeleton,
+    spec_of_model,
+    unit_offset,
+    unwrap,
+)
 
 # Roles whose input is a norm's output, and which norm's: that before the attention, the FFN or the head.
 _NORMED = {

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def unit_rows(features: Tensor) -> Tensor:
     """Rows of length one; rows of zeros stay."""
-    return features / features.norm(dim=1, keepdim=True).clamp_min(1e-20)
+    lengths: Tensor = features.norm(dim=1, keepdim=True).clamp_min(1e-20)
+    return features / lengths
 
 
 def cosines(teacher: Tensor, student: Tensor) -> Tensor:
@@ -69,4 +70,5 @@ def _mean(table: Tensor, index: Tensor, block: int) -> Tensor:
 def rotation(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix [size, size]."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
-    return q * r.diagonal().sign()
+    signed: Tensor = q * r.diagonal().sign()
+    return signed
