@@ -49,7 +49,10 @@ real: $(STAMP)
 bench: $(STAMP) demo
 	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
+	$(BIN)/python bench/bench_kernels.py --device cpu
+	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
 	$(BIN)/python bench/readme_tables.py
+	$(BIN)/python bench/goals.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pkt-demo runs pkt/_C*.so

@@ -19,19 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import RESULTS, Peak, Report, machine
 
-OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 RANK, SEEDS, TOKENS, MICRO_BATCH = 16, 8, 128, 8
 TEACHER = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 24}
 STUDENT = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_hidden_layers": 12}
@@ -85,34 +84,8 @@ def seeds(vocab: int = VOCAB, count: int = SEEDS, length: int = TOKENS) -> Any:
     return Seeds([Example(ids, list(ids), [], "", line) for line, ids in enumerate(rows, 1)], "bench", 0)
 
 
-def anonymous() -> int:
-    """Bytes of anonymous resident memory of this process (RssAnon): what is resident and not shared with a file."""
-    # Of the files that tell, the one of a few bytes: looking must not show in the bytes read.
-    _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
 def read_so_far() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
-
-
-class Peak:
-    """The largest anonymous memory while it is open, looked at every few milliseconds."""
-
-    def __enter__(self) -> Peak:
-        self.value, self.stop = anonymous(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.value = max(self.value, anonymous())
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.value = max(self.value, anonymous())
 
 
 def same_answer(folder: Path) -> bool:
@@ -171,6 +144,14 @@ def _seconds(call: Any) -> float:
     return sorted(times[1:])[1]
 
 
+def by_phase(ticks: list[Any]) -> dict[str, float]:
+    """Seconds that each phase of a transfer took."""
+    found: dict[str, float] = {}
+    for earlier, now in zip([None, *ticks], ticks, strict=False):
+        found[now.phase] = found.get(now.phase, 0.0) + now.seconds - (earlier.seconds if earlier else 0.0)
+    return found
+
+
 def child(folder: Path, layers: int) -> dict[str, Any]:
     """The measured process."""
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -191,7 +172,7 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
         selecting[0] += time.perf_counter() - begin
 
     pkt.transferring.run.Harvest.take = timed_take
-    bare, before = anonymous(), read_so_far()
+    before = read_so_far()
     begin, cpu = time.perf_counter(), time.process_time()
     with Peak() as peak:
         ext = pkt.transfer(
@@ -210,17 +191,14 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
     read, load = read_so_far() - before, os.getloadavg()[0]
     alone = products(shape)
     checkpoint = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    by_phase: dict[str, float] = {}
-    for earlier, now in zip([None, *ticks], ticks, strict=False):
-        by_phase[now.phase] = by_phase.get(now.phase, 0.0) + now.seconds - (earlier.seconds if earlier else 0.0)
     return {
         "seconds": seconds,
-        "seconds_by_phase": by_phase,
+        "seconds_by_phase": by_phase(ticks),
         "windows_and_factors_seconds": selecting[0],
         "products_seconds": sum(alone.values()),
         "products_by_kind": alone,
         "time_ratio": seconds / sum(alone.values()),
-        "peak_gb": (peak.value - bare) / 1e9,
+        "peak_gb": peak.bytes / 1e9,
         "planned_gb": memory[0].device_total / 1e9,
         "read_bytes": read,
         "read_ratio": read / checkpoint,
@@ -289,74 +267,156 @@ def scaling(samples: int = 32, tokens: int = 512) -> None:
         )
 
 
-# Name, teacher, student, memory the transfer may use (None: what is free), goals of DESIGN's table (seconds, bytes).
 SMALLER = {"7B": (11008, 4096, 32, 32, 32, 32000), "8B": (14336, 4096, 32, 32, 8, 32000)}
+# Name, teacher, student, device memory and host memory the transfer may use (None: resident, in what is free).
 GPU_ROWS = (
-    ("13B resident", "13B", "7B", None, 10.0, None),
-    ("13B streamed", "13B", "7B", 10_000_000_000, 10.0, 10_000_000_000),
-    ("34B from host memory", "34B", "8B", 16_000_000_000, 60.0, 16_000_000_000),
+    ("13B resident", "13B", "7B", None, 32_000_000_000),
+    ("13B streamed", "13B", "7B", 10_000_000_000, 32_000_000_000),
+    ("34B from host memory", "34B", "8B", 16_000_000_000, 32_000_000_000),
 )
 
 
-def random_model(shape: Any, device: torch.device) -> Any:
-    """bf16 weights from one random block: a large model's own random numbers would take longer than the transfer."""
+def random_model(shape: Any, device: torch.device, *, layers_share: bool) -> Any:
+    """bf16 weights from one random block: a large model's own random numbers would take longer than the transfer.
+
+    layers_share: every decoder layer's tensors are views of the first one's values, so that a teacher in host memory takes one
+    layer of it. A layer is larger than any cache, so reading it again is reading memory all the same.
+    """
     from pkt.models import hollow_model
 
     model = hollow_model(shape, torch.bfloat16, device)
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[key] = torch.nn.Parameter(torch.empty_like(parameter, device=device))
     block = (torch.randn(1 << 24) * 0.02).to(torch.bfloat16).to(device)
-    for index, parameter in enumerate(model.parameters()):
-        flat = parameter.data.view(-1)
-        for start in range(0, flat.numel(), block.numel()):
-            part = flat[start : start + block.numel()]
-            part.copy_(block.roll(7919 * (index + 1))[: part.numel()])
-        if parameter.ndim == 1:
-            parameter.data += 1
+    first: dict[str, torch.Tensor] = {}
+    for index, (name, parameter) in enumerate(list(model.named_parameters())):
+        owner, _, key = name.rpartition(".")
+        like = re.sub(r"\.layers\.\d+\.", ".layers.*.", name) if layers_share else name
+        if like not in first:
+            first[like] = values = torch.empty_like(parameter, device=device)
+            flat = values.view(-1)
+            for start in range(0, flat.numel(), block.numel()):
+                part = flat[start : start + block.numel()]
+                part.copy_(block.roll(7919 * (index + 1) + start // block.numel())[: part.numel()])
+            if values.ndim == 1:
+                values += 1
+        model.get_submodule(owner)._parameters[key] = torch.nn.Parameter(first[like])
     return model
 
 
-def on_device(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
-    """One transfer a row: 32 samples of 512 tokens, end to end after loading."""
+def regions_of(ext: Any) -> list[Any]:
+    return [ext.plan.layer_map, *((e.source, e.target, e.region) for e in ext.plan.entries)]
+
+
+def regions_that_differ(device: torch.device, folder: Path) -> int:
+    """On a small teacher in fp32: how many regions and layers the device chooses otherwise than the CPU, either way."""
+    import pkt
+    from pkt.models import load_model
+
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_hidden_layers": 4}
+    student = config({"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 2, "num_hidden_layers": 2})
+    write_teacher(folder, shape)
+    rows = seeds(count=4, length=32)
+    options: dict[str, Any] = {"rank": 4, "batch_size": 2, "dtype": torch.float32, "progress": False}
+    wanted = regions_of(pkt.transfer(folder, student, rows, device="cpu", **options))
+    resident = regions_of(pkt.transfer(folder, student, rows, device=device, **options))
+    on_host = load_model(folder, dtype=torch.float32)
+    streamed = regions_of(pkt.transfer(on_host, student, rows, device=device, device_memory="1GB", **options))
+    return sum(a != b for found in (resident, streamed) for a, b in zip(found, wanted, strict=True))
+
+
+class _PlannedError(Exception):
+    """Carries a transfer's memory plan out of it, before any weight is read."""
+
+
+def planned(**inputs: Any) -> dict[str, Any]:
+    """What the transfer says that it will take; `predicted_seconds` is its flops at the rate this device shows in a trial."""
     import pkt
 
-    found = []
-    for name, teacher, student, memory, seconds_goal, bytes_goal in GPU_ROWS:
-        resident = memory is None
-        model = random_model(llama(LARGE[teacher], tiny), device if resident else torch.device("cpu"))
-        rows = seeds(vocab=model.config.vocab_size, count=4 if tiny else 32, length=32 if tiny else 512)
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        ticks: list[Any] = []
+    def stop(plan: Any) -> None:
+        raise _PlannedError(plan)
+
+    try:
+        pkt.transfer(**inputs, on_memory=stop)
+    except _PlannedError as told:
+        plan = told.args[0]
+    return {
+        "planned_bytes": plan.device_total,
+        "predicted_seconds": plan.seconds,
+        "micro_batch": plan.micro_batch,
+        "places": {place: plan.places.count(place) for place in sorted(set(plan.places))},
+        "resident": plan.resident,
+    }
+
+
+def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict[str, Any]:
+    """32 samples of 512 tokens, end to end after loading, after the same on two layers has made every kernel."""
+    import pkt
+
+    name, teacher, student, device_memory, host_memory = row
+    home = device if device_memory is None else torch.device("cpu")
+    shapes = llama(LARGE[teacher], tiny), llama(SMALLER[student], tiny)
+    rows = seeds(vocab=shapes[0].vocab_size, count=4 if tiny else 32, length=32 if tiny else 512)
+    options: dict[str, Any] = {
+        "seeds": rows,
+        "rank": 2 if tiny else RANK,
+        "batch_size": 8,
+        "device": device,
+        "device_memory": None if tiny else device_memory,
+        "host_memory": None if tiny else host_memory,
+        "progress": False,
+    }
+    two = [type(shape)(**{**shape.to_dict(), "num_hidden_layers": 2}) for shape in shapes]
+    begin = time.perf_counter()
+    pkt.transfer(random_model(two[0], home, layers_share=False), two[1], **options)
+    warm_up = time.perf_counter() - begin
+
+    model = random_model(shapes[0], home, layers_share=device_memory is not None)
+    found = {"row": name, "warm_up_seconds": warm_up, **planned(teacher=model, student=shapes[1], **options)}
+    ticks: list[Any] = []
+    with Peak(device) as peak:
         begin = time.perf_counter()
-        pkt.transfer(
-            *(model, llama(SMALLER[student], tiny), rows),
-            rank=RANK if not tiny else 2,
-            batch_size=8,
-            device=device,
-            device_memory=None if tiny else memory,
-            progress=False,
-            on_tick=ticks.append,
+        pkt.transfer(model, shapes[1], **options, on_tick=ticks.append)
+        seconds = time.perf_counter() - begin
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    text = shapes[0]
+    return {
+        **found,
+        "seconds": seconds,
+        "seconds_by_phase": by_phase(ticks),
+        "waiting_share": ticks[-1].waiting,
+        "tokens_per_s": rows.tokens / seconds,
+        # All that the device holds: a resident teacher was there before.
+        "peak_bytes": peak.most if device.type == "cuda" else peak.bytes,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+        "weights_bytes": weights,
+        "boundaries_bytes": (text.num_hidden_layers + 1) * rows.tokens * text.hidden_size * 2,
+    }
+
+
+def on_device(device: torch.device, tiny: bool, out: Path) -> int:
+    """The rows of a GPU, each written as soon as it is there."""
+    report = Report(out / f"stream_{device.type}.json", device, samples=32, tokens=512)
+    with tempfile.TemporaryDirectory(prefix="pkt-bench-") as scratch:
+        try:
+            different = regions_that_differ(device, Path(scratch) / "small")
+            report.save(regions_that_differ=different)
+            if different:
+                raise ValueError(f"{different} regions or layers are not those that the CPU chooses")
+        except Exception as error:
+            report.fail("same regions", error)
+    for row in GPU_ROWS:
+        try:
+            found = one_transfer(row, device, tiny)
+        except Exception as error:
+            report.fail(row[0], error)
+            continue
+        report.add(found)
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in found["seconds_by_phase"].items())
+        print(
+            f"stream {found['row']:22} {found['seconds']:8.2f} s ({phases}; waiting {found['waiting_share']:.0%})  "
+            f"peak {found['peak_bytes'] / 1e9:6.2f} GB of {found['planned_bytes'] / 1e9:6.2f} planned",
+            flush=True,
         )
-        row = {
-            "row": name,
-            "seconds": time.perf_counter() - begin,
-            "seconds_goal": seconds_goal,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            "bytes_goal": bytes_goal,
-            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "waiting_share": ticks[-1].waiting,
-        }
-        found.append(row)
-        print(f"stream {name:22} {row['seconds']:8.2f} s  peak {(row['peak_bytes'] or 0) / 1e9:6.2f} GB", flush=True)
-        del model
-        if cuda:
-            torch.cuda.empty_cache()
-    return found
+    return report.finish()
 
 
 def main() -> int:
@@ -366,16 +426,14 @@ def main() -> int:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scaling", action="store_true", help="print the calculated tables and leave")
     parser.add_argument("--device", default="", help="cuda: the rows of a GPU")
-    parser.add_argument("--tiny", action="store_true", help="with --device: tiny shapes, written nowhere")
+    parser.add_argument("--tiny", action="store_true", help="with --device: shapes that show whether it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.device:
         device = torch.device(options.device)
-        rows = on_device(device, options.tiny)
-        if not options.tiny:
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-            value = {"device": name, "torch": torch.__version__, "samples": 32, "tokens": 512, "rows": rows}
-            (OUT / f"stream_{device.type}.json").write_text(json.dumps(value, indent=1) + "\n")
-        return 0
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return on_device(device, options.tiny, options.out)
     if options.scaling:
         scaling()
         return 0
@@ -400,12 +458,14 @@ def main() -> int:
             print(done.stderr, file=sys.stderr)
             return done.returncode
         found = json.loads(done.stdout.splitlines()[-1])
+    facts = machine("cpu")["machine"]
     result = {
         "what": f"streamed transfer, {size / 2e9:.2f}B bf16 teacher on disk, {SEEDS} seeds x {TOKENS} tokens, rank {RANK}",
         "teacher": {**TEACHER, "num_hidden_layers": options.layers, "vocab_size": VOCAB, "bytes": size},
         "student": {**STUDENT, "num_hidden_layers": options.layers // 2},
         "machine": {
-            "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            **facts,
+            "cpu": f"{facts['cpu']}, {facts['instructions']}",
             "threads": options.threads,
             "computed_in": str(working_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch."),
         },
@@ -416,8 +476,8 @@ def main() -> int:
     }
     print(json.dumps(result, indent=2))
     if options.layers == TEACHER["num_hidden_layers"]:
-        OUT.mkdir(parents=True, exist_ok=True)
-        (OUT / "stream_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "stream_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -121,7 +121,11 @@ def kernels_table(found: dict) -> str:
     lines = [f"| op, fp32, {found['threads']} cores | | ms | of pkt's time |", "|---|---|---|---|"]
     return "\n".join(
         lines
-        + [f"| {r['group']} | {r['rival']} | {r['ms']:.1f} | {r['ours_is_faster_by']:.2f} |" for r in found["rows"]]
+        + [
+            f"| {r['group']} | {r['rival']} | {r['ms']:.1f} | {r['ours_is_faster_by']:.2f} |"
+            for r in found["rows"]
+            if "failed" not in r
+        ]
     )
 
 

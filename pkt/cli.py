@@ -196,7 +196,7 @@ def _device(text: str | None) -> Any:
     from pkt.models import checked_device
 
     if text is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     return checked_device(text)
 
 

@@ -492,7 +492,7 @@ class TestBadInput:
         )
         run(*command)
         assert "finished run" in fails(*command)
-        assert "another run (different: lr)" in fails(*command, "--lr", 1)
+        assert "another run (lr: 0.0003 there, 1.0 here)" in fails(*command, "--lr", 1)
 
     def test_a_full_disk_leaves_nothing(
         self, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path

@@ -434,6 +434,25 @@ class TestTransfer:
         with pytest.raises(pkt.PktError, match="one sample at a time"):
             pkt.transfer(tmp_path / "teacher", student, rows, rank=4, progress=False)
 
+    def test_memory_that_runs_out_in_the_extension_halves_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        calm = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
+        plain, calls = ops.rsvd_batch, []
+
+        def once(*args: Any, **options: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise RuntimeError("pkt: out of memory: no tensor of 4096 entries")
+            return plain(*args, **options)
+
+        monkeypatch.setattr(ops, "rsvd_batch", once)
+        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
+        plans_equal(ext.plan, calm.plan)
+        assert len(calls) > 2
+
     def test_a_model_scored_whole_says_so(self) -> None:
         model = oracle.llama()
         model.model.layers[2].mlp = model.model.layers[0].mlp
@@ -495,39 +514,28 @@ class TestMemoryPlan:
 
 
 CHILD = """
-import ctypes, sys, threading, time
-from pathlib import Path
+import sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 import pkt, pkt.streaming.allocator, pkt.transferring.run, test_streaming
+from measuring import Peak
 from pkt.models import load_model
 from pkt.scoring import score_seeds
-
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0]) * 1024
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
 with pkt.streaming.allocator.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
-ctypes.CDLL(None).malloc_trim(0)
-bare, peak, stop, planned = anonymous(), [0], threading.Event(), []
-
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-
-thread = threading.Thread(target=watch, daemon=True); thread.start()
-if {streamed!r}:
-    pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
-                 on_memory=lambda plan: planned.append(plan.device_total))
-else:
-    score_seeds(load_model({teacher!r}), rows, progress=False)
-stop.set(); thread.join()
-print(peak[0] - bare, *map(round, planned))
+planned = []
+with Peak() as peak:
+    if {streamed!r}:
+        pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
+                     on_memory=lambda plan: planned.append(plan.device_total))
+    else:
+        score_seeds(load_model({teacher!r}), rows, progress=False)
+print(peak.bytes, *map(round, planned))
 """
 
 
@@ -543,7 +551,7 @@ def peak_of(
 ) -> list[int]:
     """Bytes of anonymous memory a run took at its peak, and what was planned."""
     code = CHILD.format(
-        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
+        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parents[1])],
         tiny=str(tiny),
         student=str(student),
         teacher=str(teacher),

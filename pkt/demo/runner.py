@@ -26,9 +26,10 @@ import pkt
 from pkt.adapters import Pair
 from pkt.demo.workers import workers
 from pkt.extraction import Extraction
-from pkt.files import MANIFEST, check_output_folder, os_errors, read_json, write_json
+from pkt.files import MANIFEST, check_output_folder, os_errors, write_json
 from pkt.lora.finalization import finalize
 from pkt.lora.injection import inject, load_with_adapter, wrap
+from pkt.manifest import manifest_of, read_manifest
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 from pkt.scoring import score_seeds
@@ -43,7 +44,6 @@ BATCH = 32
 EPOCHS = 2.0
 TRAIN_ROWS, HELD_OUT = 512, 64
 CHOOSING_SEED = 1000
-STARTED = {"format": "pkt-demo-1", "kind": "demo", "finished": False}
 
 Start = Callable[[int], Any]  # training seed -> a model ready to train
 
@@ -92,12 +92,13 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
 
     begin = time.perf_counter()
     # What an interrupted demo left is nothing to keep.
-    unfinished = (out / MANIFEST).is_file() and read_json(out / MANIFEST) == STARTED
+    found = read_manifest(out) if (out / MANIFEST).is_file() else {}
+    unfinished = found.get("kind") == "demo" and not found.get("finished")
     check_output_folder(out, force=force or unfinished)
     shutil.rmtree(out, ignore_errors=True)
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / MANIFEST, STARTED)
+        write_json(out / MANIFEST, manifest_of("demo", {"finished": False}))
     teacher, student, data = ASSETS / "teacher", ASSETS / "student", ASSETS / "data"
     tokenizer = load_tokenizer(student)
     rows = load_seeds(data / "train.jsonl", tokenizer)
@@ -168,7 +169,7 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
         picture = _picture(ext, summary, rows_head(load_seeds(data / "seeds.jsonl", tokenizer)))
         (out / "demo.png").write_bytes(picture)
         (out / "demo.html").write_text(_page(summary, picture), encoding="utf-8")
-        write_json(out / MANIFEST, {**STARTED, "finished": True})
+        write_json(out / MANIFEST, manifest_of("demo", {"finished": True}))
     say(f"{out / 'demo.png'} and {out / 'demo.html'} show it; {time.perf_counter() - begin:.0f} seconds in all")
     return summary
 

@@ -5,6 +5,3 @@ from pkt.extraction.pairs import extract as extract
 from pkt.extraction.pairs import factorize_targets as factorize_targets
 from pkt.extraction.result import Extraction as Extraction
 from pkt.extraction.result import describe_factorization as describe_factorization
-from pkt.extraction.result import name_kind as name_kind
-from pkt.extraction.result import read_manifest as read_manifest
-from pkt.extraction.result import versions as versions

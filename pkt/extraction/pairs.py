@@ -12,8 +12,9 @@ from torch import Tensor
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction.factorization import BATCH, Factors, enough_memory, factorize_all
-from pkt.extraction.result import Extraction, versions
+from pkt.extraction.result import Extraction
 from pkt.files import as_path
+from pkt.manifest import versions
 from pkt.models import ModelSpec, Weights, check_identity, fingerprint, spec_of
 from pkt.options import Factorization, Split
 from pkt.planning import Entry, TransferPlan, by_expert, source_names

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.files import MANIFEST, as_path, atomic_folder, read_json, write_json
+from pkt.files import MANIFEST, as_path, atomic_folder, write_json
+from pkt.manifest import manifest_of, name_kind, read_manifest
 from pkt.models import Kind
 from pkt.planning import TransferPlan
 from pkt.version import __version__
-
-FORMAT = "pkt-extraction-1"
 
 
 @dataclass
@@ -57,15 +52,14 @@ class Extraction:
             (scratch / "README.md").write_text(model_card(self), encoding="utf-8", newline="\n")
 
     def manifest(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "kind": "extraction",
+        entries = {
             "plan": self.plan.as_dict(),
             "kinds": {m: p.kind for m, p in self.pairs.items()},
             "ranks": {m: p.rank for m, p in self.pairs.items()},
             "energies": self.energies,
             **self.provenance,
         }
+        return manifest_of("extraction", entries)
 
     @classmethod
     def load(cls, folder: str | Path) -> Extraction:
@@ -92,52 +86,6 @@ class Extraction:
         pairs = {m: Pair(adapter.pairs[m].A, adapter.pairs[m].B, kinds[m]) for m in kinds}
         rest = {k: v for k, v in manifest.items() if k not in ("format", "kind", "plan", "kinds", "ranks", "energies")}
         return cls(pairs, manifest["energies"], plan, rest)
-
-
-# What pkt writes, by the kind in its manifest: in words, and the entries that are always there.
-KINDS: dict[str, tuple[str, dict[str, type]]] = {
-    "extraction": ("an extraction", {"plan": dict, "kinds": dict, "energies": dict}),
-    "run": ("a training run", {"mode": str, "student": str, "settings": dict}),
-    "adapter": ("a finalized adapter", {"mode": str, "base": str}),
-    "residual-base": ("the shifted base of a residual injection", {}),
-    "model": ("a merged model", {}),
-    "demo": ("a demo's folder", {}),
-}
-
-
-def name_kind(manifest: Mapping[str, Any]) -> str:
-    """What a folder with this manifest is, in words."""
-    return KINDS.get(str(manifest.get("kind")), ("something else",))[0]
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """pkt.json of a folder that pkt wrote. Raises `PktError` where it is missing, or is not whole."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise PktError(f"{folder} does not exist; name a folder that pkt wrote")
-    if not (folder / MANIFEST).is_file():
-        raise PktError(f"{folder} has no {MANIFEST}, so pkt did not write it")
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise PktError(f"{folder / MANIFEST} is not a manifest of pkt's; the folder was changed")
-    wanted = KINDS.get(str(manifest.get("kind")), ("", {}))[1]
-    bad = [key for key, form in wanted.items() if not isinstance(manifest.get(key), form)]
-    if bad:
-        raise PktError(f"{folder / MANIFEST} is damaged: {name_kind(manifest)} without {', '.join(bad)}; make it again")
-    return manifest
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a result."""
-    import importlib.metadata as metadata
-
-    found = {"pkt": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "peft", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 CARD = """---

@@ -31,7 +31,7 @@ from pkt.adapters import (
     split_tied,
 )
 from pkt.errors import PktError, PktWarning
-from pkt.extraction import Extraction, read_manifest, versions
+from pkt.extraction import Extraction
 from pkt.files import (
     MANIFEST,
     as_path,
@@ -52,11 +52,11 @@ from pkt.lora.injection import (
     spec_of_base,
     subtract,
 )
+from pkt.manifest import manifest_of, read_manifest, versions
 from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import load_seeds
 from pkt.version import __version__
 
-FORMAT = "pkt-adapter-1"
 INITIAL = "pkt_initial"  # folder with the factors that a residual adapter started from
 # Largest logit difference of an exact result, relative to the largest logit: fp32, and half precision, where the base itself
 # was rounded when B₀A₀ left it.
@@ -543,9 +543,7 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
 
 
 def _manifest(result: Finalized) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "kind": "adapter",
+    entries = {
         "mode": result.mode,
         "base": result.base,
         "ranks": {m: p.rank for m, p in result.pairs.items()},
@@ -554,6 +552,7 @@ def _manifest(result: Finalized) -> dict[str, Any]:
         "check": None if result.check is None else dataclasses.asdict(result.check),
         "versions": versions(),
     }
+    return manifest_of("adapter", entries)
 
 
 CARD = """---
@@ -587,4 +586,4 @@ def _write_merged(folder: Path, adapter: Adapter, student: str | Path) -> None:
         model.save_pretrained(folder)
         if (Path(student) / "tokenizer_config.json").is_file():
             load_tokenizer(student).save_pretrained(folder)
-    write_json(folder / MANIFEST, {"format": FORMAT, "kind": "model", "base": adapter.base, "versions": versions()})
+    write_json(folder / MANIFEST, manifest_of("model", {"base": adapter.base, "versions": versions()}))

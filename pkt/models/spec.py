@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pkt.errors import PktError
 from pkt.files import sha256
+from pkt.manifest import difference
 from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, Fused, Kind, Runs, known, read_roles, role_of
 
 
@@ -88,11 +89,11 @@ def check_identity(recorded: Any, spec: ModelSpec, what: str) -> None:
     """Raises `PktError` when what is recorded of a model (`ModelSpec.identity`) is another model's; its name may differ."""
     if not isinstance(recorded, dict):
         return
-    found = spec.identity()
-    changed = [k for k in ("model_type", "num_layers", "vocab_size", "shapes") if recorded.get(k, found[k]) != found[k]]
-    if changed:
+    found = {k: v for k, v in spec.identity().items() if k in recorded and k not in ("name", "tied_head")}
+    different = difference({k: recorded[k] for k in found}, found)
+    if different:
         raise PktError(
-            f"{what} was made from another model ({recorded.get('name')}) than {spec.name}: {', '.join(changed)} differ"
+            f"{what} was made from another model ({recorded.get('name')}) than {spec.name}: {', '.join(different)}"
         )
 
 

@@ -20,18 +20,16 @@ from pkt.errors import PktError, PktWarning
 from pkt.ops import reference, rsvd_reference
 
 _lib = torch.library.Library("pkt", "DEF")
-_lib.define("abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad) -> ()")
-_lib.define("abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad) -> ()")
+# What a measure adds: |theta^weighted * g_j|^power of each sample j (`reference.MEASURES` names the combinations).
+_MEASURE = "int power=1, bool weighted=True"
+_SAMPLES = "Tensor seq_starts, Tensor seq_lens"
+_lib.define(f"abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad, {_MEASURE}) -> ()")
+_lib.define(f"abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad, {_MEASURE}) -> ()")
+_lib.define(f"linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()")
 _lib.define(
-    "linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
+    f"linear_sensitivity_tiles_(Tensor(a!) tiles, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, int tile, {_MEASURE}) -> ()"
 )
-_lib.define(
-    "linear_sensitivity_tiles_(Tensor(a!) tiles, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens, "
-    "int tile) -> ()"
-)
-_lib.define(
-    "embedding_sensitivity_(Tensor(a!) acc, Tensor w, Tensor ids, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
-)
+_lib.define(f"embedding_sensitivity_(Tensor(a!) acc, Tensor w, Tensor ids, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()")
 _lib.define("best_window(Tensor score, int rows, int cols, int row_step=1, int col_step=1) -> (Tensor, Tensor)")
 _lib.define("rsvd(Tensor a, int rank, int oversample=16, int iters=4, int seed=0) -> (Tensor, Tensor, Tensor, Tensor)")
 _lib.define(
@@ -56,8 +54,8 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's on a GPU and on a CPU, C++'s, or one asked for by pkt._C."""
-    told = ("can't allocate memory", "bad_alloc", '"aten::empty"')
+    """Whether an allocation failed: torch's on a GPU and on a CPU, CUDA's, C++'s, or one asked for by pkt._C."""
+    told = ("out of memory", "can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
 
 

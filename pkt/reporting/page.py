@@ -14,9 +14,10 @@ import torch
 from pkt import ops
 from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction import Extraction, describe_factorization, read_manifest, versions
+from pkt.extraction import Extraction, describe_factorization
 from pkt.files import MANIFEST, atomic_file, read_json
 from pkt.lora.finalization import read_source
+from pkt.manifest import read_manifest, versions
 from pkt.models import spec_of
 from pkt.planning import TransferPlan, describe
 from pkt.transferring.checkpoints import describe_run, run_path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError, SampleError
-from pkt.models import decoder_layers, kind_of, spec_of
+from pkt.models import checked_device, decoder_layers, kind_of, spec_of
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
@@ -56,6 +56,7 @@ def sensitivity(
     packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
+    place = None if device is None else checked_device(device)
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
@@ -73,8 +74,8 @@ def sensitivity(
     with scorer, _progress(sum(sizes), progress) as advance:
         losses = scorer.run(batches, sizes, loss_fn, advance)
     scores = scorer.finish()
-    if device is not None:
-        scores = {name: score.to(device) for name, score in scores.items()}
+    if place is not None:
+        scores = {name: score.to(place) for name, score in scores.items()}
     return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
 
 

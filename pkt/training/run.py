@@ -18,7 +18,7 @@ import torch
 
 from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
-from pkt.extraction import Extraction, name_kind, read_manifest, versions
+from pkt.extraction import Extraction
 from pkt.files import (
     LOCK,
     MANIFEST,
@@ -36,11 +36,10 @@ from pkt.files import (
 )
 from pkt.lora.finalization import INITIAL
 from pkt.lora.injection import ADAPTER, Mode, check_settings, checked_dropout, inject
+from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
 from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.version import __version__
-
-FORMAT = "pkt-run-1"
 
 
 def train(
@@ -268,11 +267,9 @@ def _start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> s
     manifest = read_manifest(out)
     if manifest.get("kind") != "run":
         raise PktError(f"{out} holds {name_kind(manifest)}, not a training run; name a new folder")
-    different = [k for k, v in settings.items() if manifest["settings"].get(k) != v]
+    different = difference(manifest["settings"], settings)
     if different:
-        raise PktError(
-            f"{out} is another run (different: {', '.join(different)}); name a new folder, or start over with --force"
-        )
+        raise PktError(f"{out} is another run ({', '.join(different)}); name a new folder, or start over with --force")
     if manifest.get("finished"):
         raise PktError(
             f"{out} is a finished run; finalize it (pkt finalize {shlex.quote(str(out))} --out DIR), name a new folder, or start "
@@ -304,9 +301,7 @@ def _checkpoint_fault(folder: Path, step: int) -> str | None:
 def _write_run(out: Path, ext: Extraction, model: Any, settings: dict[str, Any], student: str) -> None:
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            "format": FORMAT,
-            "kind": "run",
+        entries = {
             "mode": settings["mode"],
             "student": student,
             "settings": settings,
@@ -315,7 +310,7 @@ def _write_run(out: Path, ext: Extraction, model: Any, settings: dict[str, Any],
             "finished": False,
         }
         with atomic_file(out / MANIFEST) as scratch:
-            write_json(scratch, manifest)
+            write_json(scratch, manifest_of("run", entries))
         if settings["mode"] == "residual":
             _write_initial(out, ext, student)
 
@@ -404,9 +399,7 @@ def _write_base(folder: Path, model: Any, ext: Extraction, student: str | Path) 
         if (Path(student) / "tokenizer_config.json").is_file():
             load_tokenizer(student).save_pretrained(str(folder))
     _write_initial(folder, ext, str(student))
-    write_json(
-        folder / MANIFEST, {"format": FORMAT, "kind": "residual-base", "student": str(student), "versions": versions()}
-    )
+    write_json(folder / MANIFEST, manifest_of("residual-base", {"student": str(student), "versions": versions()}))
 
 
 CARD = """---

@@ -19,6 +19,7 @@ from torch import Tensor
 from pkt import ops
 from pkt.errors import PktError
 from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
+from pkt.manifest import difference, spoken_name
 from pkt.streaming import Key, MemoryPlan, Progress
 from pkt.transferring.extractor import Harvest
 
@@ -69,7 +70,6 @@ class RunFolder:
 
     def bind(self, inputs: dict[str, Any]) -> None:
         """Refuse to continue a run of other inputs, naming what differs; sweep away what an interrupted write left."""
-        inputs = json.loads(json.dumps(inputs))
         file = self.path / "run.json"
         if file.is_file():
             # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
@@ -85,12 +85,11 @@ class RunFolder:
                 )
             if not recorded or self.value.get("format") != RUN_FORMAT:
                 raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
-            different = sorted(k for k in {*inputs, *recorded} if inputs.get(k) != recorded.get(k))
+            different = difference(recorded, inputs)
             if different:
-                told = ", ".join(_difference(name, recorded.get(name), inputs.get(name)) for name in different)
                 raise PktError(
-                    f"{self.path} holds an unfinished run of other inputs ({told}); finish it with the old ones, or start over "
-                    "with --force"
+                    f"{self.path} holds an unfinished run of other inputs ({', '.join(different)}); finish it with the old ones, "
+                    "or start over with --force"
                 )
         else:
             self.clear()
@@ -244,19 +243,6 @@ class RunFolder:
                     into.write(opened.get_tensor(name).contiguous().numpy().data)
 
 
-def _spoken_name(name: str) -> str:
-    return name.removeprefix("option ").removeprefix("factorization ")
-
-
-def _difference(name: str, then: Any, now: Any) -> str:
-    """What changed, with both values where they say something."""
-    name = _spoken_name(name)
-    plain = (bool, int, float, str, type(None))
-    # Hashes and what is made of several things say nothing.
-    spoken = all(isinstance(v, plain) and len(str(v)) < 40 for v in (then, now)) and not name.startswith("seeds")
-    return f"{name}: {then} there, {now} here" if spoken else f"{name} changed"
-
-
 def describe_run(path: Path) -> dict[str, str]:
     """What an unfinished run is, how far it came, and how it goes on. Raises `PktError` for a folder that is none."""
     value = read_json(path / "run.json")
@@ -264,7 +250,7 @@ def describe_run(path: Path) -> dict[str, str]:
     if not isinstance(inputs, dict) or not {"teacher", "student"} <= set(inputs):
         raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
     parts = len(list(path.glob("step-*.safetensors")))
-    given = {_spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
+    given = {spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
     settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
     return {
         "is": f"an unfinished transfer: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",

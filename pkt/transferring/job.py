@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.extraction import Extraction, versions
+from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
+from pkt.manifest import difference, versions
 from pkt.models import (
     ModelSpec,
     check_checkpoint,
@@ -263,10 +264,10 @@ def _finished(
         "options": ext.plan.options,
         "factorization": ext.provenance.get("factorization"),
     }
-    different = [name for name in wanted if wanted[name] != recorded[name]]
+    different = difference(recorded, wanted)
     if different:
         raise PktError(
-            f"{out} holds the result of another transfer (other {', '.join(different)}); name another, or replace it with --force"
+            f"{out} holds the result of another transfer ({', '.join(different)}); name another, or replace it with --force"
         )
     return ext
 
