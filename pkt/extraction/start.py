@@ -8,10 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction.result import name_kind, read_manifest
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
-
-FORMAT = "pkt-start-1"
+from pkt.manifest import manifest_of, name_kind, read_manifest
 
 
 @dataclass
@@ -54,9 +52,7 @@ class Start:
             (scratch / "README.md").write_text(self.card(), encoding="utf-8", newline="\n")
 
     def manifest(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "kind": self.kind,
+        entries = {
             "mode": self.mode,
             "student": self.student,
             "kinds": {m: p.kind for m, p in self.pairs.items()},
@@ -64,6 +60,7 @@ class Start:
             "energies": self.energies,
             **self.provenance,
         }
+        return manifest_of(self.kind, entries)
 
     @classmethod
     def load(cls, folder: str | Path) -> Start:
