@@ -19,13 +19,13 @@ from pkt.version import __version__
 
 if TYPE_CHECKING:
     from pkt.extraction import Extraction as Extraction
+    from pkt.extraction import Start as Start
     from pkt.extraction import extract as extract
     from pkt.extraction.factorization import factorize as factorize
-    from pkt.extraction.start import Start as Start
-    from pkt.lora.finalization import finalize as finalize
-    from pkt.lora.injection import initialize_lora_weights as initialize_lora_weights
-    from pkt.lora.injection import initialize_pissa_weights as initialize_pissa_weights
-    from pkt.lora.injection import inject as inject
+    from pkt.lora import finalize as finalize
+    from pkt.lora import initialize_lora_weights as initialize_lora_weights
+    from pkt.lora import initialize_pissa_weights as initialize_pissa_weights
+    from pkt.lora import inject as inject
     from pkt.matching import Lineage as Lineage
     from pkt.matching import lineage as lineage
     from pkt.planning import TransferPlan as TransferPlan
@@ -43,14 +43,14 @@ _HOME = {
     "Lineage": "matching",
     "Seeds": "seeds",
     "Sensitivity": "scoring",
-    "Start": "extraction.start",
+    "Start": "extraction",
     "TransferPlan": "planning",
     "extract": "extraction",
     "factorize": "extraction.factorization",
-    "finalize": "lora.finalization",
-    "initialize_lora_weights": "lora.injection",
-    "initialize_pissa_weights": "lora.injection",
-    "inject": "lora.injection",
+    "finalize": "lora",
+    "initialize_lora_weights": "lora",
+    "initialize_pissa_weights": "lora",
+    "inject": "lora",
     "lineage": "matching",
     "load_seeds": "seeds",
     "plan": "planning",

@@ -597,10 +597,10 @@ def evaluate(
     json_: JsonFlag = False,
 ) -> None:
     """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
-    from pkt.lora.injection import load_with_adapter
+    from pkt.lora import load_with_adapter
     from pkt.models import load_tokenizer
     from pkt.seeds import load_seeds
-    from pkt.training.evaluation import evaluate as run
+    from pkt.training import evaluate as run
 
     tokenizer = load_tokenizer(model)
     rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit)

@@ -212,8 +212,7 @@ def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
 
 
 def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
-    from pkt import training, transferring
-    from pkt.lora import finalization
+    from pkt import lora, training, transferring
 
     monkeypatch.chdir(tmp_path)
 
@@ -223,7 +222,7 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, t
     def terminate(*args: Any, **options: Any) -> None:
         raise SystemExit(143)
 
-    for module, name in ((training, "train"), (transferring, "transfer"), (finalization, "finalize")):
+    for module, name in ((training, "train"), (transferring, "transfer"), (lora, "finalize")):
         monkeypatch.setattr(module, name, stop)
     three = ("a", "b", "c", "--out", "d")
     goes_on, nothing = "stopped; the same command continues", "stopped before anything was saved"

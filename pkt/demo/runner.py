@@ -27,15 +27,13 @@ from pkt.adapters import Pair
 from pkt.demo.workers import workers
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, write_json
-from pkt.lora.finalization import finalize
-from pkt.lora.injection import inject, load_with_adapter, wrap
+from pkt.lora import finalize, inject, load_with_adapter, wrap
 from pkt.manifest import manifest_of, read_manifest
 from pkt.models import load_model, load_tokenizer, spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 from pkt.scoring import score_seeds
 from pkt.seeds import Seeds, load_seeds
-from pkt.training import fit
-from pkt.training.evaluation import evaluate, final_answer
+from pkt.training import evaluate, final_answer, fit
 
 ASSETS = Path(__file__).parent / "assets"
 RANK = 16

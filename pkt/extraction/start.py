@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
+from pkt.extraction.result import Extraction
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import manifest_of, name_kind, read_manifest
 
@@ -81,6 +82,13 @@ class Start:
         rest = {k: v for k, v in manifest.items() if k not in known}
         return cls(manifest["kind"], pairs, manifest["student"], manifest["mode"], manifest["energies"], rest)
 
+    @property
+    def how(self) -> str:
+        """What it is, in words."""
+        return {"transplant": "what a teacher learnt, cut to this student", "start": "a start of the student's own"}[
+            self.kind
+        ]
+
     def card(self) -> str:
         """README.md of the folder."""
         rows = "\n".join(f"| {k} | {v} |" for k, v in self.provenance.get("told", {}).items())
@@ -101,3 +109,11 @@ An ordinary LoRA of the student made by pkt: {self}. Plain PEFT loads it, vLLM s
 
 No claim is made by this card: measure it on your own test rows, with general text beside them.
 """
+
+
+def open_start(given: Any) -> Extraction | Start:
+    """An extraction, a transplant or a start: the value, or what its folder holds. Raises `PktError` for anything else."""
+    if isinstance(given, (Extraction, Start)):
+        return given
+    folder = as_path(given, "an extraction or a transplant, or the path of its folder,")
+    return Start.load(folder) if read_manifest(folder).get("kind") in Start.KINDS else Extraction.load(folder)

@@ -180,7 +180,7 @@ class Engine:
         else:
             state = Progress(
                 resume.boundary,
-                rechunk(resume.grads, resume.sizes, chunks),
+                [grad.to(self.device) for grad in rechunk(resume.grads, resume.sizes, chunks)],
                 resume.losses,
                 resume.carried,
                 sizes,
@@ -224,7 +224,8 @@ class Engine:
         following = self.parts.layer_names[index + 1] if index + 1 < top else self.parts.layer_names[index]
         with self.parts.loaded(self.parts.layer_names[index], following if index + 1 < self.count else self.parts.head):
             for number, chunk in enumerate(chunks):
-                store.put(index + 1, number, self.parts.call(index, store.get(index, number), chunk.calls[index]))
+                hidden = store.get(index, number, _following(index, number, len(chunks), index + 1))
+                store.put(index + 1, number, self.parts.call(index, hidden, chunk.calls[index]))
         self._tick("forward", index, 1)
 
     def _scorer(self, kind: Any, key: Key, names: Sequence[str] | None = None, **options: Any) -> Any:
@@ -277,7 +278,9 @@ class Engine:
                         losses[task] = []
                         scorer.kept.clear()
                         for number, chunk in mine:
-                            hidden = store.get(self.count, number)
+                            hidden = store.get(
+                                self.count, number, _following(self.count, number, len(chunks), self.count - 1)
+                            )
                             grad = torch.zeros(
                                 hidden.shape, dtype=torch.float32 if scorer.half else hidden.dtype, device=hidden.device
                             )
@@ -350,12 +353,13 @@ class Engine:
 
                     def attempt(mine: Any = mine, scorer: Any = scorer) -> None:
                         for number, chunk in mine:
-                            leaf = store.get(index, number).detach().requires_grad_()
+                            following = _following(index, number, len(chunks), index - 1)
+                            leaf = store.get(index, number, following).detach().requires_grad_()
                             with scorer.samples(chunk.batch, chunk.first):
                                 out = self.parts.call(index, leaf, chunk.calls[index])
-                                grad = scorer.backward_from(out, state.grads[number].to(self.device), leaf)
+                                grad = scorer.backward_from(out, state.grads[number], leaf)
                             assert grad is not None
-                            grads[number] = grad.detach().to(state.grads[number].device)
+                            grads[number] = grad.detach()
 
                     self._until_known(scorer, attempt)
                 scores = scorer.finish()
@@ -378,7 +382,7 @@ class Engine:
                             for number, chunk in mine:
                                 for first, rows, batch in self._pieces(chunk, alone):
                                     scorer.ids = batch["input_ids"].to(self.device)
-                                    grad = state.grads[number][rows, : batch["input_ids"].shape[1]].to(self.device)
+                                    grad = state.grads[number][rows, : batch["input_ids"].shape[1]]
                                     with scorer.samples(batch, first):
                                         scorer.backward_from(self.parts.to_first_layer(batch), grad, None)
 
@@ -435,6 +439,11 @@ class Engine:
                 seconds * max(0, self.steps - self.done_steps) / self.done_steps,
             )
         )
+
+
+def _following(boundary: int, number: int, count: int, then: int) -> tuple[int, int]:
+    """What is wanted after a micro-batch of a boundary: the next one, or the first at the boundary of the next layer."""
+    return (boundary, number + 1) if number + 1 < count else (then, 0)
 
 
 def _in_any_layer(name: str) -> str:

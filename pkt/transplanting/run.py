@@ -20,7 +20,7 @@ from torch import nn
 
 from pkt.adapters import WEIGHTS, Pair
 from pkt.errors import PktError
-from pkt.extraction.start import Start
+from pkt.extraction import Start
 from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
 from pkt.manifest import versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
