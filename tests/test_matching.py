@@ -311,3 +311,32 @@ def test_a_change_that_only_harms_is_not_kept(family: dict[str, Any], tmp_path: 
             worse, family["student"], rows, base=family["base"], tokenizer=load_tokenizer(ASSETS / "teacher"),
             lineage=family["true"], progress=False,
         )  # fmt: skip
+
+
+def test_a_transplant_goes_on_as_any_lora(family: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """From the command line: transplanted, inspected, trained from where it is, finalized as the sum."""
+    from test_cli import run
+
+    from pkt.lora import load_with_adapter
+    from pkt.manifest import read_manifest
+    from pkt.training import train
+
+    root, out = family["root"], tmp_path / "moved"
+    given = (root / "teacher", root / "student", root / "seeds.jsonl", "--base", root / "base", "--out", out)
+    shown = run("transplant", *given, "--rank", 8, "--anyway")
+    assert "kept at: α = " in shown
+    assert "next: pkt train " in shown
+    assert "a transplant: what a teacher learnt" in run("inspect", out)
+    model = pkt.inject(root / "student", out)
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        moved = load_with_adapter(root / "student", out)(ids).logits
+        assert (model.eval()(ids).logits - moved).abs().max() <= 1e-4
+    tuned = train(
+        root / "student", out, root / "seeds.jsonl", tmp_path / "run", max_steps=2, batch_size=3, quietly=True
+    )
+    assert read_manifest(tmp_path / "run")["settings"]["lr"] == 1.5e-4
+    pkt.finalize(tmp_path / "run", tmp_path / "final")
+    with torch.no_grad():
+        found = load_with_adapter(root / "student", tmp_path / "final")(ids).logits
+        assert (found - tuned.eval()(ids).logits).abs().max() <= 1e-3

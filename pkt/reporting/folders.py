@@ -13,7 +13,7 @@ from pkt.files import MANIFEST, read_json
 from pkt.lora import read_source
 from pkt.manifest import read_manifest
 from pkt.models import spec_of
-from pkt.transferring.checkpoints import describe_run, run_path
+from pkt.transferring import describe_run, run_path
 
 
 def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, Any]:

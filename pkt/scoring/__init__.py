@@ -5,6 +5,7 @@ from pkt.scoring.batches import longest_first as longest_first
 from pkt.scoring.batches import real_lengths as real_lengths
 from pkt.scoring.losses import default_loss as default_loss
 from pkt.scoring.losses import per_sample_loss as per_sample_loss
+from pkt.scoring.measure import score_checkpoint as score_checkpoint
 from pkt.scoring.measure import score_seeds as score_seeds
 from pkt.scoring.measure import sensitivity as sensitivity
 from pkt.scoring.result import FORMAT as FORMAT

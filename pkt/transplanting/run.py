@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def transplant(
     they only choose the scale. base: the model that the teacher was tuned from, and its delta W_teacher − W_base is taken;
     adapter: a LoRA of `teacher`, which is then the base itself; neither: the difference to the student, which undoes what
     the student became since it was cut. lineage: one made before. The result is W + BA at the scale α of
-    {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds; α = 0 is an error that says not to transplant.
+    {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds; a base that the teacher's card names and that is a folder here is taken
+    where none is given. α = 0 is an error that says not to transplant.
 
     Raises `PktError` for models without lineage (go on with anyway=True), a base or adapter of another model, a teacher that
     changed nothing, and anything that cannot be read, before the work.
@@ -79,6 +81,9 @@ def transplant(
         raise PktError("give either the base or the teacher's adapter: with an adapter the teacher is the base")
     if out is not None:
         check_output_folder(Path(out), force=force)
+    named = named_base(teacher) if base is None and adapter is None else None
+    if named is not None and Path(named).is_dir():
+        base = named
     rows = _rows(seeds, student, tokenizer)
     job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway))
     found = job.find_lineage(lineage, progress)
@@ -170,6 +175,7 @@ class Job:
             "content": content.kind,
             "base": None if self.base is None else _named(self.base),
             "adapter": None if self.adapter is None else str(self.adapter),
+            "named": named_base(self.teacher),
             "teacher": {**old.identity(), "fingerprint": fingerprint(self.teacher)},
             "lineage": {
                 "verdict": found.verdict,
@@ -186,6 +192,16 @@ class Job:
         }
         energies = {name: energy for name, (_, energy) in made.items()}
         return Start("transplant", pairs, self.new.spec.identity(), "add", energies, provenance)
+
+
+def named_base(teacher: Any) -> str | None:
+    """What the teacher's own card says that it was tuned from."""
+    card = None if isinstance(teacher, nn.Module) else Path(teacher) / "README.md"
+    if card is None or not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+    found = re.search(r"(?m)^base_model:\s*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", text)
+    return None if found is None else found[1]
 
 
 def _named(model: Any) -> str:
