@@ -17,7 +17,7 @@ from typing import Any
 
 import naive
 import torch
-from measuring import RESULTS, Clock, Measured, Report, Run, measure
+from measuring import RESULTS, Clock, Measured, Report, Run, kind_of, measure
 
 import pkt
 
@@ -177,10 +177,14 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="shapes that show whether it runs, and nothing else")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    what = "teacher 768/2048/8 layers -> student 512/1408/6 layers, vocabulary 8192, 8 x 128 tokens, fp32"
+    what = (
+        "tiny shapes"
+        if options.tiny
+        else "teacher 768/2048/8 layers -> student 512/1408/6 layers, vocabulary 8192, 8 x 128 tokens, fp32"
+    )
     tiny = TINY_TEACHER, TINY_STUDENT, TINY_VOCABULARY, TINY_TOKENS
     case = Case(*tiny) if options.tiny else Case(TEACHER, STUDENT, VOCABULARY, TOKENS)
-    report = Report(options.out / "end_to_end_cpu.json", "cpu", what="tiny shapes" if options.tiny else what)
+    report = Report(options.out / f"end_to_end_{kind_of('cpu', options.tiny)}.json", "cpu", what=what)
     try:
         compare(case, report)
     except SystemExit as error:

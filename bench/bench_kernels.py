@@ -3,7 +3,7 @@
     python bench/bench_kernels.py [--device cuda|cpu] [--groups linear,...] [--model 13b] [--sweep] [--tiny] [--out DIR]
 
 Rates are shares of ceilings measured in the same run: a large copy and a large product (`measuring.Bench`). Writes
-DIR/kernels_<device>.json (with --model, kernels_<device>_<model>.json) after every group and prints a row a rival. Ops are
+DIR/kernels_<device>.json (kernels_<device>_<model>.json, kernels_tiny.json) after every group and prints a row a rival. Ops are
 called as `torch.ops.pkt.*`, whatever implements them there.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from measuring import RESULTS, Report, Run  # noqa: E402
+from measuring import RESULTS, Report, Run, kind_of  # noqa: E402
 from measuring import Bench as Harness  # noqa: E402
 
 import pkt.ops  # noqa: E402
@@ -420,7 +420,7 @@ def main() -> int:
         works = {label: lambda bench: bench_model(bench, options.model, *shape)}
     elif options.sweep:
         works = {label: sweep}
-    path = options.out / f"kernels_{torch.device(options.device).type}{'_' if label else ''}{label}.json"
+    path = options.out / f"kernels_{kind_of(options.device, options.tiny)}{'_' if label else ''}{label}.json"
     report = Report(path, options.device, rounds=options.rounds)
     bench = Bench(report, options.device, options.rounds, options.budget, options.tiny)
     bench.measure_ceilings(tiny=options.tiny)

@@ -9,7 +9,7 @@ their conversion from bf16 into account, as a user would pay it. Each row holds 
 rounds, the captured energy as a share of the best known, and the peak of the memory beyond the input. `--full` adds
 torch.linalg.svd, once, and the exact energy (on a CPU of matrices up to 4096 wide); `--student` the 224 matrices of a 7B
 student, in batches and one by one; `--quality` compares block Krylov with plain subspace iteration for the same readings of
-the matrix. Writes DIR/rsvd_<device>.json after every group.
+the matrix. Writes DIR/rsvd_<device>.json (with --tiny, rsvd_tiny.json) after every group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from measuring import RESULTS, Bench, Measured, Report  # noqa: E402
+from measuring import RESULTS, Bench, Measured, Report, kind_of  # noqa: E402
 
 from pkt import ops  # noqa: E402
 from pkt.ops import rsvd_reference  # noqa: E402
@@ -182,17 +182,26 @@ def quality(bench: Bench, n: int, m: int, rank: int = 16) -> None:
             )
 
 
+def full_svd(bench: Bench, a: Tensor) -> Tensor:
+    """All singular values, timed once: it takes seconds to minutes."""
+    n, m = a.shape
+    result: list[Tensor] = []
+    seconds = bench.clock.seconds(lambda: result.append(torch.linalg.svd(a.float(), full_matrices=False)[1]))
+    rival = "torch.linalg.svd (PEFT pissa)"
+    bench.report.add({"group": f"{n}x{m} full SVD", "rival": rival, "ms": seconds * 1e3, "runs": 1})
+    print(f"{n}x{m} torch.linalg.svd, once: {seconds:.1f} s", flush=True)
+    return result[0]
+
+
 def one_shape(bench: Bench, n: int, m: int, ranks: list[int], full: bool, odd: bool) -> None:
     shape = f"{n}x{m}"
     a = window(n, m, bench.device)
     exact: Tensor | None = None
-    if full and (bench.cuda or max(n, m) <= 4096):
-        result: list[Tensor] = []
-        seconds = bench.clock.seconds(lambda: result.append(torch.linalg.svd(a.float(), full_matrices=False)[1]))
-        exact = result[0]
-        rival = "torch.linalg.svd (PEFT pissa)"
-        bench.report.add({"group": f"{shape} full SVD", "rival": rival, "ms": seconds * 1e3, "runs": 1})
-        print(f"{shape:22} torch.linalg.svd, once: {seconds:.1f} s", flush=True)
+    if full and bench.cuda:
+        # The full decomposition comes last there, for the slot may end in it.
+        exact = torch.linalg.eigvalsh(a.double().T @ a.double()).clamp_min(0).sqrt().flip(0)
+    elif full and max(n, m) <= 4096:
+        exact = full_svd(bench, a)
     for rank in ranks:
         best = None if exact is None else exact[:rank].double().square().sum().item()
         group(bench, f"{shape} rank {rank}", rank, rivals(a, rank), best, readings_of(a))
@@ -223,19 +232,21 @@ def main() -> int:
         options.shapes, options.ranks, options.rounds, options.layers = "200x160,130x200", "16", 2, 1
         by, core = 64, (128, 100)
     print(f"pkt::rsvd on {options.device}: {ops.implementation('rsvd', options.device)}", flush=True)
-    path = options.out / f"rsvd_{torch.device(options.device).type}.json"
+    path = options.out / f"rsvd_{kind_of(options.device, options.tiny)}.json"
     report = Report(path, options.device, rounds=options.rounds)
     bench = Bench(report, options.device, options.rounds, options.budget)
     bench.measure_ceilings(tiny=options.tiny)
     ranks = [int(rank) for rank in options.ranks.split(",")]
-    works: dict[str, Callable[[], None]] = {}
-    for shape in filter(None, options.shapes.split(",")):
-        n, m = map(int, shape.split("x"))
-        works[shape] = lambda n=n, m=m: one_shape(bench, n, m, ranks, options.full, options.odd)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in filter(None, options.shapes.split(","))]
+    works: dict[str, Callable[[], object]] = {}
+    for n, m in shapes:
+        works[f"{n}x{m}"] = lambda n=n, m=m: one_shape(bench, n, m, ranks, options.full, options.odd)
     if options.quality:
         works["quality"] = lambda: quality(bench, *core)
     if options.student:
         works["student"] = lambda: student(bench, options.layers, by)
+    if options.full and bench.cuda:
+        works["full SVD"] = lambda: [full_svd(bench, window(*shape, bench.device)) for shape in shapes]
     for name, work in works.items():
         try:
             work()

@@ -12,14 +12,18 @@ Correctness comes first: on a small teacher of the same architecture the streame
 in-memory path. Then, in one process of its own, so that its memory can be told: the peak of anonymous memory above the bare
 import (mapped files are not counted), the time of the whole transfer against that of its matrix products alone, measured
 after it in the same process on the same operands' shapes and types, and the bytes read against the checkpoint's size.
+
+Predicted for the GPU's rows before any was run (never a measured figure): 8·P·T flops at 800 TFLOP/s and the weights twice at
+25 GB/s give 13B 2.1 s of products and, streamed, 52 GB in 2.1 s; 34B 5.5 s, and 134 GB in 5.4 s. What a run takes beyond that is
+launches, attention, windows and factors, or waiting, and `seconds_by_phase` and `waiting_share` say where.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,59 +33,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import RESULTS, Peak, Report, machine
+from measuring import RESULTS, Clock, Peak, Report, kind_of, machine, measure
+from synthetic import LARGE, SMALLER, VOCABULARY, config, llama, random_model, seeds, write_teacher
 
 RANK, SEEDS, TOKENS, MICRO_BATCH = 16, 8, 128, 8
 TEACHER = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 24}
 STUDENT = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_hidden_layers": 12}
-VOCAB = 16384
 MEMORY = "1500MB"
 GOALS = {"peak_gb": 1.5, "time_ratio": 1.3, "read_ratio": 2.05}
-
-
-def config(shape: dict[str, int], vocab: int = VOCAB) -> Any:
-    from transformers import LlamaConfig
-
-    heads = shape["num_attention_heads"]
-    return LlamaConfig(
-        **shape, vocab_size=vocab, num_key_value_heads=heads, max_position_embeddings=2048, dtype="bfloat16"
-    )
-
-
-def write_teacher(folder: Path, shape: dict[str, int]) -> int:
-    """A checkpoint of random bf16 weights, one shard a layer; never whole in memory. Its bytes."""
-    from safetensors.torch import save_file
-
-    from pkt.models import skeleton
-
-    config(shape).save_pretrained(folder)
-    groups: dict[str, list[str]] = {}
-    model = skeleton(config(shape))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name in shapes:
-        parts = name.split(".")
-        groups.setdefault(parts[2] if "layers" in parts else "outside", []).append(name)
-    weight_map, size = {}, 0
-    generator = torch.Generator().manual_seed(0)
-    for number, (_, names) in enumerate(groups.items()):
-        tensors = {}
-        for name in names:
-            noise = torch.randn(shapes[name], generator=generator)
-            tensors[name] = (1 + 0.1 * noise if noise.ndim == 1 else noise.mul_(0.02)).to(torch.bfloat16)
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-        size += sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
-
-
-def seeds(vocab: int = VOCAB, count: int = SEEDS, length: int = TOKENS) -> Any:
-    from pkt.seeds import Example, Seeds
-
-    rows = torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
-    return Seeds([Example(ids, list(ids), [], "", line) for line, ids in enumerate(rows, 1)], "bench", 0)
 
 
 def read_so_far() -> int:
@@ -97,7 +56,7 @@ def same_answer(folder: Path) -> bool:
     small = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 4}
     student = config({"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 2, "num_hidden_layers": 2})
     write_teacher(folder, small)
-    rows = seeds(count=4, length=32)
+    rows = seeds(4, 32)
     sens = score_seeds(load_model(folder), rows, batch_size=MICRO_BATCH, progress=False)
     plan = pkt.plan(sens, folder, student)
     ext = pkt.transfer(folder, student, rows, rank=4, batch_size=MICRO_BATCH, device_memory="200MB", progress=False)
@@ -114,7 +73,7 @@ def products(shape: dict[str, int]) -> dict[str, float]:
         for kind, seconds in _products(rows, cols, SEEDS * TOKENS, SEEDS).items():
             total[kind] += count * seconds * (2 if kind == "forward" else 1)
 
-    total["head"] = SEEDS * sum(_products(VOCAB, hidden, TOKENS, 1).values())
+    total["head"] = SEEDS * sum(_products(VOCABULARY, hidden, TOKENS, 1).values())
     return total
 
 
@@ -131,17 +90,8 @@ def _products(rows: int, cols: int, tokens: int, samples: int) -> dict[str, floa
             b.t() @ a
 
     calls = {"forward": lambda: F.linear(x, w), "dX": lambda: dy @ w, "dW": weight_gradients}
-    return {kind: _seconds(call) for kind, call in calls.items()}
-
-
-def _seconds(call: Any) -> float:
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
     # The first call chooses a kernel and packs weights; the run pays that once, not per layer.
-    return sorted(times[1:])[1]
+    return {kind: found.median for kind, found in measure(Clock("cpu"), calls, rounds=3, budget=60.0)[0].items()}
 
 
 def by_phase(ticks: list[Any]) -> dict[str, float]:
@@ -160,7 +110,7 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
     import pkt.transferring
 
     shape, student = {**TEACHER, "num_hidden_layers": layers}, {**STUDENT, "num_hidden_layers": layers // 2}
-    rows = seeds()
+    rows = seeds(SEEDS, TOKENS)
     ticks: list[Any] = []
     memory: list[Any] = []
     selecting = [0.0]
@@ -173,8 +123,8 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
 
     pkt.transferring.run.Harvest.take = timed_take
     before = read_so_far()
-    begin, cpu = time.perf_counter(), time.process_time()
     with Peak() as peak:
+        begin, cpu = time.perf_counter(), time.process_time()
         ext = pkt.transfer(
             folder,
             config(student),
@@ -187,7 +137,7 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
             on_memory=memory.append,
             on_tick=ticks.append,
         )
-    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     read, load = read_so_far() - before, os.getloadavg()[0]
     alone = products(shape)
     checkpoint = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -210,29 +160,6 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
         "places": memory[0].places,
         "layers_chosen": ext.plan.layer_map,
     }
-
-
-LARGE = {
-    "13B": (13824, 5120, 40, 40, 40, 32000),
-    "34B": (22016, 8192, 48, 64, 8, 32000),
-    "70B": (28672, 8192, 80, 64, 8, 128256),
-    "405B": (53248, 16384, 126, 128, 8, 128256),
-}
-
-
-def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
-    from transformers import LlamaConfig
-
-    ffn, hidden, layers, heads, kv, vocab = shape
-    by = 64 if tiny else 1
-    return LlamaConfig(
-        vocab_size=vocab // by,
-        hidden_size=hidden // by,
-        intermediate_size=ffn // by,
-        num_hidden_layers=max(2, layers // by) if tiny else layers,
-        num_attention_heads=heads // 8 if tiny else heads,
-        num_key_value_heads=max(1, kv // 8) if tiny else kv,
-    )
 
 
 def scaling(samples: int = 32, tokens: int = 512) -> None:
@@ -267,39 +194,12 @@ def scaling(samples: int = 32, tokens: int = 512) -> None:
         )
 
 
-SMALLER = {"7B": (11008, 4096, 32, 32, 32, 32000), "8B": (14336, 4096, 32, 32, 8, 32000)}
 # Name, teacher, student, device memory and host memory the transfer may use (None: resident, in what is free).
 GPU_ROWS = (
     ("13B resident", "13B", "7B", None, 32_000_000_000),
     ("13B streamed", "13B", "7B", 10_000_000_000, 32_000_000_000),
     ("34B from host memory", "34B", "8B", 16_000_000_000, 32_000_000_000),
 )
-
-
-def random_model(shape: Any, device: torch.device, *, layers_share: bool) -> Any:
-    """bf16 weights from one random block: a large model's own random numbers would take longer than the transfer.
-
-    layers_share: every decoder layer's tensors are views of the first one's values, so that a teacher in host memory takes one
-    layer of it. A layer is larger than any cache, so reading it again is reading memory all the same.
-    """
-    from pkt.models import hollow_model
-
-    model = hollow_model(shape, torch.bfloat16, device)
-    block = (torch.randn(1 << 24) * 0.02).to(torch.bfloat16).to(device)
-    first: dict[str, torch.Tensor] = {}
-    for index, (name, parameter) in enumerate(list(model.named_parameters())):
-        owner, _, key = name.rpartition(".")
-        like = re.sub(r"\.layers\.\d+\.", ".layers.*.", name) if layers_share else name
-        if like not in first:
-            first[like] = values = torch.empty_like(parameter, device=device)
-            flat = values.view(-1)
-            for start in range(0, flat.numel(), block.numel()):
-                part = flat[start : start + block.numel()]
-                part.copy_(block.roll(7919 * (index + 1) + start // block.numel())[: part.numel()])
-            if values.ndim == 1:
-                values += 1
-        model.get_submodule(owner)._parameters[key] = torch.nn.Parameter(first[like])
-    return model
 
 
 def regions_of(ext: Any) -> list[Any]:
@@ -314,7 +214,7 @@ def regions_that_differ(device: torch.device, folder: Path) -> int:
     shape = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_hidden_layers": 4}
     student = config({"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 2, "num_hidden_layers": 2})
     write_teacher(folder, shape)
-    rows = seeds(count=4, length=32)
+    rows = seeds(4, 32)
     options: dict[str, Any] = {"rank": 4, "batch_size": 2, "dtype": torch.float32, "progress": False}
     wanted = regions_of(pkt.transfer(folder, student, rows, device="cpu", **options))
     resident = regions_of(pkt.transfer(folder, student, rows, device=device, **options))
@@ -354,7 +254,7 @@ def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict
     name, teacher, student, device_memory, host_memory = row
     home = device if device_memory is None else torch.device("cpu")
     shapes = llama(LARGE[teacher], tiny), llama(SMALLER[student], tiny)
-    rows = seeds(vocab=shapes[0].vocab_size, count=4 if tiny else 32, length=32 if tiny else 512)
+    rows = seeds(4 if tiny else 32, 32 if tiny else 512, shapes[0].vocab_size)
     options: dict[str, Any] = {
         "seeds": rows,
         "rank": 2 if tiny else RANK,
@@ -364,7 +264,9 @@ def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict
         "host_memory": None if tiny else host_memory,
         "progress": False,
     }
-    two = [type(shape)(**{**shape.to_dict(), "num_hidden_layers": 2}) for shape in shapes]
+    two = copy.deepcopy(shapes)
+    for shape in two:
+        shape.num_hidden_layers = 2
     begin = time.perf_counter()
     pkt.transfer(random_model(two[0], home, layers_share=False), two[1], **options)
     warm_up = time.perf_counter() - begin
@@ -383,6 +285,7 @@ def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict
         "seconds": seconds,
         "seconds_by_phase": by_phase(ticks),
         "waiting_share": ticks[-1].waiting,
+        "tokens": rows.tokens,
         "tokens_per_s": rows.tokens / seconds,
         # All that the device holds: a resident teacher was there before.
         "peak_bytes": peak.most if device.type == "cuda" else peak.bytes,
@@ -394,7 +297,7 @@ def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict
 
 def on_device(device: torch.device, tiny: bool, out: Path) -> int:
     """The rows of a GPU, each written as soon as it is there."""
-    report = Report(out / f"stream_{device.type}.json", device, samples=32, tokens=512)
+    report = Report(out / f"stream_{kind_of(device, tiny)}.json", device, rank=2 if tiny else RANK)
     with tempfile.TemporaryDirectory(prefix="pkt-bench-") as scratch:
         try:
             different = regions_that_differ(device, Path(scratch) / "small")
@@ -461,7 +364,7 @@ def main() -> int:
     facts = machine("cpu")["machine"]
     result = {
         "what": f"streamed transfer, {size / 2e9:.2f}B bf16 teacher on disk, {SEEDS} seeds x {TOKENS} tokens, rank {RANK}",
-        "teacher": {**TEACHER, "num_hidden_layers": options.layers, "vocab_size": VOCAB, "bytes": size},
+        "teacher": {**TEACHER, "num_hidden_layers": options.layers, "vocab_size": VOCABULARY, "bytes": size},
         "student": {**STUDENT, "num_hidden_layers": options.layers // 2},
         "machine": {
             **facts,

@@ -52,7 +52,7 @@ command_of() {
         kernels) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}") ;;
         rsvd) command=("$python" bench/bench_rsvd.py --device "$device" "${tiny[@]}" --shapes 11008x4096,4096x4096 --ranks 16
             --full --odd --quality --student --layers 8) ;;
-        model) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --model "$size") ;;
+        model) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --model "$size" --batch 4) ;;
         sweep) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --sweep) ;;
         tests)
             mapfile -t gpu_tests < <(grep -rl --include="test_*.py" "pytest.mark.gpu" tests)

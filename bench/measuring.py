@@ -147,6 +147,11 @@ def measure(
     return {name: Measured(times[name], peaks[name], values[name]) for name in times}, failed
 
 
+def kind_of(device: str | torch.device, tiny: bool) -> str:
+    """What stands in a report's file name: the device, or that its shapes were too small to measure anything."""
+    return "tiny" if tiny else torch.device(device).type
+
+
 class Report:
     """A bench's JSON file: facts of the machine and the run, then rows as they are found.
 

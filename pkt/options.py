@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from pkt.errors import PktError
@@ -18,6 +19,7 @@ Select: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"
 Split: TypeAlias = Literal["b", "sqrt"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
+Mode: TypeAlias = Literal["paired", "residual", "add"]
 
 
 @dataclass(frozen=True)
@@ -109,27 +111,33 @@ class Reading:
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and in what steps a transfer runs. Only device, dtype and batch_size change its bytes, in the last bits.
+    """How the teacher is computed with, which changes the last bits of its scores.
 
     batch_size: samples at once, at most. device: default, where a model in memory is, else the CPU. dtype: a torch.dtype;
-    default, the checkpoint's. device_memory, host_memory: limits in bytes or as "16GB"; default: what is free. scratch: a folder
-    for activations that fit in neither. keep_scores: also keep the scores, or their tile sums. prefetch: read a layer ahead.
+    default, the checkpoint's.
     """
 
     batch_size: int = 8
     device: Any = None
     dtype: Any = None
-    device_memory: int | str | None = None
-    host_memory: int | str | None = None
-    scratch: Any = None
-    keep_scores: KeepScores = "none"
-    prefetch: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise PktError(f"batch_size={self.batch_size} must be at least 1")
-        if self.keep_scores not in get_args(KeepScores):
-            raise PktError(f"keep_scores={self.keep_scores!r} is unknown; choose none, tiles or full")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a transfer may take, which changes no byte of its result.
+
+    device_memory, host_memory: in bytes or as "16GB"; default, what is free. scratch: a folder for activations that fit in
+    neither. prefetch: read a layer ahead.
+    """
+
+    device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    scratch: str | Path | None = None
+    prefetch: bool = True
 
 
 def _layers(given: Any) -> str | tuple[int, ...]:

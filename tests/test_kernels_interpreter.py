@@ -221,10 +221,11 @@ def linear_tiles(
 
 @cases(0, -16, 7, 72)
 def linear_tiles_refused(tile: int) -> None:
+    from pkt_kernels.launch import NoFormError
     from pkt_kernels.linear_sensitivity import linear_sensitivity_tiles
 
     empty = torch.empty(0, dtype=torch.int64)
-    with pytest.raises(ValueError, match="powers of two up to 128 and multiples of 16"):
+    with pytest.raises(NoFormError, match="powers of two up to 128 and multiples of 16"):
         linear_sensitivity_tiles(*[torch.empty(8, 8)] * 4, empty, empty, tile)
 
 

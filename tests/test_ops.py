@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +343,69 @@ def test_rsvd_refuses_bad_options_and_mixed_devices() -> None:
     with pytest.raises(pkt.PktError, match=r"a\[1\] is on meta, a\[0\] on cpu"):
         ops.rsvd_batch([torch.zeros(3, 5), torch.zeros(3, 5, device="meta")], 1)
     assert [len(x) for x in ops.rsvd_batch([], 1)] == [0, 0, 0, 0]
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiles' op as CUDA dispatches it, with a stand-in for its kernel: set `raises` on what is returned."""
+    launch = pytest.importorskip("pkt_kernels.launch")
+    stand_in = types.ModuleType("pkt_kernels.linear_sensitivity")
+    found = types.SimpleNamespace(raises=None, NoFormError=launch.NoFormError, calls=0)
+
+    def linear_sensitivity_tiles(*_: Any) -> None:
+        found.calls += 1
+        if found.raises is not None:
+            raise found.raises
+
+    stand_in.linear_sensitivity_tiles = linear_sensitivity_tiles
+    monkeypatch.setitem(sys.modules, "pkt_kernels.linear_sensitivity", stand_in)
+    monkeypatch.setattr(ops.dispatch, "no_triton", lambda _: None)
+    ops.dispatch._warn_once.cache_clear()
+    found.run = ops.dispatch.triton_or_torch("linear_sensitivity_tiles_")
+    return found
+
+
+def test_a_kernel_s_refusal_falls_back_to_torch_and_says_so_once(kernel: Any) -> None:
+    args = case([3, 4], 6, 5, torch.float32)
+    expected = ops.tile_sums(truth(*args), 2)
+    kernel.raises = kernel.NoFormError("tile=2: not this one")
+    once = torch.zeros(3, 3)
+    with pytest.warns(pkt.PktWarning, match="linear_sensitivity_tiles_ runs in torch.*tile=2: not this one"):
+        kernel.run(once, *args, 2)
+    # Warnings of pkt are errors in the tests: a second one would end this.
+    twice = once.clone()
+    kernel.run(twice, *args, 2)
+    assert oracle.relative_error(once, expected) < 1e-6
+    assert oracle.relative_error(twice, 2 * expected) < 1e-6
+    assert kernel.calls == 2
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), RuntimeError("Triton Error [CUDA]: a bug")])
+def test_any_other_error_of_a_kernel_is_not_swallowed(kernel: Any, error: Exception) -> None:
+    tiles, args = torch.zeros(3, 3), case([3, 4], 6, 5, torch.float32)
+    kernel.raises = error
+    with pytest.raises(type(error), match="a bug"):
+        kernel.run(tiles, *args, 2)
+    assert not tiles.any()
+
+
+def test_fp64_never_reaches_a_kernel(kernel: Any) -> None:
+    tiles, args = torch.zeros(3, 3, dtype=torch.float64), case([3, 4], 6, 5, torch.float32)
+    kernel.run(tiles, *args, 2)
+    assert kernel.calls == 0
+    assert tiles.any()
+
+
+def test_cuda_without_an_index_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 0), (9, 0))[index])
+    ops.dispatch.no_triton.cache_clear()
+    try:
+        assert ops.implementation("abs_accumulate_", "cuda")[0] == "Triton"
+        assert ops.implementation("abs_accumulate_", "cuda:0") == (
+            "torch",
+            "the GPU's compute capability is 7.0, below 8.0",
+        )
+    finally:
+        ops.dispatch.no_triton.cache_clear()

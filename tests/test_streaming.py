@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.ops import dispatch
 from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
 from pkt.streaming import (
@@ -176,7 +177,7 @@ class TestScores:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops.dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
         model = oracle.llama().to(dtype)
         batches = oracle.batched(oracle.token_samples(5), 5)
         whole = pkt.sensitivity(model, batches, progress=False)
@@ -190,7 +191,7 @@ class TestScores:
     def test_half_types_that_a_cpu_cannot_multiply_are_widened(
         self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops.dispatch, "native_halves", frozenset)
+        monkeypatch.setattr(dispatch, "native_halves", frozenset)
         oracle.llama().to(dtype).save_pretrained(tmp_path / "teacher")
         model = load_model(tmp_path / "teacher")
         batches = oracle.batched(oracle.token_samples(5), 5)
@@ -212,7 +213,7 @@ class TestScores:
     def test_what_transformers_keeps_in_fp32_stays_there(
         self, family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops.dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
         families.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
         loaded, teacher = load_model(tmp_path / "teacher"), open_teacher(tmp_path / "teacher", CPU)
         wanted = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}

@@ -265,14 +265,16 @@ def linear_sensitivity_tiles(
 ) -> None:
     """tiles [⌈n/tile⌉, ⌈m/tile⌉] += the tile × tile sums of what `linear_sensitivity` adds, which is never stored.
 
-    tile: a power of two up to 128, or a multiple of 16 (summed from parts of 16 to 64); otherwise ValueError.
+    tile: a power of two up to 128, or a multiple of 16 (summed from parts of 16 to 64); otherwise NoFormError.
     """
     if tile in (1, 2, 4, 8, 16, 32, 64) or (tile == 128 and torch.promote_types(x.dtype, dy.dtype).itemsize == 2):
         _accumulate(tiles, w, x, dy, seq_starts, seq_lens, tile, power, weighted)
         return
     part = math.gcd(tile, 64)
     if part < SMALLEST_PART or tile < 1:
-        raise ValueError(f"tile={tile}: the kernel takes powers of two up to 128 and multiples of {SMALLEST_PART}")
+        raise launch.NoFormError(
+            f"tile={tile}: the kernel takes powers of two up to 128 and multiples of {SMALLEST_PART}"
+        )
     ratio = tile // part
     parts = tiles.new_zeros(tiles.shape[0] * ratio, tiles.shape[1] * ratio)
     _accumulate(parts, w, x, dy, seq_starts, seq_lens, part, power, weighted)

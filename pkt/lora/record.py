@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pkt.adapters import RECORD, Adapter, Pair, parameter_name
 from pkt.errors import PktError
 from pkt.models import Weights
+from pkt.options import Mode as Mode
 
-Mode: TypeAlias = Literal["paired", "residual", "add"]
-MODES: tuple[Mode, ...] = ("paired", "residual", "add")
+MODES: tuple[Mode, ...] = get_args(Mode)
 SHIFTED = "pkt_residual"  # in the configuration of a base whose weights are W − B₀A₀
 
 

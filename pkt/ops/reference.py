@@ -158,6 +158,15 @@ def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
     return torch.cat(list(parts)) if dim == 1 else functools.reduce(Tensor.add_, parts)
 
 
+def add_rows_(to: Tensor, index: Tensor, rows: Tensor) -> None:
+    """to[index[i]] += rows[i], in an order that does not change from run to run; rows of `to`'s dtype."""
+    if to.is_cuda:
+        # index_add_ adds by atomics there; this sorts the indices first.
+        to.index_put_((index,), rows, accumulate=True)
+    else:
+        to.index_add_(0, index, rows)
+
+
 def embedding_rows(
     ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
@@ -169,7 +178,8 @@ def embedding_rows(
     keys = torch.cat([ids[a:b] + j * vocabulary for j, (a, b) in enumerate(spans)])
     rows = torch.cat([dy[a:b] for a, b in spans]).to(work)
     unique, inverse = keys.unique(return_inverse=True)
-    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device).index_add_(0, inverse, rows)
+    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device)
+    add_rows_(summed, inverse, rows)
     return unique % vocabulary, summed
 
 
@@ -186,7 +196,7 @@ def embedding_sensitivity_(
     touched, rows = embedding_rows(ids, dy, seq_starts, seq_lens, w.shape[0])
     if weighted:
         rows *= w[touched].to(rows.dtype)
-    acc.index_add_(0, touched, _raised_(rows, power).to(acc.dtype))
+    add_rows_(acc, touched, _raised_(rows, power).to(acc.dtype))
 
 
 def window_bits(rows: int, cols: int) -> int:

@@ -1,5 +1,6 @@
 """Sensitivity: exact per-sample scores of every parameter from one backward pass a batch."""
 
+from pkt.scoring.attention import one_order as one_order
 from pkt.scoring.batches import in_order_of as in_order_of
 from pkt.scoring.batches import longest_first as longest_first
 from pkt.scoring.batches import real_lengths as real_lengths
@@ -9,6 +10,7 @@ from pkt.scoring.head import HeadUse as HeadUse
 from pkt.scoring.head import find_fused_head as find_fused_head
 from pkt.scoring.losses import default_loss as default_loss
 from pkt.scoring.losses import per_sample_loss as per_sample_loss
+from pkt.scoring.measure import score_checkpoint as score_checkpoint
 from pkt.scoring.measure import score_seeds as score_seeds
 from pkt.scoring.measure import sensitivity as sensitivity
 from pkt.scoring.result import FORMAT as FORMAT

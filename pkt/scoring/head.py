@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pkt import ops
 from pkt.models import plain_head
 from pkt.scoring.batches import Rows
 from pkt.scoring.losses import check_targets, output_field
@@ -157,7 +158,8 @@ class _HeadLoss(torch.autograd.Function):
             top = logits.amax(1, keepdim=True)
             tokens.lse[part] = logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
         losses = torch.zeros(len(tokens.counts), dtype=work, device=rows.device)
-        return losses.index_add_(0, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+        ops.add_rows_(losses, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -6,18 +6,23 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.models import checked_device, decoder_layers, kind_of, spec_of
+from pkt.files import os_errors
+from pkt.models import check_tokenizer, checked_device, decoder_layers, kind_of, load_model, load_tokenizer, spec_of
+from pkt.options import Loss
+from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
 from pkt.scoring.scorer import score_batches
-from pkt.seeds import Seeds
+from pkt.seeds import Seeds, load_seeds
 
 
 def sensitivity(
@@ -68,7 +73,8 @@ def sensitivity(
         raise PktError("the loader gave no batches; there is nothing to score on")
     for batch in batches:
         _check_batch(model, batch, loss_fn)
-    with _progress(sum(map(batch_size, batches)), progress) as advance:
+    total = sum(map(batch_size, batches))
+    with one_order(parameters[names[0]].device), _progress(total, progress) as advance:
         scores, losses = score_batches(model, names, batches, loss_fn or default_loss, tile=tile, advance=advance)
     if place is not None:
         scores = {name: score.to(place) for name, score in scores.items()}
@@ -92,6 +98,35 @@ def score_seeds(
         raise error.placed(ordered.where) from error
     sens.losses = in_order_of(sens.losses, order)
     sens.provenance = {"seeds": seeds.describe(), "teacher": spec.identity()}
+    return sens
+
+
+def score_checkpoint(
+    teacher: str | Path,
+    seeds: str | Path,
+    out: str | Path,
+    *,
+    tile: int | None = None,
+    loss: Loss = "answer",
+    max_length: int = 2048,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Sensitivity:
+    """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
+    if Path(out).exists():
+        raise PktError(f"{out} exists already; name another file")
+    with os_errors(f"writing {out}"):
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    tokenizer, spec = load_tokenizer(teacher), spec_of(teacher)
+    check_tokenizer(tokenizer, spec)
+    rows = load_seeds(seeds, tokenizer, loss=loss, max_length=max_length)
+    rows.check_vocabulary(spec.vocab_size, str(teacher))
+    model = load_model(teacher, dtype=dtype, device="cpu" if device is None else device, dequantize=True)
+    if dtype is None:
+        model = model.to(ops.working_dtype(model.dtype, model.device))
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile)
+    sens.save(out)
     return sens
 
 

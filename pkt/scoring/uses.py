@@ -99,7 +99,7 @@ class EmbeddingUse:
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
         part = self.rows.part(sample)
-        grad.index_add_(0, self.ids[part], self.dy[part].to(grad.dtype))
+        ops.add_rows_(grad, self.ids[part], self.dy[part].to(grad.dtype))
 
     def touched(self, sample: int, vocabulary: int, length: int | None = None) -> tuple[Tensor, Tensor]:
         """One sample's ids (of its first `length` positions), each once and in order, and their rows of its gradient."""
@@ -111,9 +111,9 @@ class EmbeddingUse:
 def add_rows(acc: Tensor, rows: Tensor, values: Tensor, tile: int | None) -> None:
     """acc[rows] += values [len(rows), d], or what they add to the tile sums of those rows."""
     if tile is None:
-        acc.index_add_(0, rows, values.to(acc.dtype))
+        ops.add_rows_(acc, rows, values.to(acc.dtype))
     elif len(rows):
-        acc.index_add_(0, rows // tile, torch.stack([ops.tile_sums(row, tile) for row in values]))
+        ops.add_rows_(acc, rows // tile, torch.stack([ops.tile_sums(row, tile) for row in values]))
 
 
 @dataclass(frozen=True, eq=False)

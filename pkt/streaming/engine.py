@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head
+from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head, one_order
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
@@ -113,7 +113,8 @@ class Engine:
         made smaller, `on_sizes` is told, and the run goes on from the last complete part.
         """
         self.where = where
-        with exact_memory() if self.device.type == "cpu" else contextlib.nullcontext():
+        on_cpu = self.device.type == "cpu"
+        with exact_memory() if on_cpu else torch.cuda.device(self.device), one_order(self.device):
             return self._run_and_halve(tasks, sizes, store, resume, on_sizes)
 
     def _run_and_halve(
@@ -177,7 +178,7 @@ class Engine:
         else:
             state = Progress(
                 resume.boundary,
-                rechunk(resume.grads, resume.sizes, chunks),
+                [grad.to(self.device) for grad in rechunk(resume.grads, resume.sizes, chunks)],
                 resume.losses,
                 resume.carried,
                 sizes,
@@ -220,7 +221,8 @@ class Engine:
         following = self.parts.layer_names[index + 1] if index + 1 < top else self.parts.layer_names[index]
         with self.parts.loaded(self.parts.layer_names[index], following if index + 1 < self.count else self.parts.head):
             for number, chunk in enumerate(chunks):
-                store.put(index + 1, number, self.parts.call(index, store.get(index, number), chunk.calls[index]))
+                hidden = store.get(index, number, _following(index, number, len(chunks), index + 1))
+                store.put(index + 1, number, self.parts.call(index, hidden, chunk.calls[index]))
         self._tick("forward", index, 1)
 
     def _scorer(self, key: Key, *, fused: str | None = None, tied: Sink | None = None) -> Scorer:
@@ -271,7 +273,7 @@ class Engine:
         carried: list[dict[str, Tensor]] = [{} for _ in sizes]
         with self.parts.loaded(self.parts.head, self.parts.layer_names[self.count - 1]):
             for task in range(len(sizes)):
-                scores, rows = self._score_head_on(task, _of_task(chunks, task), store, losses, grads)
+                scores, rows = self._score_head_on(task, chunks, store, losses, grads)
                 if self.parts.tied is not None and rows is not None:
                     # S of the table so far, and the gradient rows its other use will touch.
                     table = store.spilled(f"tied-{task}", scores.pop(self.parts.tied).cpu())
@@ -288,12 +290,13 @@ class Engine:
     def _score_head_on(
         self,
         task: int,
-        mine: list[tuple[int, Chunk]],
+        chunks: list[Chunk],
         store: Boundaries,
         losses: list[list[float]],
         grads: dict[int, Tensor],
     ) -> tuple[dict[str, Tensor], HeadRowsSink | None]:
         """Scores of one task; its losses and gradients are filled in. One sample at a time where logits have to exist."""
+        mine = _of_task(chunks, task)
         fused = self._fused_head(mine[0][1], store.get(self.count, mine[0][0]))
         rows: HeadRowsSink | None = None
 
@@ -305,7 +308,7 @@ class Engine:
         def attempt(scorer: Scorer) -> None:
             losses[task] = []
             for number, chunk in mine:
-                hidden = store.get(self.count, number)
+                hidden = store.get(self.count, number, _following(self.count, number, len(chunks), self.count - 1))
                 kept_in = torch.float32 if scorer.half else hidden.dtype
                 grads[number] = torch.zeros(hidden.shape, dtype=kept_in, device=hidden.device)
                 for first, part, batch in self._pieces(chunk, alone=scorer.fused is None):
@@ -343,12 +346,13 @@ class Engine:
 
         def attempt(task: int, scorer: Scorer) -> None:
             for number, chunk in _of_task(chunks, task):
-                leaf = store.get(index, number).detach().requires_grad_()
+                following = _following(index, number, len(chunks), index - 1)
+                leaf = store.get(index, number, following).detach().requires_grad_()
                 with scorer.samples(chunk.batch, chunk.first):
                     out = self.parts.call(index, leaf, chunk.calls[index])
-                    grad = scorer.backward_from(out, state.grads[number].to(self.device), leaf)
+                    grad = scorer.backward_from(out, state.grads[number], leaf)
                 assert grad is not None
-                grads[number] = grad.detach().to(state.grads[number].device)
+                grads[number] = grad.detach()
 
         # What precedes the layers is not read ahead: a table may be many times a layer.
         with self.parts.loaded(self.parts.layer_names[index], self.parts.layer_names[index - 1] if index else None):
@@ -391,7 +395,7 @@ class Engine:
                 for first, part, batch in self._pieces(chunk, alone):
                     if change is not None:
                         change.begin_batch(batch, first)
-                    grad = state.grads[number][part, : batch["input_ids"].shape[1]].to(self.device)
+                    grad = state.grads[number][part, : batch["input_ids"].shape[1]]
                     with scorer.samples(batch, first):
                         scorer.backward_from(self.parts.to_first_layer(batch), grad, None)
 
@@ -437,3 +441,8 @@ class Engine:
 def _of_task(chunks: list[Chunk], task: int) -> list[tuple[int, Chunk]]:
     """The micro-batches of a task, each with its number among all."""
     return [(number, chunk) for number, chunk in enumerate(chunks) if chunk.task == task]
+
+
+def _following(boundary: int, number: int, count: int, then: int) -> tuple[int, int]:
+    """What is wanted after a micro-batch of a boundary: the next one, or the first at the boundary of the next layer."""
+    return (boundary, number + 1) if number + 1 < count else (then, 0)

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from pkt.models import (
     spec_of,
     with_roles,
 )
-from pkt.options import Execution, Factorization, PlanOptions, Reading
+from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
 from pkt.planning import Pairing, Vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import in_order_of, longest_first
@@ -61,15 +61,24 @@ class Job:
         factorization: Factorization,
         reading: Reading,
         execution: Execution,
+        limits: Limits,
+        keep_scores: KeepScores,
     ) -> None:
         self.model, self.options, self.vocabulary, self.factorization = teacher, options, vocabulary, factorization
-        self.execution, self.dtype = execution, execution.dtype
+        if keep_scores not in get_args(KeepScores):
+            raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
+        self.batch_size, self.dtype, self.limits, self.keep_scores = (
+            execution.batch_size,
+            execution.dtype,
+            limits,
+            keep_scores,
+        )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise PktError(
                 f"dtype={self.dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16"
             )
         self.device = _device_of(teacher) if execution.device is None else checked_device(execution.device)
-        self.limits = parse_size(execution.device_memory), parse_size(execution.host_memory)
+        self.device_memory, self.host_memory = parse_size(limits.device_memory), parse_size(limits.host_memory)
         self.teacher, self.student = (with_roles(spec_of(model), options.roles) for model in (teacher, student))
         if isinstance(teacher, (str, Path)):
             check_quantization(teacher)
@@ -145,8 +154,8 @@ class Job:
             **{f"option {name}": value for name, value in self.options.as_dict().items()},
             **{f"factorization {name}": value for name, value in self.factorization.as_dict().items()},
             **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
-            "option keep_scores": self.execution.keep_scores,
-            "option batch_size": self.execution.batch_size,
+            "option keep_scores": self.keep_scores,
+            "option batch_size": self.batch_size,
             "device": self.device.type,
             "dtype": str(self.dtype),
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
@@ -188,7 +197,7 @@ class Job:
         run = run_path(out)
         for task, name in enumerate(self.seeds):
             target, left = out / name / SCORES, run / f"scores-{task}.safetensors"
-            if self.execution.keep_scores != "none" and not target.is_file():
+            if self.keep_scores != "none" and not target.is_file():
                 # Interrupted between the last two renames.
                 if not left.is_file():
                     raise PktError(
