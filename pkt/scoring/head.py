@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkt import ops
+
 # Elements of one block of logits: 256 MiB of fp32 on a GPU; on a CPU what its caches can use.
 BLOCK = {"cpu": 1 << 21}
 BLOCK_DEFAULT = 1 << 26
@@ -123,7 +125,8 @@ class _HeadLoss(torch.autograd.Function):
             top = logits.amax(1, keepdim=True)
             tokens.lse[part] = logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
         losses = torch.zeros(len(tokens.counts), dtype=work, device=rows.device)
-        return losses.index_add_(0, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+        ops.add_rows_(losses, tokens.sample, (tokens.lse - picked) / tokens.counts[tokens.sample])
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

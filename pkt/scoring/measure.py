@@ -17,6 +17,7 @@ from pkt.errors import PktError, SampleError
 from pkt.files import os_errors
 from pkt.models import check_tokenizer, checked_device, decoder_layers, kind_of, load_model, load_tokenizer, spec_of
 from pkt.options import Loss
+from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
@@ -75,7 +76,7 @@ def sensitivity(
     scorer = Scorer(model, names, tile=tile)
     loss_fn = loss_fn or default_loss
     sizes = [batch_size(batch) for batch in batches]
-    with scorer, _progress(sum(sizes), progress) as advance:
+    with scorer, one_order(parameters[names[0]].device), _progress(sum(sizes), progress) as advance:
         losses = scorer.run(batches, sizes, loss_fn, advance)
     scores = scorer.finish()
     if place is not None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.scoring import RestartError, default_loss
+from pkt.scoring import RestartError, default_loss, one_order
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
@@ -116,7 +116,8 @@ class Engine:
         made smaller, `on_sizes` is told, and the run goes on from the last complete part.
         """
         self.where = where
-        with exact_memory() if self.device.type == "cpu" else contextlib.nullcontext():
+        on_cpu = self.device.type == "cpu"
+        with exact_memory() if on_cpu else torch.cuda.device(self.device), one_order(self.device):
             return self._run_and_halve(tasks, sizes, store, resume, on_sizes)
 
     def _run_and_halve(
