@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pkt import ops
+from pkt.seeds import IGNORE
 
 # Elements of one block of logits: 256 MiB of fp32 on a GPU; on a CPU what its caches can use.
 BLOCK = {"cpu": 1 << 21}
@@ -64,7 +65,7 @@ def head_losses(
     The batch's `Tokens` are appended to `keep`; `record` is called during the backward pass, for blocks of vocabulary that
     start at multiples of `multiple`.
     """
-    mask = labels[:, 1:] != -100
+    mask = labels[:, 1:] != IGNORE
     # Row-major order keeps each sample's tokens together.
     rows = hidden[:, :-1][mask]
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
