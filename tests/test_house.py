@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 LONGEST = 500  # lines of a module
 EXTENSION = "_C"  # pkt._C, the compiled part, is a module, not a private name
@@ -113,6 +115,24 @@ def imported(text: str) -> set[str]:
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     from_ = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     return {name.split(".")[0] for name in plain | from_}
+
+
+def test_every_package_and_module_has_its_floor() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    floors = {c["containers"][0]: c["layers"] for c in contracts if c["type"] == "layers"}
+    children: dict[str, set[str]] = defaultdict(set)
+    for module in sources():
+        if module.startswith("pkt."):
+            package, _, name = module.rpartition(".")
+            children[package].add(name)
+    assert len(floors["pkt"]) <= 13  # __main__ stands above the command line
+    for package, names in children.items():
+        if len(names) > 1:
+            listed = {name.strip() for floor in floors[package] for name in floor.split("|")}
+            assert listed == names, package
 
 
 def test_modules_fit_in_mind() -> None:

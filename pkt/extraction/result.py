@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.cards import EXTRACTION, write_card
@@ -19,6 +19,8 @@ from pkt.planning import TransferPlan
 @dataclass
 class Extraction:
     """LoRA factors for every student matrix of a plan, and where they came from."""
+
+    mode: ClassVar[Literal["paired"]] = "paired"  # how they are injected unless one says otherwise
 
     pairs: dict[str, Pair]
     energies: dict[str, float]  # share of each region's squared norm that its factors catch; the mean over experts

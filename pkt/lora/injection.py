@@ -24,7 +24,7 @@ from torch import nn
 
 from pkt.adapters import Adapter, Pair, check_fit, parameter_name
 from pkt.errors import PktError, PktWarning
-from pkt.extraction import Extraction
+from pkt.extraction import Extraction, Start, open_start
 from pkt.files import as_path
 from pkt.lora.factors import arm_pair, layer_of, lora_parameters, shift, start_adapter
 from pkt.lora.record import MODES, SHIFTED, Mode, check_unshifted, compare_sketch, few, name_of, parameter_of, record_of
@@ -39,9 +39,9 @@ MOVED = 2.0**-7
 
 def inject(
     student: Any,
-    ext: Extraction | str | Path,
+    ext: Extraction | Start | str | Path,
     *,
-    mode: Mode = "paired",
+    mode: Mode | None = None,
     adapter_name: str = ADAPTER,
     dropout: float = 0.0,
     alpha: float | None = None,
@@ -49,6 +49,8 @@ def inject(
 ) -> Any:
     """Wrap `student` (a model, a checkpoint directory or a PeftModel) with the extraction's LoRA. Returns a PeftModel to train.
 
+    ext: an extraction, transplant or start, or its folder. mode: what it records unless given: `paired` for an extraction, `add`
+    for what is kept, a transplant.
     In `paired` and `residual` the model's function is the student's at step 0 (paired: to 1e-5 in fp32, dropout included).
     A model given in memory is wrapped in place, as PEFT does; only `residual` changes its weights. A PeftModel gets one more
     adapter, `adapter_name`, made the active one (not in `residual`, which would shift the base under the others). A PeftModel
@@ -61,9 +63,9 @@ def inject(
     student does not have in that shape, for a base that another injection has shifted, and for dropout on experts, for which
     PEFT has none.
     """
+    ext = open_start(ext)
+    mode = mode or ext.mode
     check_settings(mode, dropout, alpha)
-    if not isinstance(ext, Extraction):
-        ext = Extraction.load(ext)
     checked_dropout(ext.pairs, dropout)
     if not isinstance(student, nn.Module):
         student = load_model(as_path(student, "a student (a model, or the path of its checkpoint)"))
@@ -131,7 +133,11 @@ def _check_weights(student: nn.Module, pairs: Mapping[str, Pair]) -> None:
 
 
 def initialize_lora_weights(
-    peft_model: Any, extraction: Extraction | str | Path, *, mode: Mode = "paired", adapter_name: str = ADAPTER
+    peft_model: Any,
+    extraction: Extraction | Start | str | Path,
+    *,
+    mode: Mode | None = None,
+    adapter_name: str = ADAPTER,
 ) -> None:
     """Start an adapter of your own LoraConfig with the extraction's factors, in place.
 
@@ -139,9 +145,10 @@ def initialize_lora_weights(
     and dropout are yours (the scale is divided out of B). Modules the extraction does not have keep PEFT's start, and a
     `PktWarning` names what of the extraction is not used. Raises `PktError` listing every module whose rank does not fit.
     """
+    ext = open_start(extraction)
+    mode = mode or ext.mode
     if mode not in MODES:
         raise PktError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
-    ext = extraction if isinstance(extraction, Extraction) else Extraction.load(extraction)
     config = config_of(peft_model, adapter_name)
     spec = spec_of_base(peft_model)
     check_fit(ext.pairs, spec, "the extraction")
@@ -174,7 +181,7 @@ def initialize_lora_weights(
     start_adapter(peft_model, adapter, mode, adapter_name)
 
 
-def _arm_again(model: Any, ext: Extraction, mode: Mode, name: str) -> Any:
+def _arm_again(model: Any, ext: Extraction | Start, mode: Mode, name: str) -> Any:
     """Masks on a reloaded `paired` adapter, the shifted base under a reloaded `residual` one."""
     record = record_of(config_of(model, name).to_dict())
     if record is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction import Extraction
+from pkt.extraction import Extraction, Start
 from pkt.files import MANIFEST, read_json
 from pkt.lora import read_source
 from pkt.manifest import read_manifest
@@ -54,6 +54,15 @@ def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[
             "seeds": ext.provenance.get("seeds", {}).get("source"),
             "holds": str(ext),
             "next": f"pkt train {shlex.quote(base)} {quoted} DATA.jsonl --out RUN",
+        }
+    if kind in Start.KINDS:
+        start = Start.load(folder)
+        return {
+            "is": f"a {kind}: {start.how}, as an ordinary LoRA that is kept",
+            "student": start.student.get("name"),
+            **start.provenance.get("told", {}),
+            "holds": str(start),
+            "next": f"pkt train {shlex.quote(str(start.student.get('name')))} {quoted} DATA.jsonl --out RUN, or serve it as it is",
         }
     if kind == "run" and manifest["settings"].get("epochs"):
         finished = manifest.get("finished")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pkt.cards import INJECTED, write_card
 from pkt.errors import PktError
-from pkt.extraction import Extraction
+from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject
 from pkt.manifest import manifest_of, versions
@@ -20,7 +20,7 @@ def write_injected(
     extraction: str | Path,
     out: str | Path,
     *,
-    mode: Mode = "paired",
+    mode: Mode | None = None,
     dropout: float | None = None,
     alpha: float | None = None,
     rslora: bool = False,
@@ -32,6 +32,8 @@ def write_injected(
     dropout: as in `train`. `residual` also needs its base: a complete student of W − B₀A₀, written to `save_residual` (default:
     OUT/base).
     """
+    ext = open_start(extraction)
+    mode = mode or ext.mode
     if save_residual is not None and mode != "residual":
         raise PktError(
             f"--save-residual writes the base of mode='residual'; with mode={mode!r} the base is the student itself"
@@ -43,7 +45,6 @@ def write_injected(
     base_path = Path(save_residual) if save_residual is not None else out / "base"
     if save_residual is not None:
         check_apart(check_output_folder(base_path, force=force), out, *read)
-    ext = Extraction.load(extraction)
     dropout = checked_dropout(ext.pairs, dropout)
     model = inject(student, ext, mode=mode, dropout=dropout, alpha=alpha, rslora=rslora)
     settings = {"mode": mode, "dropout": dropout, "student": fingerprint(student)}
@@ -67,7 +68,7 @@ def write_injected(
     ]
 
 
-def _write_base(folder: Path, model: Any, ext: Extraction, student: str | Path) -> None:
+def _write_base(folder: Path, model: Any, ext: Extraction | Start, student: str | Path) -> None:
     """The shifted student as a complete checkpoint that says what it is."""
     save_model(model.unload(), folder, student)
     write_initial(folder, ext, str(student))

@@ -12,7 +12,7 @@ from typing import Any
 
 from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
-from pkt.extraction import Extraction
+from pkt.extraction import Extraction, Start
 from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, share_files, write_json
 from pkt.lora import INITIAL
 from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
@@ -63,14 +63,14 @@ def _checkpoint_fault(folder: Path, step: int) -> str | None:
     return next((f"{name} is missing or truncated" for name in pickles if not zipfile.is_zipfile(folder / name)), None)
 
 
-def write_run(out: Path, ext: Extraction, settings: dict[str, Any], student: str) -> None:
+def write_run(out: Path, ext: Extraction | Start, settings: dict[str, Any], student: str) -> None:
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         entries = {
             "mode": settings["mode"],
             "student": student,
             "settings": settings,
-            "plan": {k: v for k, v in ext.plan.as_dict().items() if k != "entries"},
+            **_origin(ext),
             "versions": versions(),
             "finished": False,
         }
@@ -89,7 +89,14 @@ def finish_run(out: Path, model: Any, loss: float) -> None:
             write_json(scratch, {**read_manifest(out), "finished": True, "train_loss": loss})
 
 
-def write_initial(folder: Path, ext: Extraction, student: str) -> None:
+def _origin(ext: Extraction | Start) -> dict[str, Any]:
+    """What a run was started from: the plan of an extraction, or what a transplant or start tells."""
+    if isinstance(ext, Extraction):
+        return {"plan": {k: v for k, v in ext.plan.as_dict().items() if k != "entries"}}
+    return {"start": {"kind": ext.kind, **ext.provenance}}
+
+
+def write_initial(folder: Path, ext: Extraction | Start, student: str) -> None:
     (folder / INITIAL).mkdir(parents=True, exist_ok=True)
     Adapter(ext.pairs, student).write(folder / INITIAL)
 

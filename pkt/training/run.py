@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import PktError
-from pkt.extraction import Extraction
+from pkt.extraction import Extraction, Start, open_start
 from pkt.extras import needs
 from pkt.files import as_path, check_apart, is_stored, lock_folder
 from pkt.lora import Mode, check_settings, checked_dropout, inject
@@ -16,6 +16,8 @@ from pkt.seeds import Seeds, load_seeds
 from pkt.training.folder import finish_run, start_run, write_run
 from pkt.training.trainer import fit
 
+RATE, KEPT_RATE = 3e-4, 1.5e-4
+
 
 def train(
     student: str | Path,
@@ -23,11 +25,11 @@ def train(
     data: str | Path | Seeds,
     out: str | Path,
     *,
-    mode: Mode = "paired",
+    mode: Mode | None = None,
     epochs: float = 3.0,
     batch_size: int = 64,
     micro_batch: int = 8,
-    lr: float = 3e-4,
+    lr: float | None = None,
     dropout: float | None = None,
     warmup: float = 0.0,
     scheduler: str = "linear",
@@ -42,17 +44,20 @@ def train(
 
     `out` is a run folder: the adapter as PEFT saves it, checkpoints, TensorBoard logs under `logs/`, and pkt.json. The same
     call on an unfinished run goes on from its last complete checkpoint; on a finished one it is refused. With `force` it
-    starts over. batch_size: rows of a step; micro_batch: rows in memory at once, at most; dropout: 0.05 unless given, or 0
-    where experts are adapted, for which PEFT has none; warmup: steps, or a share of them below 1; max_steps: fewer steps than
-    the epochs have, if given.
+    starts over. batch_size: rows of a step; micro_batch: rows in memory at once, at most; lr: 3e-4 unless given, half of it for
+    a transplant, which has begun already; dropout: 0.05 unless given, or 0 where experts are adapted, for which PEFT has none;
+    warmup: steps, or a share of them below 1; max_steps: fewer steps than the epochs have, if given.
 
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
     another run's or that another process is writing, a full disk, and the first loss or gradient that is not finite.
     """
+    ext = open_start(extraction)
+    mode = mode or ext.mode
+    # What is kept has begun already: it wants about half the usual rate.
+    lr = (KEPT_RATE if mode == "add" else RATE) if lr is None else lr
     check_settings(mode, dropout)
     options = Training(epochs, batch_size, micro_batch, lr, warmup, scheduler, max_steps, save_steps, seed)
     needs("tensorboard", "train", "keep the logs of a training run")
-    ext = Extraction.load(extraction)
     dropout = checked_dropout(ext.pairs, dropout)
     out, student = as_path(out, "the path of a run folder"), as_path(student, "the path of a student")
     check_apart(out, *(given for given in (extraction, student, data) if is_stored(given)))
@@ -80,7 +85,7 @@ def _rows(data: str | Path | Seeds, student: Path, max_length: int) -> tuple[See
 
 
 def _settings(
-    mode: Mode, dropout: float, options: Training, examples: Seeds, ext: Extraction, student: Path
+    mode: Mode, dropout: float, options: Training, examples: Seeds, ext: Extraction | Start, student: Path
 ) -> dict[str, Any]:
     """What decides a run's result: a folder with other settings holds another run."""
     return {
@@ -99,7 +104,7 @@ def _settings(
     }
 
 
-def _injected(student: Path, ext: Extraction, mode: Mode, dropout: float, seed: int) -> Any:
+def _injected(student: Path, ext: Extraction | Start, mode: Mode, dropout: float, seed: int) -> Any:
     from transformers import set_seed
 
     set_seed(seed)
