@@ -186,7 +186,8 @@ def scaling(samples: int = 32, tokens: int = 512) -> None:
         )
         boundaries = (layers + 1) * samples * tokens * hidden * 2
         parameters = sum(p.numel() for p in teacher.model.parameters())
-        used = plan.device_total - plan.device["activations"]
+        rounding = plan.device["allocator's rounding"] / plan.device_total
+        used = int(plan.device_total - plan.device["activations"] / (1 - rounding))
         print(
             f"| {name} | {parameters / 1e9:.1f}B | {sizes.layer * 2 / 1e9:.2f} GB | {sizes.layer * 4 / 1e9:.2f} GB | "
             f"{plan.micro_batch} | {used / 1e9:.1f} GB | {boundaries / 1e9:.1f} GB | {plan.read / 1e9:.0f} GB | "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -125,6 +126,7 @@ def test_the_smoke_run_finds_a_wrong_answer(bench: Any, tmp_path: Path, monkeypa
     smoke.check("best_window", torch.device("cpu"), report)
     smoke.check("rsvd", torch.device("cpu"), report)
     assert [row["passed"] for row in report.rows] == [True] * 4 + [False] * 4
+    assert math.isnan(smoke.worst([0.0, float("nan"), 0.0]))
     assert len(json.loads((tmp_path / "smoke_cpu.json").read_text())["failures"]) == 4
     assert report.finish() == 1
 

@@ -16,7 +16,7 @@ import pkt
 from pkt import ops
 from pkt.errors import SampleError
 from pkt.ops import tile_sums
-from pkt.scoring import default_loss
+from pkt.scoring import Findings, default_loss
 from pkt.scoring import head as head_loss
 
 SAMPLES = oracle.token_samples(32)
@@ -162,6 +162,24 @@ class Odd(nn.Module):
         return logits
 
 
+def reading_its_head(tied: bool) -> Any:
+    """A Llama whose last hidden states go through the head's weight once more before the head."""
+    from transformers import LlamaModel
+
+    class Reading(LlamaModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            weight = self.reads[0].weight  # type: ignore[index,union-attr]
+            hidden = out.last_hidden_state
+            out.last_hidden_state = hidden + torch.tanh(hidden @ weight.t()) @ weight
+            return out
+
+    model = oracle.llama(tied)
+    model.model.__class__ = Reading
+    model.model.reads = (model.lm_head,)
+    return model
+
+
 def plain_loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["input_ids"])[0, :-1], batch["labels"][0, 1:])[None]
 
@@ -178,6 +196,24 @@ def test_what_cannot_be_batched_is_found_out_and_still_exact(make: Any, batch: i
     for name in truth:
         assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
     assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_read_elsewhere_too_is_not_scored_apart_from_it(tied: bool) -> None:
+    model = reading_its_head(tied)
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:5], 1))
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:5], 5), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+
+
+def test_findings_are_agreed_on_and_hold_in_every_layer() -> None:
+    mine = Findings(frozenset({"a"}), fused="head").untapping("layers.0.b")
+    both = mine.joined(Findings(fused="head").sharing("c"))
+    assert both == Findings(frozenset({"a", "c"}), frozenset({"layers.0.b"}), fused="head")
+    assert mine.joined(Findings().alone()) == Findings(mine.shared, mine.untapped, one_by_one=True)
+    assert mine.sharing("head").fused is None
+    assert mine.alike(["layers.3.b", "layers.3.c"]).untapped == {"layers.3.b"}
 
 
 def test_mixture_of_experts_is_exact() -> None:
@@ -308,7 +344,7 @@ def test_no_gradient_and_no_logits_are_ever_stored(monkeypatch: pytest.MonkeyPat
     model = oracle.llama(hidden=512, layers=2, heads=8, kv=8, ffn=2048, vocab=6000)
     batches = [oracle.padded([(ids[:12], 2) for ids, _ in oracle.token_samples(8, vocab=6000, longest=12)])]
     monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 1 << 18})
-    monkeypatch.setattr(ops, "GRADIENT_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(ops.reference, "GRADIENT_ELEMENTS", 1 << 18)
     threshold = 2 << 20
     assert batches[0]["input_ids"].numel() * 6000 * 4 > threshold - (1 << 19)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

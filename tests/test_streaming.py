@@ -24,6 +24,7 @@ from pkt.streaming import (
     Boundaries,
     Engine,
     NotLayeredError,
+    Teacher,
     open_teacher,
     parse_size,
     plan_memory,
@@ -454,6 +455,16 @@ class TestTransfer:
         plans_equal(ext.plan, calm.plan)
         assert len(calls) > 2
 
+    def test_a_scratch_folder_is_made_where_there_is_none(self, tmp_path: Path) -> None:
+        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        options: Any = {"rank": 4, "progress": False, "host_memory": "2MB"}
+        pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "new" / "folder", **options)
+        assert list((tmp_path / "new" / "folder").iterdir()) == []
+        (tmp_path / "file").touch()
+        with pytest.raises(pkt.PktError, match="making the folder"):
+            pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "file", **options)
+
     def test_a_model_scored_whole_says_so(self) -> None:
         model = oracle.llama()
         model.model.layers[2].mlp = model.model.layers[0].mlp
@@ -492,6 +503,33 @@ class TestMemoryPlan:
             self.plan(model, device_memory=1000)
         with pytest.raises(pkt.PktError, match="--scratch"):
             self.plan(model, device_memory=limit + plenty.device_total // 30, scratch_free=10)
+
+    def test_a_gpu_plan_names_what_its_libraries_and_allocator_take(self) -> None:
+        """A teacher of 13B in bf16 within 10 GB: what tensors take leaves 8% of the limit, the rest is named."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape: Any = {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824}
+        config = LlamaConfig(**shape, num_hidden_layers=40, num_attention_heads=40)
+        with torch.device("meta"):
+            teacher = Teacher(LlamaForCausalLM(config).to(torch.bfloat16), None, torch.bfloat16)
+        options: Any = {"device": torch.device("cuda"), "batch_size": 8, "in_memory": False}
+        plan = plan_memory(
+            sizes_of(teacher, "model.layers", 40),
+            [[512] * 32],
+            device_memory=10 * 10**9,
+            host_memory=64 * 10**9,
+            **options,
+        )
+        assert plan.device_total <= 10 * 10**9
+        assert plan.places.count("device") > 0
+        assert plan.places.count("host") > 0
+        named = plan.device["libraries"] + plan.device["allocator's rounding"]
+        assert plan.device_total - named <= 0.92 * 10 * 10**9
+        # Two buffers, as the loader has: a third would be a third of this again.
+        assert plan.device["weights"] == 2 * 2 * sum(p.numel() for p in teacher.model.model.layers[0].parameters())
+        # A pinned buffer takes the next power of two: 64 MiB for a micro-batch of 40 MB.
+        each = 4 * (1 << 26)
+        assert plan.host >= plan.places.count("host") * each
 
     def test_the_plan_in_words(self) -> None:
         lines = self.plan(oracle.llama()).lines()

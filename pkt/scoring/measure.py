@@ -21,7 +21,7 @@ from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
-from pkt.scoring.scorer import Scorer
+from pkt.scoring.scorer import score_batches
 from pkt.seeds import Seeds, load_seeds
 
 
@@ -73,19 +73,13 @@ def sensitivity(
         raise PktError("the loader gave no batches; there is nothing to score on")
     for batch in batches:
         _check_batch(model, batch, loss_fn)
-    scorer = Scorer(model, names, tile=tile)
-    loss_fn = loss_fn or default_loss
-    sizes = [batch_size(batch) for batch in batches]
-    with (
-        scorer,
-        one_order(parameters[names[0]].device),
-        bar("scoring", sum(sizes), unit="samples", shown=progress) as advance,
-    ):
-        losses = scorer.run(batches, sizes, loss_fn, advance)
-    scores = scorer.finish()
+    total = sum(map(batch_size, batches))
+    with one_order(parameters[names[0]].device), bar("scoring", total, unit="samples", shown=progress) as advance:
+        scores, losses = score_batches(model, names, batches, loss_fn or default_loss, tile=tile, advance=advance)
     if place is not None:
         scores = {name: score.to(place) for name, score in scores.items()}
-    return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
+    shapes = {name: tuple(parameters[name].shape) for name in scores}
+    return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses)
 
 
 def score_seeds(
