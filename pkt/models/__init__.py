@@ -12,6 +12,7 @@ from pkt.models.huggingface import load_config as load_config
 from pkt.models.huggingface import load_model as load_model
 from pkt.models.huggingface import load_tokenizer as load_tokenizer
 from pkt.models.huggingface import quiet as quiet
+from pkt.models.huggingface import save_model as save_model
 from pkt.models.huggingface import skeleton as skeleton
 from pkt.models.huggingface import supported as supported
 from pkt.models.huggingface import unwrap as unwrap
