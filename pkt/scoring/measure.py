@@ -37,7 +37,7 @@ def sensitivity(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Score every parameter of `model` on the samples of `loader` (METHOD, section 1).
+    """Score every parameter of `model` on the samples of `loader` (docs/method.md §1).
 
     model: any nn.Module; it is scored in eval mode and left exactly as it was found, also when interrupted.
     loader: batches; for the default loss mappings with `labels` and what the model's forward takes. A batch's first
