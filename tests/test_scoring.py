@@ -104,6 +104,53 @@ def test_tile_sums_are_the_sums_of_the_elements(scored: Any, tile: int) -> None:
     torch.testing.assert_close(sens.layer_scores(), elements.layer_scores(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_other_measures_agree_with_autograd_in_fp64(scored: Any, measure: str, batch: int) -> None:
+    model, _ = scored
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES, 1), measure=measure)
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES, batch), measure=measure, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    if batch == 3:
+        tiles = pkt.sensitivity(model, oracle.batched(SAMPLES, batch), measure=measure, tile=7, progress=False)
+        for name in truth:
+            assert oracle.relative_error(tiles[name], tile_sums(truth[name], 7)) < 1e-5, name
+
+
+@pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
+def test_other_measures_of_an_mlp_and_of_what_needs_one_sample_at_a_time(measure: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(9, 10, generator=generator), "labels": torch.randint(0, 5, (9,), generator=generator)}
+
+    def loss_fn(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b["x"]), b["labels"], reduction="none")
+
+    mlp = oracle.MLP()
+    truth = oracle.sensitivity(mlp, [batch], loss_fn, measure)
+    sens = pkt.sensitivity(mlp, [batch], loss_fn=loss_fn, measure=measure, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    torch.manual_seed(1)
+    odd = Odd()
+    truth = oracle.sensitivity(odd, oracle.batched(SAMPLES[:8], 1), plain_loss, measure)
+    sens = pkt.sensitivity(odd, oracle.batched(SAMPLES[:8], 4), measure=measure, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+
+
+def test_a_measure_is_kept_in_the_file_and_refused_by_a_plan(tmp_path: Any) -> None:
+    model = oracle.llama()
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 2), measure="fisher", progress=False)
+    sens.save(tmp_path / "fisher.safetensors")
+    again = pkt.Sensitivity.load(tmp_path / "fisher.safetensors")
+    assert again.measure == "fisher"
+    with pytest.raises(pkt.PktError, match='measure="fisher"'):
+        pkt.plan(again, model, model)
+    with pytest.raises(pkt.PktError, match="measure='sum' is unknown"):
+        pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 2), measure="sum", progress=False)
+
+
 def test_a_plain_mlp_with_and_without_a_loss_function() -> None:
     model = oracle.MLP()
     generator = torch.Generator().manual_seed(0)

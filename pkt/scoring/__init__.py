@@ -22,3 +22,4 @@ from pkt.scoring.sinks import Sink as Sink
 from pkt.scoring.uses import EmbeddingUse as EmbeddingUse
 from pkt.scoring.uses import RowsUse as RowsUse
 from pkt.scoring.uses import Use as Use
+from pkt.scoring.uses import measured as measured

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.models import plain_head
+from pkt.ops import Measure
 from pkt.scoring.batches import Rows
 from pkt.scoring.losses import check_targets, output_field
 from pkt.scoring.uses import add_linear
@@ -61,10 +62,10 @@ class HeadUse:
     def samples(self) -> Sequence[int]:
         return self.rows.samples
 
-    def add(self, acc: Tensor, weight: Tensor, tile: int | None) -> None:
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
         stop = self.first + self.p.shape[1]
         part = slice(self.first, stop) if tile is None else slice(self.first // tile, -(-stop // tile))
-        add_linear(acc[part], weight[self.first : stop], self.tokens.hidden, self.p, self.rows, tile)
+        add_linear(acc[part], weight[self.first : stop], self.tokens.hidden, self.p, self.rows, measure, tile)
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
         part = self.rows.part(sample)

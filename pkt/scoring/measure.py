@@ -15,6 +15,7 @@ from pkt import ops
 from pkt.errors import PktError, SampleError
 from pkt.files import os_errors
 from pkt.models import check_tokenizer, checked_device, decoder_layers, kind_of, load_model, load_tokenizer, spec_of
+from pkt.ops import MEASURES
 from pkt.options import Loss
 from pkt.progress import bar
 from pkt.scoring.attention import one_order
@@ -32,6 +33,7 @@ def sensitivity(
     loss_fn: LossFn | None = None,
     params: str | Iterable[str] | None = None,
     tile: int | None = None,
+    measure: str = "theta_grad",
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Sensitivity:
@@ -45,6 +47,8 @@ def sensitivity(
         shifted by one for logits [B, T, V]. A model that only gives a scalar loss is run one sample at a time.
     params: a regular expression or a list of names; the other parameters are not scored.
     tile: return sums over tile x tile blocks of S instead of its elements.
+    measure: what is summed over the samples: "theta_grad" |θ·g| (the method's), "grad" |g|, "fisher" g², or
+        "theta_grad_squared" (θ·g)². `pkt.plan` takes the first.
     device: where the scores are kept; default: where each parameter is.
 
     Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
@@ -62,6 +66,8 @@ def sensitivity(
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
     place = None if device is None else checked_device(device)
+    if measure not in MEASURES:
+        raise PktError(f"measure={measure!r} is unknown; choose one of {', '.join(MEASURES)}")
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
@@ -75,11 +81,12 @@ def sensitivity(
         _check_batch(model, batch, loss_fn)
     total = sum(map(batch_size, batches))
     with one_order(parameters[names[0]].device), bar("scoring", total, unit="samples", shown=progress) as advance:
-        scores, losses = score_batches(model, names, batches, loss_fn or default_loss, tile=tile, advance=advance)
+        loss, how = loss_fn or default_loss, MEASURES[measure]
+        scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
     if place is not None:
         scores = {name: score.to(place) for name, score in scores.items()}
     shapes = {name: tuple(parameters[name].shape) for name in scores}
-    return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses)
+    return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses, measure=measure)
 
 
 def score_seeds(

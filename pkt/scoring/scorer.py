@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError, SampleError
+from pkt.ops import MEASURES, Measure
 from pkt.scoring.batches import Layout, batch_size, on_device, one_sample, probe_of, real_lengths, sliced
 from pkt.scoring.findings import Findings, LearntError
 from pkt.scoring.head import FusedHead, HeadUse, find_fused_head
@@ -35,6 +36,7 @@ from pkt.scoring.taps import tapped_forward
 from pkt.scoring.uses import Use
 
 PROBE_TOKENS = 24
+THETA_GRAD = MEASURES["theta_grad"]
 
 
 class Scorer:
@@ -53,6 +55,7 @@ class Scorer:
         names: Iterable[str],
         findings: Findings,
         *,
+        measure: Measure = THETA_GRAD,
         tile: int | None = None,
         sinks: Mapping[str, Sink] | None = None,
         blame: Callable[[], str | None] | None = None,
@@ -65,7 +68,7 @@ class Scorer:
         self.layout = Layout()
         self.fused = None if findings.fused is None else FusedHead(model, findings.fused, self.anchor, tile or 1)
         self._name_of = {id(p): n for n, p in self.parameters.items() if n not in findings.untapped}
-        self._sinks = Sinks(self.parameters, findings, tile, sinks or {})
+        self._sinks = Sinks(self.parameters, findings, measure, tile, sinks or {})
         self._blame = blame or functools.partial(_first_bad_parameter, model)
         self._pass: Pass = Measuring()
         self._undo = contextlib.ExitStack()
@@ -259,6 +262,7 @@ def score_batches(
     batches: Sequence[Any],
     loss_fn: LossFn,
     *,
+    measure: Measure,
     tile: int | None,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], list[float]]:
@@ -266,7 +270,7 @@ def score_batches(
     findings = _first_findings(model, names, batches, loss_fn, tile)
     while True:
         try:
-            with Scorer(model, names, findings, tile=tile) as scorer:
+            with Scorer(model, names, findings, measure=measure, tile=tile) as scorer:
                 losses = _score_all(scorer, batches, loss_fn, advance)
             return scorer.finish(), losses
         except LearntError as learnt:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pkt import ops
+from pkt.ops import Measure
 from pkt.scoring.findings import Findings
 from pkt.scoring.head import HeadUse
 from pkt.scoring.uses import EmbeddingUse, Use, VectorUse, WholeUse, accumulated_in, add_rows
@@ -33,13 +34,14 @@ class Sink(Protocol):
 class Vectors:
     """What waits for the end of a batch: small parameters are added up in one launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def flush(self) -> None:
         if self.waiting:
             accs, weights, grads = zip(*self.waiting, strict=True)
-            ops.abs_accumulate_many_(accs, weights, grads)
+            ops.abs_accumulate_many_(accs, weights, grads, 1, self.measure.weighted)
             self.waiting.clear()
 
 
@@ -48,8 +50,8 @@ class FullSink:
 
     tile: int | None = None
 
-    def __init__(self, weight: Tensor, vectors: Vectors | None = None) -> None:
-        self.weight, self.vectors, self.scale = weight.detach(), vectors, 1.0
+    def __init__(self, weight: Tensor, measure: Measure, vectors: Vectors | None = None) -> None:
+        self.weight, self.measure, self.vectors, self.scale = weight.detach(), measure, vectors, 1.0
         self._acc: Tensor | None = None
 
     @property
@@ -64,30 +66,30 @@ class FullSink:
 
     def add(self, use: Use) -> None:
         if isinstance(use, VectorUse) and self.vectors is not None and self.acc.shape == self.weight.shape:
-            self.vectors.waiting.append((self.acc, self.weight, use.total()))
+            self.vectors.waiting.append((self.acc, *use.terms(self.weight, self.measure)))
         else:
-            use.add(self.acc, self.weight, self.tile)
+            use.add(self.acc, self.weight, self.measure, self.tile)
 
     def end_batch(self) -> None:
         pass
 
     def rescale(self, scale: float) -> None:
         if scale != self.scale and self._acc is not None:
-            self._acc *= scale / self.scale
+            self._acc *= (scale / self.scale) ** self.measure.power
         self.scale = scale
 
     def result(self) -> Tensor:
         acc = self.acc
         if self.scale != 1.0:
-            acc /= self.scale
+            acc /= self.scale**self.measure.power
         return acc
 
 
 class TileSink(FullSink):
     """The sums of S over tile x tile blocks; a vector's elements are kept until the end, for they are few."""
 
-    def __init__(self, weight: Tensor, vectors: Vectors, tile: int) -> None:
-        super().__init__(weight, vectors)
+    def __init__(self, weight: Tensor, measure: Measure, vectors: Vectors, tile: int) -> None:
+        super().__init__(weight, measure, vectors)
         self.tile = tile
 
     def _shape(self) -> tuple[int, ...]:
@@ -150,7 +152,10 @@ class TiedSink:
         for sample in use.samples:
             touched, embedding = use.touched(sample, weight.shape[0])
             head = self.head.gradient_rows(sample, touched, weight)
-            change = ((head + embedding).abs_() - head.abs()) * weight[touched].to(embedding.dtype).abs()
+            power, weighted = self.inner.measure
+            change = _power(head + embedding, power) - _power(head, power)
+            if weighted:
+                change *= _power(weight[touched].to(embedding.dtype), power)
             add_rows(self.inner.acc, touched, change, self.inner.tile)
 
     def end_batch(self) -> None:
@@ -163,6 +168,10 @@ class TiedSink:
         return self.inner.result()
 
 
+def _power(values: Tensor, power: int) -> Tensor:
+    return values.abs() if power == 1 else values.square()
+
+
 class Sinks:
     """The sinks of a model's parameters, each made when it is first asked for.
 
@@ -170,10 +179,15 @@ class Sinks:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], findings: Findings, tile: int | None, given: Mapping[str, Sink]
+        self,
+        parameters: Mapping[str, Tensor],
+        findings: Findings,
+        measure: Measure,
+        tile: int | None,
+        given: Mapping[str, Sink],
     ) -> None:
-        self.parameters, self.findings, self.tile, self.given = parameters, findings, tile, given
-        self.vectors, self.scale = Vectors(), 1.0
+        self.parameters, self.findings, self.measure, self.tile, self.given = parameters, findings, measure, tile, given
+        self.vectors, self.scale = Vectors(measure), 1.0
         self.made: dict[str, Sink] = {}
 
     def __getitem__(self, name: str) -> Sink:
@@ -186,7 +200,9 @@ class Sinks:
         weight, shared = self.parameters[name], name in self.findings.shared
         if name in self.given:
             return SharedSink(weight, self.given[name]) if shared else self.given[name]
-        full = FullSink(weight, self.vectors) if self.tile is None else TileSink(weight, self.vectors, self.tile)
+        full = FullSink(weight, self.measure, self.vectors)
+        if self.tile is not None:
+            full = TileSink(weight, self.measure, self.vectors, self.tile)
         if not shared:
             return full
         return TiedSink(full) if name == self.findings.fused else SharedSink(weight, full)

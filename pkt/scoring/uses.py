@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pkt import ops
+from pkt.ops import Measure
 from pkt.scoring.batches import Rows
 
 
@@ -22,14 +23,20 @@ def accumulated_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def measured(weight: Tensor, grad: Tensor, measure: Measure) -> Tensor:
+    """|weight ⊙ grad|^power, or |grad|^power where the measure is not weighted, in the gradient's type."""
+    values = grad * weight.to(grad.dtype) if measure.weighted else grad
+    return values.abs() if measure.power == 1 else values.square()
+
+
 class Use(Protocol):
     @property
     def samples(self) -> Sequence[int]:
         """The samples of the batch that it belongs to."""
         ...
 
-    def add(self, acc: Tensor, weight: Tensor, tile: int | None) -> None:
-        """acc += |weight| ⊙ Σ_j |g_j|, or the sums of its tile x tile blocks."""
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
+        """acc += Σ_j |weight ⊙ g_j|, or another measure, or the sums of its tile x tile blocks."""
         ...
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
@@ -58,8 +65,8 @@ class LinearUse:
     def samples(self) -> Sequence[int]:
         return self.rows.samples
 
-    def add(self, acc: Tensor, weight: Tensor, tile: int | None) -> None:
-        add_linear(acc, weight, self.x, self.dy, self.rows, tile)
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
+        add_linear(acc, weight, self.x, self.dy, self.rows, measure, tile)
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
         part = self.rows.part(sample)
@@ -70,12 +77,14 @@ class LinearUse:
         return self.dy[part, ids].to(work).t() @ self.x[part].to(work)
 
 
-def add_linear(acc: Tensor, weight: Tensor, x: Tensor, dy: Tensor, rows: Rows, tile: int | None) -> None:
+def add_linear(
+    acc: Tensor, weight: Tensor, x: Tensor, dy: Tensor, rows: Rows, measure: Measure, tile: int | None
+) -> None:
     """acc += S of y = x weightᵀ, whole or in tiles."""
     if tile is None:
-        ops.linear_sensitivity_(acc, weight, x, dy, rows.starts, rows.lens)
+        ops.linear_sensitivity_(acc, weight, x, dy, rows.starts, rows.lens, *measure)
     else:
-        ops.linear_sensitivity_tiles_(acc, weight, x, dy, rows.starts, rows.lens, tile)
+        ops.linear_sensitivity_tiles_(acc, weight, x, dy, rows.starts, rows.lens, tile, *measure)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +99,12 @@ class EmbeddingUse:
     def samples(self) -> Sequence[int]:
         return self.rows.samples
 
-    def add(self, acc: Tensor, weight: Tensor, tile: int | None) -> None:
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
         if tile is None:
-            ops.embedding_sensitivity_(acc, weight, self.ids, self.dy, self.rows.starts, self.rows.lens)
+            ops.embedding_sensitivity_(acc, weight, self.ids, self.dy, self.rows.starts, self.rows.lens, *measure)
             return
         touched, grads = ops.embedding_rows(self.ids, self.dy, self.rows.starts, self.rows.lens, weight.shape[0])
-        add_rows(acc, touched, (grads * weight[touched].to(grads.dtype)).abs_(), tile)
+        add_rows(acc, touched, measured(weight[touched], grads, measure), tile)
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
         part = self.rows.part(sample)
@@ -126,11 +135,14 @@ class VectorUse:
     def samples(self) -> Sequence[int]:
         return range(len(self.grads))
 
-    def total(self) -> Tensor:
-        return self.grads.abs().sum(0)
+    def terms(self, weight: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+        """What |θ| and |g| are in its sum over samples: θ^power (if it takes part) times the sum of |g|^power."""
+        if measure.power == 1:
+            return weight, self.grads.abs().sum(0)
+        return weight.to(accumulated_in(weight.dtype)).square(), self.grads.square().sum(0)
 
-    def add(self, acc: Tensor, weight: Tensor, tile: int | None) -> None:
-        _add_whole(acc, weight, self.total(), tile)
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
+        _add_whole(acc, *self.terms(weight, measure), Measure(1, measure.weighted), tile)
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
         grad += self.grads[sample]
@@ -147,8 +159,8 @@ class WholeUse:
     def samples(self) -> Sequence[int]:
         return (self.sample,)
 
-    def add(self, acc: Tensor, weight: Tensor, tile: int | None) -> None:
-        _add_whole(acc, weight, self.grad, tile)
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
+        _add_whole(acc, weight, self.grad, measure, tile)
 
     def add_gradient(self, grad: Tensor, sample: int) -> None:
         if sample == self.sample:
@@ -158,11 +170,11 @@ class WholeUse:
         return self.grad[ids].float()
 
 
-def _add_whole(acc: Tensor, weight: Tensor, grad: Tensor, tile: int | None) -> None:
+def _add_whole(acc: Tensor, weight: Tensor, grad: Tensor, measure: Measure, tile: int | None) -> None:
     if acc.shape == weight.shape:
-        ops.abs_accumulate_(acc, weight, grad)
+        ops.abs_accumulate_(acc, weight, grad, *measure)
         return
     assert tile is not None
     whole = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-    ops.abs_accumulate_(whole, weight, grad)
+    ops.abs_accumulate_(whole, weight, grad, *measure)
     acc += ops.tile_sums(whole, tile)

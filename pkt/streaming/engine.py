@@ -86,11 +86,12 @@ class Engine:
         on_tick: Callable[[Tick], None] = lambda tick: None,
         prefetch: bool = True,
         resident: bool = False,
+        measure: str = "theta_grad",
     ) -> None:
         self.parts = LayeredModel(teacher, device, num_layers, layers, prefetch=prefetch, resident=resident)
         self.device, self.count, self.itemsize = device, num_layers, dtype_of(teacher).itemsize
         self.on_part, self.on_commit, self.on_tick = on_part, on_commit, on_tick
-        self.findings = Findings()
+        self.findings, self.measure = Findings(), ops.MEASURES[measure]
         self.begin = time.perf_counter()
 
     def weights_of(self, key: Key) -> contextlib.AbstractContextManager[Callable[[str], Tensor]]:
@@ -235,7 +236,7 @@ class Engine:
         shared = (own.shared - sinks.keys()) | alike.shared
         findings = Findings(shared, alike.untapped, fused=None if fused in alike.shared | alike.untapped else fused)
         blame = self.parts.first_bad_parameter
-        return Scorer(self.parts.model, names, findings, sinks=sinks, blame=blame)
+        return Scorer(self.parts.model, names, findings, measure=self.measure, sinks=sinks, blame=blame)
 
     @contextlib.contextmanager
     def _named(self, task: int) -> Iterator[None]:
@@ -302,7 +303,7 @@ class Engine:
 
         def make() -> Scorer:
             nonlocal rows
-            rows = None if self.parts.tied is None else HeadRowsSink(self.parts.weight(self.parts.tied))
+            rows = None if self.parts.tied is None else HeadRowsSink(self.parts.weight(self.parts.tied), self.measure)
             return self._scorer("head", fused=fused, tied=rows)
 
         def attempt(scorer: Scorer) -> None:
@@ -387,7 +388,7 @@ class Engine:
         def make() -> Scorer:
             nonlocal change
             tied = self.parts.tied
-            change = None if tied is None else JoinedSink(self.parts.weight(tied), state.carried[task])
+            change = None if tied is None else JoinedSink(self.parts.weight(tied), self.measure, state.carried[task])
             return self._scorer("front", tied=change)
 
         def attempt(scorer: Scorer) -> None:

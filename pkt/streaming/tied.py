@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pkt.scoring import EmbeddingUse, FullSink, HeadUse, RowsUse, Use, real_lengths
+from pkt.ops import Measure
+from pkt.scoring import EmbeddingUse, FullSink, HeadUse, RowsUse, Use, measured, real_lengths
 from pkt.streaming.loader import NotLayeredError
 
 
@@ -26,8 +27,8 @@ class _SampleIds:
 class HeadRowsSink:
     """S of the head's use, and of each sample's gradient the rows that its tokens will touch: (ids, rows) by sample."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.inner = FullSink(weight)
+    def __init__(self, weight: Tensor, measure: Measure) -> None:
+        self.inner = FullSink(weight, measure)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._samples: _SampleIds | None = None
 
@@ -70,8 +71,8 @@ class JoinedSink:
     carried: what `HeadRowsSink.carried` gave.
     """
 
-    def __init__(self, weight: Tensor, carried: dict[str, Tensor]) -> None:
-        self.weight, self.scale = weight.detach(), 1.0
+    def __init__(self, weight: Tensor, measure: Measure, carried: dict[str, Tensor]) -> None:
+        self.weight, self.measure, self.scale = weight.detach(), measure, 1.0
         counts = carried["counts"].tolist()
         self._head = list(zip(carried["ids"].split(counts), carried["rows"].split(counts), strict=True))
         self.touched = carried["ids"].unique().to(weight.device)
@@ -99,16 +100,16 @@ class JoinedSink:
             raise NotLayeredError("its tied table is read at other rows than its tokens'")
         weight = self.weight[ids].to(embedding.dtype)
         head = head.to(embedding.dtype) * self.scale
-        change = (weight * (head + embedding)).abs_() - (weight * head).abs_()
+        change = measured(weight, head + embedding, self.measure) - measured(weight, head, self.measure)
         self._change.index_add_(0, torch.searchsorted(self.touched, ids), change.to(self._change.dtype))
 
     def end_batch(self) -> None: ...
 
     def rescale(self, scale: float) -> None:
-        self._change *= scale / self.scale
+        self._change *= (scale / self.scale) ** self.measure.power
         self.scale = scale
 
     def result(self) -> Tensor:
         if self.scale != 1.0:
-            self._change /= self.scale
+            self._change /= self.scale**self.measure.power
         return self._change
