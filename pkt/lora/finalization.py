@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pkt.adapters import Adapter, Pair, apply_kinds, check_fit, kinds_of, parameter_name, split_tied
+from pkt.cards import FINALIZED, write_card
 from pkt.errors import PktError
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
@@ -26,23 +27,7 @@ from pkt.lora.recognition import Source, read_source
 from pkt.lora.record import SHIFTED, compare_sketch, subtract
 from pkt.lora.wrapping import spec_of_base, unwrapped
 from pkt.manifest import manifest_of, versions
-from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
-from pkt.version import __version__
-
-CARD = """---
-library_name: peft
-base_model: {base}
-tags: [lora, peft, pkt]
----
-
-# LoRA for {base}
-
-A plain LoRA adapter of rank {rank} (alpha = r, no patterns) finalized by [pkt](https://pypi.org/project/pkt-transfer/) {version}
-from a `{mode}` injection. Load it on the original model:
-`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), DIR)`.
-
-{report}
-"""
+from pkt.models import ModelSpec, Weights, load_model, save_model, spec_of
 
 
 @dataclass
@@ -99,21 +84,46 @@ def finalize(
     with what is read, or does not fit on the disk. Nothing is left behind then: `out` and `merge` appear together.
     """
     out = check_output_folder(out, force=force)
-    if merge is not None:
-        merge = check_output_folder(merge, force=force)
-        check_apart(out, merge)
+    merge = None if merge is None else check_output_folder(merge, force=force)
     if dtype not in TOLERANCE:
         raise PktError(f"dtype={dtype} is not a type for factors; choose float32, bfloat16 or float16")
     source = read_source(model_or_dir, extraction)
     original = _original(model_or_dir, student, source)
-    read = [g for g in (model_or_dir, original, source.adapter.base, extraction, samples) if is_stored(g)]
-    for written in (out, merge):
-        if written is not None:
-            check_apart(written, *read)
-    if merge is not None and not isinstance(original, (str, Path)):
-        raise PktError("a merged model is written from the original student's directory; pass student=DIR")
+    _check_folders(out, merge, original, (model_or_dir, original, source.adapter.base, extraction, samples))
     spec = spec_of(original) if original is not None else spec_of_base(unwrapped(model_or_dir))
     _check_student(source, spec, original)
+    result = _plain(source, spec, rank, dtype, embeddings=embeddings)
+    with atomic_folder(out, force=force) as scratch:
+        result.write(scratch)
+        if not check:
+            result.unchecked = "not asked for"
+        elif original is None or not isinstance(original, (nn.Module, str, Path)):
+            result.unchecked = "the original student's weights are not at hand; pass student="
+        else:
+            token_ids = token_ids_of(samples, original, spec.vocab_size)
+            result.check = self_check(model_or_dir, source, scratch, original, token_ids)
+            _judge(result, model_or_dir, original, exact=rank is None and embeddings)
+        write_json(scratch / MANIFEST, _manifest(result))
+        _write_card(scratch, result)
+        if merge is not None:
+            # Both are written whole before either is renamed into place.
+            with atomic_folder(merge, force=force) as merged:
+                _write_merged(merged, result, original)
+    return result
+
+
+def _check_folders(out: Path, merge: Path | None, original: Any, read: Sequence[Any]) -> None:
+    """Refuse output folders that overlap with each other or with what is read, and a merge without a student on disk."""
+    if merge is not None:
+        check_apart(out, merge)
+        check_apart(merge, *filter(is_stored, read))
+        if not isinstance(original, (str, Path)):
+            raise PktError("a merged model is written from the original student's directory; pass student=DIR")
+    check_apart(out, *filter(is_stored, read))
+
+
+def _plain(source: Source, spec: ModelSpec, rank: int | None, dtype: torch.dtype, *, embeddings: bool) -> Finalized:
+    """The source's change as a plain adapter of the original student, in `dtype`."""
     adapter = fitted(source, spec)
     if source.initial is not None:
         source.initial = apply_kinds(Adapter(source.initial, ""), kinds_of(spec, source.initial)).pairs
@@ -124,24 +134,7 @@ def finalize(
     if not embeddings:
         adapter, dropped = _without_embeddings(adapter, spec)
     adapter = _rounded(adapter.padded(), dtype)
-    result = Finalized(adapter.pairs, adapter.base, adapter.tied_head, source.mode, lost, dropped)
-    with atomic_folder(out, force=force) as scratch:
-        adapter.write(scratch)
-        if not check:
-            result.unchecked = "not asked for"
-        elif original is None or not isinstance(original, (nn.Module, str, Path)):
-            result.unchecked = "the original student's weights are not at hand; pass student="
-        else:
-            token_ids = token_ids_of(samples, original, spec.vocab_size)
-            result.check = self_check(model_or_dir, source, scratch, original, token_ids)
-            _judge(result, model_or_dir, original, exact=rank is None and embeddings)
-        write_json(scratch / MANIFEST, _manifest(result))
-        (scratch / "README.md").write_text(_card(result), encoding="utf-8", newline="\n")
-        if merge is not None:
-            # Both are written whole before either is renamed into place.
-            with atomic_folder(merge, force=force) as merged:
-                _write_merged(merged, adapter, original)
-    return result
+    return Finalized(adapter.pairs, adapter.base, adapter.tied_head, source.mode, lost, dropped)
 
 
 def _original(model_or_dir: Any, student: Any, source: Source) -> Any:
@@ -283,10 +276,10 @@ def _manifest(result: Finalized) -> dict[str, Any]:
     return manifest_of("adapter", entries)
 
 
-def _card(result: Finalized) -> str:
+def _write_card(folder: Path, result: Finalized) -> None:
     rank = max(p.rank for p in result.pairs.values())
     report = "\n".join(f"* {line}" for line in result.report())
-    return CARD.format(base=result.base, rank=rank, version=__version__, mode=result.mode, report=report)
+    write_card(folder, FINALIZED, base=result.base, rank=rank, mode=result.mode, report=report)
 
 
 def _write_merged(folder: Path, adapter: Adapter, student: str | Path) -> None:
@@ -294,8 +287,5 @@ def _write_merged(folder: Path, adapter: Adapter, student: str | Path) -> None:
     model = load_model(student)
     # Adding the change is subtracting its opposite.
     subtract(model, {m: Pair(p.A.float(), -p.B.float(), p.kind) for m, p in adapter.pairs.items()})
-    with quiet():
-        model.save_pretrained(folder)
-        if (Path(student) / "tokenizer_config.json").is_file():
-            load_tokenizer(student).save_pretrained(folder)
+    save_model(model, folder, student)
     write_json(folder / MANIFEST, manifest_of("model", {"base": adapter.base, "versions": versions()}))

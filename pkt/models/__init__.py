@@ -12,6 +12,7 @@ from pkt.models.huggingface import load_config as load_config
 from pkt.models.huggingface import load_model as load_model
 from pkt.models.huggingface import load_tokenizer as load_tokenizer
 from pkt.models.huggingface import quiet as quiet
+from pkt.models.huggingface import save_model as save_model
 from pkt.models.huggingface import skeleton as skeleton
 from pkt.models.huggingface import supported as supported
 from pkt.models.huggingface import unwrap as unwrap
@@ -23,10 +24,12 @@ from pkt.models.spec import Target as Target
 from pkt.models.spec import check_identity as check_identity
 from pkt.models.spec import decoder_layers as decoder_layers
 from pkt.models.spec import described as described
+from pkt.models.spec import hidden_size as hidden_size
 from pkt.models.spec import kind_of as kind_of
 from pkt.models.spec import layer_of as layer_of
 from pkt.models.spec import plain_head as plain_head
 from pkt.models.spec import spec_of_model as spec_of_model
+from pkt.models.spec import tables_of as tables_of
 from pkt.models.spec import with_roles as with_roles
 from pkt.models.tables import EXPERT_PARAMETERS as EXPERT_PARAMETERS
 from pkt.models.tables import FUSED as FUSED

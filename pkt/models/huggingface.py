@@ -168,6 +168,14 @@ def load_tokenizer(path: str | Path) -> Any:
         raise PktError(f"{path}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
 
 
+def save_model(model: Any, folder: Path, source: str | Path) -> None:
+    """A model as a checkpoint folder, with the tokenizer of the checkpoint that it was made from, where there is one."""
+    with quiet():
+        model.save_pretrained(str(folder))
+        if (Path(source) / "tokenizer_config.json").is_file():
+            load_tokenizer(source).save_pretrained(str(folder))
+
+
 def _gguf_option(path: str | Path) -> dict[str, Any]:
     file = gguf_file(path)
     if file is None:

@@ -4,6 +4,7 @@ from pkt.reporting.environment import environment as environment
 from pkt.reporting.folders import inspect_folder as inspect_folder
 from pkt.reporting.page import page as page
 from pkt.reporting.page import write_report as write_report
+from pkt.reporting.plots import check_packages as check_packages
 from pkt.reporting.plots import new_figure as new_figure
 from pkt.reporting.plots import plot_layers as plot_layers
 from pkt.reporting.plots import plot_methods as plot_methods

@@ -9,11 +9,12 @@ from typing import Any
 from pkt.extraction import Extraction, describe_factorization
 from pkt.files import atomic_file
 from pkt.planning import describe
-from pkt.reporting.plots import TAKEN, new_figure, plot_layers, png_bytes
+from pkt.reporting.plots import TAKEN, check_packages, new_figure, plot_layers, png_bytes
 
 
 def page(title: str, sections: list[dict[str, Any]]) -> str:
     """One self-contained HTML page. A section has a heading and text lines, a table (head, rows) or a picture (PNG bytes)."""
+    check_packages()
     from jinja2 import Environment, PackageLoader
 
     for section in sections:

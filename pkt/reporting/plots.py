@@ -9,13 +9,21 @@ import numpy as np
 import torch
 
 from pkt import ops
+from pkt.extras import needs
 from pkt.planning import TransferPlan
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
 
 
+def check_packages() -> None:
+    """Raises `PktError` where what draws pictures or fills pages is not installed."""
+    needs("matplotlib", "report", "draw pictures")
+    needs("jinja2", "report", "write pages")
+
+
 def new_figure(width: float, height: float, columns: int) -> Any:
     """A matplotlib figure with a row of axes; no display is needed."""
+    check_packages()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

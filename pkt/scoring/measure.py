@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pkt.files import os_errors
 from pkt.models import check_tokenizer, checked_device, decoder_layers, kind_of, load_model, load_tokenizer, spec_of
 from pkt.ops import MEASURES
 from pkt.options import Loss
+from pkt.progress import bar
 from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
@@ -79,7 +79,7 @@ def sensitivity(
     for batch in batches:
         _check_batch(model, batch, loss_fn)
     total = sum(map(batch_size, batches))
-    with one_order(parameters[names[0]].device), _progress(total, progress) as advance:
+    with one_order(parameters[names[0]].device), bar("scoring", total, unit="samples", shown=progress) as advance:
         loss, how = loss_fn or default_loss, MEASURES[measure]
         scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
     if place is not None:
@@ -190,15 +190,3 @@ def _choose(model: nn.Module, params: str | Iterable[str] | None) -> list[str]:
     if not chosen:
         raise PktError(f"no parameter to score (params={params!r}); names are those of model.named_parameters()")
     return chosen
-
-
-@contextlib.contextmanager
-def _progress(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left that appears only once the work has taken two seconds."""
-    if not enabled:
-        yield lambda done: None
-        return
-    from pkt.progress import bar
-
-    with bar("scoring", total, unit="samples") as advance:
-        yield advance

@@ -14,7 +14,7 @@ import torch
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import layer_of, plain_head
+from pkt.models import hidden_size, layer_of, plain_head, tables_of
 from pkt.options import Select
 from pkt.planning import STRATEGIES
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
@@ -133,14 +133,10 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         if parameter.ndim > 1:
             io[index] += sum(parameter.shape[-2:])
             largest, side = max(largest, parameter.numel()), max(side, *parameter.shape)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding, head = tables_of(model)
     front = 0 if embedding is None else embedding.weight.numel()
     tied = head is not None and embedding is not None and head.weight is embedding.weight
-    vocab, hidden = (1, 1) if embedding is None else (embedding.weight.shape[0], embedding.weight.shape[1])
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden = getattr(text, "hidden_size", None) or hidden
+    vocab = 1 if embedding is None else embedding.weight.shape[0]
     dtype = dtype_of(teacher)
     # Gradients between layers of an fp16 model are kept in fp32, whose range they need.
     grad_itemsize = 4 if dtype == torch.float16 else dtype.itemsize
@@ -154,7 +150,7 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         largest=largest,
         side=side,
         vocab=vocab,
-        hidden=hidden,
+        hidden=hidden_size(model) or 1,
         itemsize=dtype.itemsize,
         stored=teacher.stored_itemsize,
         grad_itemsize=grad_itemsize,

@@ -5,27 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pkt.cards import INJECTED, write_card
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject
 from pkt.manifest import manifest_of, versions
-from pkt.models import fingerprint, load_tokenizer, quiet
+from pkt.models import fingerprint, save_model
 from pkt.training.folder import write_initial, write_run
-from pkt.version import __version__
-
-CARD = """---
-library_name: peft
-base_model: {base}
-tags: [lora, peft, pkt]
----
-
-# An injected LoRA, ready to be trained
-
-Made by [pkt](https://pypi.org/project/pkt-transfer/) {version}, mode `{mode}`, for {student}. Train it with any PEFT trainer on
-`{base}` (`PeftModel.from_pretrained(model, DIR, is_trainable=True)`), then `pkt finalize OUTPUT --out ADAPTER` gives a plain
-LoRA for the original student.
-"""
 
 
 def write_injected(
@@ -63,11 +50,11 @@ def write_injected(
     settings = {"mode": mode, "dropout": dropout, "student": fingerprint(student)}
     # Both are written whole before either is renamed into place.
     with atomic_folder(out, force=force) as scratch:
-        write_run(scratch, ext, model, settings, str(student))
+        write_run(scratch, ext, settings, str(student))
         if mode == "residual":
             model.peft_config[ADAPTER].base_model_name_or_path = str(base_path)
         model.save_pretrained(str(scratch), save_embedding_layers=False)
-        (scratch / "README.md").write_text(_card(mode, student, base_path if mode == "residual" else student), "utf-8")
+        write_card(scratch, INJECTED, mode=mode, student=student, base=base_path if mode == "residual" else student)
         if save_residual is not None:
             with atomic_folder(base_path, force=force) as base:
                 _write_base(base, model, ext, student)
@@ -83,14 +70,6 @@ def write_injected(
 
 def _write_base(folder: Path, model: Any, ext: Extraction | Start, student: str | Path) -> None:
     """The shifted student as a complete checkpoint that says what it is."""
-    base = model.unload()
-    with quiet():
-        base.save_pretrained(str(folder))
-        if (Path(student) / "tokenizer_config.json").is_file():
-            load_tokenizer(student).save_pretrained(str(folder))
+    save_model(model.unload(), folder, student)
     write_initial(folder, ext, str(student))
     write_json(folder / MANIFEST, manifest_of("residual-base", {"student": str(student), "versions": versions()}))
-
-
-def _card(mode: str, student: Any, base: Any) -> str:
-    return CARD.format(mode=mode, student=student, base=base, version=__version__)

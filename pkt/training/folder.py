@@ -13,7 +13,7 @@ from typing import Any
 from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start
-from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, write_json
+from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, share_files, write_json
 from pkt.lora import INITIAL
 from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
 
@@ -63,7 +63,7 @@ def _checkpoint_fault(folder: Path, step: int) -> str | None:
     return next((f"{name} is missing or truncated" for name in pickles if not zipfile.is_zipfile(folder / name)), None)
 
 
-def write_run(out: Path, ext: Extraction | Start, model: Any, settings: dict[str, Any], student: str) -> None:
+def write_run(out: Path, ext: Extraction | Start, settings: dict[str, Any], student: str) -> None:
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         entries = {
@@ -78,6 +78,15 @@ def write_run(out: Path, ext: Extraction | Start, model: Any, settings: dict[str
             write_json(scratch, manifest_of("run", entries))
         if settings["mode"] == "residual":
             write_initial(out, ext, student)
+
+
+def finish_run(out: Path, model: Any, loss: float) -> None:
+    """The trained adapter, and the manifest that says so."""
+    with os_errors(f"writing {out}"):
+        model.save_pretrained(str(out), save_embedding_layers=False)
+        share_files(out)
+        with atomic_file(out / MANIFEST) as scratch:
+            write_json(scratch, {**read_manifest(out), "finished": True, "train_loss": loss})
 
 
 def _origin(ext: Extraction | Start) -> dict[str, Any]:

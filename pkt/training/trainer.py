@@ -1,18 +1,19 @@
-"""Any model on tokenized rows through transformers' Trainer, stopped at the first number that is not finite."""
+"""Any model trained on tokenized rows by transformers' Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pkt.errors import PktError
-from pkt.files import os_errors, share_files
+from pkt.files import os_errors
 from pkt.models import quiet
+from pkt.options import Training
 from pkt.seeds import Seeds, collate
 from pkt.training.folder import say
 
@@ -21,86 +22,66 @@ def fit(
     model: Any,
     examples: Seeds,
     out: Path,
+    options: Training,
     *,
-    epochs: float,
-    batch_size: int,
-    lr: float,
-    max_steps: int | None = None,
-    micro_batch: int = 8,
-    scheduler: str = "linear",
-    warmup: float = 0.0,
-    save_steps: int | None = None,
-    seed: int = 0,
     quietly: bool = False,
     resume_from: str | None = None,
     tokenizer: Any = None,
 ) -> float:
-    """Train any model on tokenized rows with transformers' Trainer; returns the mean training loss.
+    """Train a model on tokenized rows, on one device; returns the mean loss of all steps, those before `resume_from` too.
 
-    save_steps=None keeps no checkpoints and no logs: what the demo's controls use. Raises `PktError` at the first loss or
-    gradient that is not finite, before it reaches the weights.
+    Raises `PktError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback
 
-    at_once = largest_divisor(batch_size, micro_batch)
-    if at_once < min(micro_batch, batch_size) and not quietly:
-        say(f"{at_once} rows in memory at once: the most up to {micro_batch} that divide a batch of {batch_size}")
+    from pkt.training.finite import FiniteTrainer
 
-    class FiniteTrainer(Trainer):  # type: ignore[misc]
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            found: torch.Tensor = super().training_step(*args, **kwargs)
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            for what, value in (("loss", found), ("norm of the gradient", torch.nn.utils.get_total_norm(grads))):
-                if not value.isfinite():
-                    raise PktError(
-                        f"training diverged: the {what} is {float(value)} at step {self.state.global_step + 1}. Lower the "
-                        f"learning rate (lr={lr}) and train into a new folder; if this is the first step, look for NaN in "
-                        "the student's weights"
-                    )
-            return found
+    at_once = largest_divisor(options.batch_size, options.micro_batch)
+    if at_once < min(options.micro_batch, options.batch_size) and not quietly:
+        say(
+            f"{at_once} rows in memory at once: the most up to {options.micro_batch} that divide a batch of "
+            f"{options.batch_size}"
+        )
+    with _run_environment(out), os_errors(f"training in {out}"):
+        trainer = FiniteTrainer(
+            model=model,
+            args=_arguments(out, options, at_once, quietly=quietly),
+            train_dataset=list(examples),
+            data_collator=lambda rows: collate(rows, examples.pad_id),
+            processing_class=tokenizer,
+        )
+        if quietly:
+            trainer.remove_callback(PrinterCallback)
+        return trainer.fit(resume_from)
 
-    class Shared(TrainerCallback):  # type: ignore[misc]
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            share_files(out / f"checkpoint-{state.global_step}")
 
-    cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
+def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> Any:
+    from pkt.training.finite import Arguments
+
+    kept, cuda = options.save_steps is not None, torch.cuda.is_available()
+    return Arguments(
         output_dir=str(out),
-        num_train_epochs=epochs,
-        max_steps=-1 if max_steps is None else max_steps,
+        num_train_epochs=options.epochs,
+        max_steps=-1 if options.max_steps is None else options.max_steps,
         per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=batch_size // at_once,
-        learning_rate=lr,
-        lr_scheduler_type=scheduler,
-        warmup_steps=warmup,
+        gradient_accumulation_steps=options.batch_size // at_once,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup,
         weight_decay=0.0,
-        logging_steps=5 if max_steps is None else 1,
+        logging_steps=5 if options.max_steps is None else 1,
         logging_nan_inf_filter=False,
-        save_strategy="no" if save_steps is None else "steps",
-        save_steps=save_steps or 500,
+        save_strategy="steps" if kept else "no",
+        save_steps=options.save_steps or 500,
         save_total_limit=2,
-        report_to=[] if save_steps is None else ["tensorboard"],
+        report_to=["tensorboard"] if kept else [],
         disable_tqdm=quietly,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         bf16=cuda and torch.cuda.is_bf16_supported(),
         label_names=["labels"],
-        seed=seed,
+        seed=options.seed,
     )
-    with run_environment(out), os_errors(f"training in {out}"):
-        trainer = FiniteTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=list(examples),
-            data_collator=lambda rows: collate(rows, examples.pad_id),
-            processing_class=tokenizer,
-            callbacks=[Shared],
-        )
-        if quietly:
-            from transformers import PrinterCallback
-
-            trainer.remove_callback(PrinterCallback)
-        return float(trainer.train(resume_from_checkpoint=resume_from).training_loss)
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -109,10 +90,8 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 @contextlib.contextmanager
-def run_environment(out: Path) -> Iterator[None]:
+def _run_environment(out: Path) -> Iterator[None]:
     """TensorBoard's folder, which transformers takes from the environment only; and quiet saving."""
-    import warnings
-
     before = os.environ.get("TENSORBOARD_LOGGING_DIR")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     try:

@@ -31,6 +31,7 @@ from pkt.models import load_model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map, read_vocabulary
 from pkt.planning.regions import BLOCK
+from pkt.progress import bar
 from pkt.scoring import score_seeds
 from pkt.streaming import (
     Boundaries,
@@ -261,17 +262,15 @@ class Runner:
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Callable[[Tick], None]]:
-        from pkt.progress import bar
-
         with contextlib.ExitStack() as stack:
             advance: Callable[[int], None] | None = None
 
             def tick(now: Tick) -> None:
                 nonlocal advance
-                if self.listeners.progress:
-                    if advance is None:
-                        advance = stack.enter_context(bar("transferring", now.total, unit="steps"))
-                    advance(now.done)
+                if advance is None:
+                    shown = self.listeners.progress
+                    advance = stack.enter_context(bar("transferring", now.total, unit="steps", shown=shown))
+                advance(now.done)
                 if self.listeners.on_tick is not None:
                     self.listeners.on_tick(now)
 
