@@ -6,6 +6,7 @@ torch, so that the command line knows its flags at once.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -138,6 +139,43 @@ class Limits:
     host_memory: int | str | None = None
     scratch: str | Path | None = None
     prefetch: bool = True
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained: AdamW without weight decay, over `epochs` of the rows or `max_steps` of them.
+
+    batch_size: rows of a step, on whatever devices; micro_batch: rows in memory at once, at most. lr: at its peak; warmup: steps
+    to it, or a share of them below 1; scheduler: transformers' name. save_steps: steps between checkpoints, None for none and no
+    logs.
+    """
+
+    epochs: float = 3.0
+    batch_size: int = 64
+    micro_batch: int = 8
+    lr: float = 3e-4
+    warmup: float = 0.0
+    scheduler: str = "linear"
+    max_steps: int | None = None
+    save_steps: int | None = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise PktError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.lr > 1:
+            raise PktError(
+                f"lr={self.lr} is too large: Adam moves every weight by about lr in each step; 3e-4 is usual"
+            )
+        for name in ("batch_size", "micro_batch", "save_steps", "max_steps"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise PktError(f"{name}={count} must be at least 1")
+        if not 0 <= self.warmup < math.inf:
+            raise PktError(f"warmup={self.warmup} must be a number of steps, or a share of them below 1")
+        if not 0 <= self.seed < 2**32:
+            raise PktError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
 
 
 def _layers(given: Any) -> str | tuple[int, ...]:

@@ -38,7 +38,7 @@ class State:
 state = State()
 
 
-def _version(wanted: bool) -> None:
+def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"pkt {__version__}")
         raise typer.Exit
@@ -48,7 +48,7 @@ def _version(wanted: bool) -> None:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
     state.debug = debug

@@ -128,12 +128,16 @@ def plan(
     teacher: Teacher,
     student: Student,
     out: Annotated[Path | None, typer.Option("--out", help="File to write the plan to (.json).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a plan that is there.")] = False,
     json_: JsonFlag = False,
     **options: Any,
 ) -> None:
     """Choose layers and regions from saved scores, and show them."""
     import pkt
+    from pkt.files import check_output_file
 
+    if out is not None:
+        check_output_file(out, "pkt-plan", force=force)
     made = pkt.plan(pkt.Sensitivity.load(scores), teacher, student, **options)
     if out is not None:
         made.to_json(out)

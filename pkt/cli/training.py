@@ -22,12 +22,20 @@ DropoutOption: TypeAlias = Annotated[
 ]
 
 
+ModeFlag: TypeAlias = Annotated[
+    Mode | None,
+    typer.Option(
+        "--mode", help="How step 0 stays the student; default: paired, and add for a transplant, which is kept."
+    ),
+]
+
+
 @app.command(rich_help_panel="Step by step")
 def inject(
     student: Student,
     extraction: Annotated[Path, typer.Argument(help="Folder written by pkt transfer.", show_default=False)],
     out: OutDir,
-    mode: Annotated[Mode, typer.Option("--mode", help="How step 0 stays the student.")] = "paired",
+    mode: ModeFlag = None,
     dropout: DropoutOption = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", help="lora_alpha at the extraction's rank; default: every scale is 1.")
@@ -63,11 +71,13 @@ def train(
     extraction: Annotated[Path, typer.Argument(help="Folder written by pkt transfer.", show_default=False)],
     data: Annotated[Path, typer.Argument(help="Training rows, in the form of the seeds.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Run folder; the same command resumes an unfinished run.")],
-    mode: Annotated[Mode, typer.Option("--mode", help="How step 0 stays the student.")] = "paired",
+    mode: ModeFlag = None,
     epochs: Annotated[float, typer.Option("--epochs")] = 3.0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 64,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Rows in memory at once.")] = 8,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 3e-4,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Peak learning rate; default: 3e-4, half of it for a transplant.")
+    ] = None,
     dropout: DropoutOption = None,
     warmup: Annotated[float, typer.Option("--warmup", help="Steps, or a share of them below 1.")] = 0.0,
     max_length: MaxLength = 2048,
@@ -174,10 +184,10 @@ def evaluate(
     json_: JsonFlag = False,
 ) -> None:
     """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
-    from pkt.lora.injection import load_with_adapter
+    from pkt.lora import load_with_adapter
     from pkt.models import load_tokenizer
     from pkt.seeds import load_seeds
-    from pkt.training.evaluation import evaluate as run
+    from pkt.training import evaluate as run
 
     tokenizer = load_tokenizer(model)
     rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit)

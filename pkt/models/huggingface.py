@@ -21,7 +21,11 @@ from pkt.models.tables import DEQUANTIZED, TESTED
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device a name means. Raises `PktError` for one that pkt does not run on, or that is not here."""
+    """The device a name means, as the tensors on it say it: "cuda" is the current one, and a CPU has no number.
+
+    torch.device("cuda") != torch.device("cuda:0"), so weights already there would be taken for weights elsewhere. Raises `PktError`
+    for a device that pkt does not run on, or that is not here.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -30,7 +34,9 @@ def checked_device(device: str | torch.device) -> torch.device:
         raise PktError(f"device {str(found)!r}: pkt runs on cpu and cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise PktError(f"device {str(found)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
-    return found
+    if found.type == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -162,6 +168,14 @@ def load_tokenizer(path: str | Path) -> Any:
         raise PktError(f"{path}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
 
 
+def save_model(model: Any, folder: Path, source: str | Path) -> None:
+    """A model as a checkpoint folder, with the tokenizer of the checkpoint that it was made from, where there is one."""
+    with quiet():
+        model.save_pretrained(str(folder))
+        if (Path(source) / "tokenizer_config.json").is_file():
+            load_tokenizer(source).save_pretrained(str(folder))
+
+
 def _gguf_option(path: str | Path) -> dict[str, Any]:
     file = gguf_file(path)
     if file is None:
@@ -210,6 +224,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    device = checked_device(device)
     check_checkpoint(path)
     quantized = _quantization(load_config(path)) is not None
     if dequantize:

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
+from pkt.files import os_errors
 from pkt.models import load_model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map, read_vocabulary
 from pkt.planning.regions import BLOCK
+from pkt.progress import bar
 from pkt.scoring import score_seeds
 from pkt.streaming import (
     Boundaries,
@@ -134,8 +136,9 @@ def transfer(
 def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, force: bool) -> dict[str, Extraction]:
     """The extractions of a job: those that are there already, or made, from an unfinished run's checkpoints where there are."""
     scratch = job.limits.scratch
-    if scratch is not None and not Path(scratch).is_dir():
-        raise PktError(f"scratch={str(scratch)!r} is not a folder; name one that exists")
+    if scratch is not None:
+        with os_errors(f"making the folder {scratch}"):
+            Path(scratch).mkdir(parents=True, exist_ok=True)
     if out is None:
         if job.keep_scores != "none":
             raise PktError(f"keep_scores={job.keep_scores!r} needs an output folder to keep them in; pass out=")
@@ -259,17 +262,15 @@ class Runner:
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Callable[[Tick], None]]:
-        from pkt.progress import bar
-
         with contextlib.ExitStack() as stack:
             advance: Callable[[int], None] | None = None
 
             def tick(now: Tick) -> None:
                 nonlocal advance
-                if self.listeners.progress:
-                    if advance is None:
-                        advance = stack.enter_context(bar("transferring", now.total, unit="steps"))
-                    advance(now.done)
+                if advance is None:
+                    shown = self.listeners.progress
+                    advance = stack.enter_context(bar("transferring", now.total, unit="steps", shown=shown))
+                advance(now.done)
                 if self.listeners.on_tick is not None:
                     self.listeners.on_tick(now)
 
