@@ -15,7 +15,7 @@ from pkt.models import ModelSpec, Target, check_identity, read_roles, spec_of, w
 from pkt.options import PlanOptions, Select
 from pkt.planning.options import ModuleMap, read_map, read_vocabulary
 from pkt.planning.pairing import Feed, Pairing, steps_of
-from pkt.planning.regions import Region, select_experts, select_region
+from pkt.planning.regions import Region, Wanted, select_experts, select_region
 from pkt.planning.transfer_plan import Entry, TransferPlan, spans
 from pkt.scoring import Sensitivity
 
@@ -140,16 +140,9 @@ class Chooser:
         name = f"{target.module} {feed.role}" if target.parts else target.module
         score = source.oriented(score_of(source), expert)
         part, shape = _rows_of(score, feed, tile)
-        region = select_region(
-            part,
-            shape,
-            feed.shape,
-            options.select,
-            tile=tile,
-            steps=steps_of(feed.role, shape, feed.shape, self.pairing.teacher) if options.align_heads else (1, 1),
-            seed=options.seed,
-            name=name if slot is None else f"{name} of expert {slot[0]}",
-        )
+        steps = steps_of(feed.role, shape, feed.shape, self.pairing.teacher) if options.align_heads else (1, 1)
+        name = name if slot is None else f"{name} of expert {slot[0]}"
+        region = select_region(part, options.select, Wanted(shape, feed.shape, tile, steps, options.seed, name))
         inside = caught_by(part, region, tile)
         if whole is None:
             whole = ops.double_sum(score).item()

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from pkt.errors import PktError
 from pkt.models import FUSED, ROLES, Runs, Target, load_tokenizer, shared_vocabulary
 from pkt.options import PlanOptions
-from pkt.planning.regions import runs
+from pkt.planning.regions import STRATEGIES, runs
 
 GROUPS = ("all", "attention", "ffn", "embedding")
 _ROLES = {role for role, _ in ROLES.values()} | {r for f in FUSED.values() for r in f.roles} | {"embed", "head"}
@@ -35,11 +35,12 @@ def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Any, student: Any) 
 
 def check_options(options: PlanOptions) -> None:
     """Refuse a list of modules that means nothing, and options that their strategy cannot serve."""
-    if options.align_heads and options.select not in ("window", "random"):
+    strategy = STRATEGIES[options.select]
+    if options.align_heads and not strategy.cuts_windows:
         raise PktError(f"align_heads concerns windows; select={options.select!r} does not cut windows")
-    if options.map_vocabulary and options.select == "weights":
+    if options.map_vocabulary and not strategy.keeps_rows:
         raise PktError(
-            "select='weights' lays single weights out in the teacher's order, which a mapped vocabulary changes"
+            f"select={options.select!r} lays single weights out in the teacher's order, which a mapped vocabulary changes"
         )
     if _role_list(options.modules) is None:
         try:

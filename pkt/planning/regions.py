@@ -149,45 +149,6 @@ def _packed_bits(bits: np.ndarray[Any, Any]) -> str:
     return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 6)).decode()
 
 
-def select_region(
-    score: Tensor,
-    source_shape: tuple[int, int],
-    shape: tuple[int, int],
-    strategy: Select,
-    *,
-    tile: int | None = None,
-    steps: tuple[int, int] = (1, 1),
-    seed: int = 0,
-    name: str = "",
-) -> Region:
-    """The region of a matrix [n, m] in the student's shape, by one of METHOD's strategies.
-
-    score: S of the matrix [n, m], or its tile sums when `tile` is given (window and blocks only). steps: offsets of a window
-    are multiples of these. seed and name make the random window.
-    """
-    (n, m), (rows, cols) = source_shape, shape
-    if (rows, cols) == (n, m):
-        return window(0, 0, n, m)
-    if strategy == "random":
-        choices = (n - rows) // steps[0] + 1, (m - cols) // steps[1] + 1
-        rng = np.random.default_rng(int(sha256(str(seed), name)[:16], 16))
-        return window(int(rng.integers(choices[0])) * steps[0], int(rng.integers(choices[1])) * steps[1], rows, cols)
-    if tile is not None:
-        return _from_tiles(score, source_shape, shape, strategy, tile, steps, name)
-    if strategy == "window":
-        row, col = (int(i) for i in ops.best_window(score, rows, cols, *steps)[0])
-        return window(row, col, rows, cols)
-    if strategy == "rows_cols":
-        return Region(shape, runs(_top(ops.double_sum(score, 1), rows)), runs(_top(ops.double_sum(score, 0), cols)))
-    if strategy == "blocks":
-        return _best_blocks(_axis_blocks(score, 1, rows), _axis_blocks(score, 0, cols), source_shape, shape)
-    if strategy == "weights":
-        keep = torch.zeros(n * m, dtype=torch.bool)
-        keep[_top_tensor(score.flatten().cpu(), rows * cols)] = True
-        return Region(shape, mask=_packed_bits(keep.numpy()), source_shape=source_shape)
-    raise PktError(f"select={strategy!r} is unknown; choose one of {', '.join(get_args(Select))}")
-
-
 def _top_tensor(values: Tensor, count: int) -> Tensor:
     """The positions of the `count` largest values in ascending order; the first wins a tie."""
     return values.sort(descending=True, stable=True).indices[:count].sort().values
@@ -212,59 +173,167 @@ def select_experts(scores: Tensor, count: int) -> list[int]:
     return _top(scores, count)
 
 
-def _axis_blocks(score: Tensor, summed: int, wanted: int) -> Tensor:
-    """Sums over the whole blocks of one axis, fp64 [length // block]."""
-    line = ops.double_sum(score, summed)
-    side = block_side(len(line), wanted)
-    return line[: len(line) // side * side].view(-1, side).sum(1)
+@dataclass(frozen=True)
+class Wanted:
+    """What a region is chosen for: a matrix [n, m] and the shape wanted of it.
+
+    tile: the scores are sums over tile x tile. steps: offsets of a window are multiples of these. seed and name draw a random
+    window.
+    """
+
+    source_shape: tuple[int, int]
+    shape: tuple[int, int]
+    tile: int | None = None
+    steps: tuple[int, int] = (1, 1)
+    seed: int = 0
+    name: str = ""
 
 
-def _best_blocks(row_sums: Tensor, col_sums: Tensor, source_shape: tuple[int, int], shape: tuple[int, int]) -> Region:
-    chosen = []
-    for sums, length, wanted in zip((row_sums, col_sums), source_shape, shape, strict=True):
-        side = block_side(length, wanted)
-        chosen.append(runs([i * side for i in _top(sums, wanted // side)], side))
-    return Region(shape, chosen[0], chosen[1])
+class Strategy:
+    """A way to choose a region by its scores (METHOD, section 3).
+
+    A new one is a class here, a row of `STRATEGIES` and a word of `pkt.options.Select`.
+
+    takes_tiles: tile sums suffice. cuts_windows: `steps` can keep heads whole. keeps_rows: a row of the region is a row of the
+    source, so that a vocabulary can be mapped. per_place: the region depends on the student's matrix and not on scores alone.
+    """
+
+    takes_tiles = False
+    cuts_windows = False
+    keeps_rows = True
+    per_place = False
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        """The region, smaller than the matrix, by S [n, m] or its tile sums."""
+        raise NotImplementedError
+
+    def choosing_bytes(self, elements: int) -> int:
+        """What `choose` takes at most besides the scores of so many elements."""
+        return 4 * elements
+
+    def cut_bytes(self, elements: int, itemsize: int) -> int:
+        """What the region of a matrix takes at most; a window is a view."""
+        return itemsize * elements
 
 
-def _from_tiles(
-    score: Tensor,
-    source_shape: tuple[int, int],
-    shape: tuple[int, int],
-    strategy: Select,
-    tile: int,
-    steps: tuple[int, int],
-    name: str,
-) -> Region:
-    if strategy not in ("window", "blocks"):
-        raise PktError(f"select={strategy!r} needs the scores' elements, and these are tile sums; use window or blocks")
-    sides = []
-    for length, wanted, step in zip(source_shape, shape, steps, strict=True):
-        if length == wanted:
-            sides.append((-(-length // tile), 1))
-        elif wanted % tile == 0:
-            sides.append((wanted // tile, max(1, step // tile) if step % tile == 0 or step == 1 else 0))
-        else:
+class Window(Strategy):
+    """The contiguous window with the largest sum."""
+
+    takes_tiles = cuts_windows = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        tile = wanted.tile
+        score, counts, steps = (score, wanted.shape, wanted.steps) if tile is None else _on_tiles(score, wanted, tile)
+        row, col = (int(i) * (tile or 1) for i in ops.best_window(score, *counts, *steps)[0])
+        return window(row, col, *wanted.shape)
+
+    def choosing_bytes(self, elements: int) -> int:
+        return 0
+
+    def cut_bytes(self, elements: int, itemsize: int) -> int:
+        return 0
+
+
+class RandomWindow(Window):
+    """A window drawn from the seed and the name of what it feeds: the control for the others."""
+
+    per_place = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        pairs = zip(wanted.source_shape, wanted.shape, wanted.steps, strict=True)
+        choices = [((length - size) // step + 1, step) for length, size, step in pairs]
+        rng = np.random.default_rng(int(sha256(str(wanted.seed), wanted.name)[:16], 16))
+        row, col = (int(rng.integers(count)) * step for count, step in choices)
+        return window(row, col, *wanted.shape)
+
+
+class RowsCols(Strategy):
+    """The rows and the columns with the largest sums, each in their order."""
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        rows, cols = wanted.shape
+        return Region(
+            wanted.shape, runs(_top(ops.double_sum(score, 1), rows)), runs(_top(ops.double_sum(score, 0), cols))
+        )
+
+
+class Blocks(Strategy):
+    """As `RowsCols`, in blocks of neighbours."""
+
+    takes_tiles = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        if wanted.tile is not None:
+            return self._of_tiles(score, wanted, wanted.tile)
+        chosen = []
+        for axis, (length, size) in enumerate(zip(wanted.source_shape, wanted.shape, strict=True)):
+            side = block_side(length, size)
+            line = ops.double_sum(score, 1 - axis)
+            sums = line[: len(line) // side * side].view(-1, side).sum(1)
+            chosen.append(runs([i * side for i in _top(sums, size // side)], side))
+        return Region(wanted.shape, chosen[0], chosen[1])
+
+    def _of_tiles(self, score: Tensor, wanted: Wanted, tile: int) -> Region:
+        score, counts, _ = _on_tiles(score, wanted, tile)
+        chosen = []
+        for axis, (length, size) in enumerate(zip(wanted.source_shape, wanted.shape, strict=True)):
+            picked = _top(ops.double_sum(score, 1 - axis), counts[axis])
+            chosen.append(((0, length),) if length == size else runs([i * tile for i in picked], tile))
+        return Region(wanted.shape, chosen[0], chosen[1])
+
+
+class Weights(Strategy):
+    """The largest single weights, laid out in their order."""
+
+    keeps_rows = False
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        keep = torch.zeros(math.prod(wanted.source_shape), dtype=torch.bool)
+        keep[_top_tensor(score.flatten().cpu(), math.prod(wanted.shape))] = True
+        return Region(wanted.shape, mask=_packed_bits(keep.numpy()), source_shape=wanted.source_shape)
+
+    def choosing_bytes(self, elements: int) -> int:
+        return 32 * elements  # they are sorted
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "window": Window(),
+    "rows_cols": RowsCols(),
+    "weights": Weights(),
+    "blocks": Blocks(),
+    "random": RandomWindow(),
+}
+
+
+def select_region(score: Tensor, select: Select, wanted: Wanted) -> Region:
+    """The region of a matrix [n, m] in the student's shape, by S [n, m] or its tile sums."""
+    if wanted.shape == wanted.source_shape:
+        return window(0, 0, *wanted.shape)
+    strategy = STRATEGIES[select]
+    if wanted.tile is not None and not strategy.takes_tiles:
+        able = ", ".join(name for name, s in STRATEGIES.items() if s.takes_tiles)
+        raise PktError(f"select={select!r} needs the scores' elements, and these are tile sums; choose one of {able}")
+    return strategy.choose(score, wanted)
+
+
+def _on_tiles(score: Tensor, wanted: Wanted, tile: int) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    """The tile sums to choose among, how many are wanted on each axis, and the steps in tiles."""
+    counts, steps = [], []
+    for length, size, step in zip(wanted.source_shape, wanted.shape, wanted.steps, strict=True):
+        if length != size and size % tile:
             raise PktError(
-                f"{name}: {wanted} of {length} cannot be cut from {tile} x {tile} tile sums; use a tile that divides it"
+                f"{wanted.name}: {size} of {length} cannot be cut from {tile} x {tile} tile sums; use a tile that divides it"
             )
-        if sides[-1][1] == 0:
+        if length != size and step != 1 and step % tile:
             raise PktError(
-                f"{name}: heads of {step} do not lie on {tile} x {tile} tiles; use a tile that divides {step}"
+                f"{wanted.name}: heads of {step} do not lie on {tile} x {tile} tiles; use a tile that divides {step}"
             )
+        counts.append(-(-size // tile))
+        steps.append(1 if length == size else max(1, step // tile))
     # A ragged last tile is no whole tile: it can only be part of an uncut axis.
-    whole = [score.shape[i] if source_shape[i] == shape[i] else source_shape[i] // tile for i in (0, 1)]
-    score = score[: whole[0], : whole[1]]
-    (rows, row_step), (cols, col_step) = sides
-    if strategy == "window":
-        row, col = (int(i) for i in ops.best_window(score, rows, cols, row_step, col_step)[0])
-        return window(row * tile, col * tile, *shape)
-    chosen = []
-    for axis, count in ((1, rows), (0, cols)):
-        length, wanted = source_shape[1 - axis], shape[1 - axis]
-        picked = _top(ops.double_sum(score, axis), count)
-        chosen.append(((0, length),) if length == wanted else runs([i * tile for i in picked], tile))
-    return Region(shape, chosen[0], chosen[1])
+    pairs = zip(score.shape, wanted.source_shape, wanted.shape, strict=True)
+    whole = [held if length == size else length // tile for held, length, size in pairs]
+    return score[: whole[0], : whole[1]], (counts[0], counts[1]), (steps[0], steps[1])
 
 
 def select_layers(

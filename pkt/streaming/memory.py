@@ -15,6 +15,8 @@ import torch
 from pkt import ops
 from pkt.errors import PktError
 from pkt.models import layer_of, plain_head
+from pkt.options import Select
+from pkt.planning import STRATEGIES
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
 from pkt.streaming.loader import Teacher, dtype_of
 from pkt.streaming.microbatches import rounded_up, width_step
@@ -157,13 +159,16 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
     )
 
 
-def _choosing(elements: int, side: int, *, itemsize: int, select: str, rank: int) -> int:
+def _choosing(elements: int, side: int, *, itemsize: int, choices: Sequence[tuple[Select, int]]) -> int:
     """Bytes that choosing and factorizing a region of one matrix takes at most."""
-    # Windows and sums are found a block at a time; other regions are copied, and single weights sorted.
-    region = {"window": 0, "random": 0, "weights": 32 * elements}.get(select, 4 * elements)
-    cut = 0 if select in ("window", "random") else itemsize * elements
-    width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
-    return max(min(ops.SEARCH_BYTES, 48 * elements), region, cut + 4 * side * 9 * width)
+    # Windows and sums are found a block at a time.
+    most = min(ops.SEARCH_BYTES, 48 * elements)
+    for select, rank in choices:
+        strategy = STRATEGIES[select]
+        width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
+        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * width
+        most = max(most, strategy.choosing_bytes(elements), factors)
+    return most
 
 
 def plan_memory(
@@ -173,8 +178,7 @@ def plan_memory(
     device: torch.device,
     batch_size: int,
     in_memory: bool,
-    select: str = "window",
-    rank: int = 16,
+    choices: Sequence[tuple[Select, int]] = (("window", 16),),
     device_memory: int | None = None,
     host_memory: int | None = None,
     scratch_free: int | None = None,
@@ -184,7 +188,7 @@ def plan_memory(
 
     lengths: tokens of each task's samples, longest first. device_memory, host_memory: limits in bytes; default: what is
     free. On a CPU both limit the same memory and the smaller counts. scratch_free: bytes on the scratch disk. resident:
-    whether the weights of a teacher that fits may stay.
+    whether the weights of a teacher that fits may stay. choices: how regions are selected and at what largest rank.
     """
     on_cpu = device.type == "cpu"
     free_host, option = _free_memory(), "--device-memory"
@@ -211,7 +215,7 @@ def plan_memory(
         shapes = _chunk_shapes(lengths, micro, device, item)
         widest, padded = max(size * width for size, width in shapes), sum(size * width for size, width in shapes)
         boundary = padded * sizes.hidden * item
-        part = functools.partial(_largest_part, sizes, lengths, widest, device, in_memory, select, rank)
+        part = functools.partial(_largest_part, sizes, lengths, widest, device, in_memory, choices)
         always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize + rows}
         if on_cpu:
             kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
@@ -283,13 +287,12 @@ def _largest_part(
     widest: int,
     device: torch.device,
     in_memory: bool,
-    select: str,
-    rank: int,
+    choices: Sequence[tuple[Select, int]],
     waiting: int,
 ) -> dict[str, int]:
     """What a decoder layer takes on the device, or the head, whichever takes more; waiting: bytes of tied tables' scores."""
     item, table = sizes.itemsize, max(sizes.head, sizes.front)
-    choose = functools.partial(_choosing, itemsize=item, select=select, rank=rank)
+    choose = functools.partial(_choosing, itemsize=item, choices=choices)
     # The C++ product's share of each factor; without it two blocks of a gradient, one sample's and the sum.
     blocks = 0
     if device.type == "cpu":

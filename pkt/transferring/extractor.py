@@ -20,7 +20,7 @@ from pkt.extraction import factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
 from pkt.options import Factorization
-from pkt.planning import Chooser, Entry, Feed, Pairing, TransferPlan
+from pkt.planning import STRATEGIES, Chooser, Entry, Feed, Pairing, TransferPlan
 from pkt.streaming import Key
 
 
@@ -46,8 +46,7 @@ class Harvest:
         mine = [
             [t.suffix, *(t.stored_shape if t.experts else t.shape)] for t in self.pairing.targets if t.layer == place
         ]
-        # A random window is drawn from the target's name.
-        drawn = place if self.options.select == "random" else ""
+        drawn = place if STRATEGIES[self.options.select].per_place else ""
         return sha256(json.dumps([mine, drawn]))[:12]
 
     def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
