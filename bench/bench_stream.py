@@ -53,11 +53,11 @@ def write_teacher(folder: Path, shape: dict[str, int]) -> int:
     """A checkpoint of random bf16 weights, one shard a layer; never whole in memory. Its bytes."""
     from safetensors.torch import save_file
 
-    from pkt.models import skeleton
+    from pkt.models import Model
 
     config(shape).save_pretrained(folder)
     groups: dict[str, list[str]] = {}
-    model = skeleton(config(shape))
+    model = Model.of(config(shape)).skeleton()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name in shapes:
         parts = name.split(".")
@@ -259,14 +259,14 @@ def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
 
 def scaling(samples: int = 32, tokens: int = 512) -> None:
     """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
-    from pkt.models import hollow_model
+    from pkt.models import Model
     from pkt.streaming import Teacher, plan_memory, sizes_of
 
     print("| teacher | parameters | one layer | its S | micro-batch | device | boundaries | read | flops |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, shape in LARGE.items():
         _, hidden, layers, *_ = shape
-        teacher = Teacher(hollow_model(llama(shape), torch.bfloat16, torch.device("cpu")), None, torch.bfloat16)
+        teacher = Teacher(Model.of(llama(shape)).hollow(torch.bfloat16, torch.device("cpu")), None, torch.bfloat16)
         sizes = sizes_of(teacher, "model.layers", layers)
         plan = plan_memory(
             sizes,
@@ -300,9 +300,9 @@ GPU_ROWS = (
 
 def random_model(shape: Any, device: torch.device) -> Any:
     """bf16 weights from one random block: a large model's own random numbers would take longer than the transfer."""
-    from pkt.models import hollow_model
+    from pkt.models import Model
 
-    model = hollow_model(shape, torch.bfloat16, device)
+    model = Model.of(shape).hollow(torch.bfloat16, device)
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:

@@ -360,7 +360,7 @@ def sensitivity(
 ) -> None:
     """Score every parameter of the teacher on the seeds and save the scores."""
     from pkt.files import os_errors
-    from pkt.models import check_tokenizer, load_model, load_tokenizer, spec_of
+    from pkt.models import Model, check_tokenizer
     from pkt.ops import working_dtype
     from pkt.scoring import score_seeds
     from pkt.seeds import load_seeds
@@ -369,14 +369,16 @@ def sensitivity(
         raise PktError(f"{out} exists already; name another file")
     with os_errors(f"writing {out}"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(teacher)
-    check_tokenizer(tokenizer, spec_of(teacher))
-    rows = load_seeds(seeds, tokenizer, loss=loss.value, max_length=max_length)
-    rows.check_vocabulary(spec_of(teacher).vocab_size, teacher)
-    model = load_model(teacher, dtype=_dtype(dtype), device=_device(device), dequantize=True)
+    named = Model.of(teacher)
+    named.check()
+    check_tokenizer(named.tokenizer, named.spec)
+    rows = load_seeds(seeds, named.tokenizer, loss=loss.value, max_length=max_length)
+    rows.check_vocabulary(named.spec.vocab_size, teacher)
+    recorded = named.identified(progress=True)
+    model = named.load(dtype=_dtype(dtype), device=_device(device), dequantize=True)
     if dtype is None:
         model = model.to(working_dtype(model.dtype, model.device))
-    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile)
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, recorded=recorded)
     sens.save(out)
     out_console.print(f"{out}: {sens}", highlight=False)
 

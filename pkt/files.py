@@ -295,7 +295,11 @@ def _header(path: Path) -> SafetensorsHeader:
 def _misfit(header: bytes, size: int) -> str:
     places = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
     end = 8 + len(header) + max((end for _, end in places), default=0)
-    return f"is truncated: {size} bytes of {end}" if size < end else f"goes on for {size - end} bytes after its last tensor"
+    return (
+        f"is truncated: {size} bytes of {end}"
+        if size < end
+        else f"goes on for {size - end} bytes after its last tensor"
+    )
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from pkt.lora.injection import (
     subtract,
 )
 from pkt.manifest import manifest_of, read_manifest, versions
-from pkt.models import ModelSpec, Weights, load_model, load_tokenizer, quiet, spec_of
+from pkt.models import Model, ModelSpec, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import load_seeds
 from pkt.version import __version__
 
@@ -358,7 +358,7 @@ def _check_student(source: Source, spec: ModelSpec, original: Any) -> None:
         )
     if not source.record.get("sketch") or not isinstance(original, (nn.Module, str, Path)):
         return
-    weights = original if isinstance(original, nn.Module) else Weights(original)
+    weights = original if isinstance(original, nn.Module) else Model.of(original)
     check_fit(
         source.adapter.pairs if not spec.tied else split_tied(source.adapter, spec.head).pairs, spec, "the adapter"
     )
@@ -531,8 +531,7 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
     elif isinstance(student, nn.Module):
         dtype = next(student.parameters()).dtype
     else:
-        weights = Weights(student)
-        dtype = weights[parameter_name(*next(iter(result.pairs.items())))].dtype
+        dtype = Model.of(student).tensor(parameter_name(*next(iter(result.pairs.items())))).dtype
     written = next(iter(result.pairs.values())).A.dtype
     tolerance = max(TOLERANCE.get(dtype, 0.1), TOLERANCE[written])
     if exact and not result.check.gap <= tolerance * result.check.scale:

@@ -32,7 +32,7 @@ from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
 from pkt.extraction.factorization import BATCH, factorize_all
 from pkt.files import as_path
-from pkt.models import Kind, ModelSpec, Weights, load_model, quiet, spec_of_model
+from pkt.models import Kind, Model, ModelSpec, load_model, quiet, spec_of_model
 from pkt.options import Factorization
 
 Mode: TypeAlias = Literal["paired", "residual", "add"]
@@ -326,7 +326,7 @@ def make_record(base: nn.Module, adapter: Adapter, mode: Mode) -> dict[str, Any]
 def sketch(student: Any, adapter: Adapter) -> dict[str, list[float]]:
     """Eight weights of a few modules: enough to tell the original student from a shifted one, or another.
 
-    student: a model (its layers may be wrapped by PEFT) or `Weights`. The tables are always among the modules, since PEFT saves
+    student: a model (its layers may be wrapped by PEFT) or a `Model`. The tables are always among the modules, since PEFT saves
     and loads their base weights with an adapter. Quantized matrices are left out.
     """
     inside = sorted(m for m in adapter.pairs if any(part.isdigit() for part in m.split(".")))
@@ -373,7 +373,7 @@ def _places(weight: Tensor) -> Tensor:
 def _weight(student: Any, module: str, pair: Pair | None) -> Tensor | None:
     """What a pair changes, or None where its values are not there, or packed."""
     name = parameter_name(module, pair)
-    weight = student[name] if isinstance(student, Weights) else parameter_of(student, name)
+    weight = student.tensor(name) if isinstance(student, Model) else parameter_of(student, name)
     whole = 3 if pair is not None and pair.experts else 2
     if weight is None or not weight.is_floating_point() or weight.ndim != whole or weight.is_meta:
         return None

@@ -235,7 +235,9 @@ class CheckpointFiles:
         """The name in the files of a tensor of the model; what lies there in pieces is joined under its own name."""
         for parts in stored_names(name, tuple(tensor.shape), prefix):
             if parts[0] in self.foreign:
-                raise NotStoredError(f"{self.foreign[parts[0]]} stores {parts[0]} in a type that torch does not compute with")
+                raise NotStoredError(
+                    f"{self.foreign[parts[0]]} stores {parts[0]} in a type that torch does not compute with"
+                )
             if not all(part in self.tensors for part in parts):
                 continue
             stored = parts[0]

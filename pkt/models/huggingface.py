@@ -265,7 +265,9 @@ def read_model(folder: Path, name: str, dtype: torch.dtype | None, *, dequantize
 
 
 def _sizes(found: Sequence[Any]) -> str:
-    return ", ".join(f"{list(shape)} in {where}" for shape, where in zip(found, ("the files", "the model"), strict=False))
+    return ", ".join(
+        f"{list(shape)} in {where}" for shape, where in zip(found, ("the files", "the model"), strict=False)
+    )
 
 
 def supported() -> list[tuple[str, bool, str]]:

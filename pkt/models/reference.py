@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from pkt.errors import PktError, PktWarning
 from pkt.files import sha256
 from pkt.models import hub
-from pkt.models.checkpoint import CONFIG, CheckpointFiles, NotStoredError, WeightFiles, all_tensors, check_weights, find_weights
+from pkt.models.checkpoint import (
+    CONFIG,
+    CheckpointFiles,
+    NotStoredError,
+    WeightFiles,
+    all_tensors,
+    check_weights,
+    find_weights,
+)
 from pkt.models.content import files_digest, tensors_digest
 from pkt.models.huggingface import (
     check_dequantized,
@@ -29,7 +38,8 @@ from pkt.models.huggingface import (
     untie,
     unwrap,
 )
-from pkt.models.spec import ModelSpec, check_identity, spec_of_model
+from pkt.models.spec import ModelSpec, content_kind, spec_of_model
+
 
 class Model:
     """A teacher or student, resolved once from a folder, a name on the Hub, a configuration, or a model in memory.
@@ -86,11 +96,6 @@ class Model:
         if not self.on_hub:
             raise PktError(f"{self.name} is in memory, and has no files; name the checkpoint directory")
         return hub.snapshot(self.name, hub.SMALL)
-
-    @property
-    def revision(self) -> str | None:
-        """The commit that a name on the Hub stands for."""
-        return self.folder.name if self.on_hub else None
 
     @cached_property
     def config(self) -> Any:
@@ -194,7 +199,9 @@ class Model:
         self.check()
         if dequantize:
             self.check_dequantized()
-        model = read_model(self.folder, self.name, dtype, dequantize=dequantize and quantization(self.config) is not None)
+        model = read_model(
+            self.folder, self.name, dtype, dequantize=dequantize and quantization(self.config) is not None
+        )
         # What only transformers can read may hold another head, which is known too late.
         told = self.weights.form == "safetensors" and quantization(self.config) is None
         if not told and spec_of_model(model).tied != self.spec.tied:
@@ -243,31 +250,16 @@ class Model:
             self._content = {"fingerprint": weights, "configuration": sha256(configuration)}
         return self._content
 
-    def identity(self, *, progress: bool = False) -> dict[str, Any]:
-        """What is written beside a result, and compared when it is used again."""
-        revision = {"revision": self.revision} if self.on_hub else {}
-        return {**self.spec.identity(), **self.content(progress=progress), **revision}
+    def identified(self, *, progress: bool = False) -> ModelSpec:
+        """The spec with hashes of its content, as it is recorded beside a result."""
+        revision = {"revision": self.folder.name} if self.on_hub else {}
+        return dataclasses.replace(self.spec, content={**self.content(progress=progress), **revision})
 
-    def check_recorded(self, recorded: Any, what: str) -> None:
-        """Raises `PktError` when what is recorded of a model (`identity`) is not this one's; its name may differ.
-
-        Its content is compared where it is recorded, was hashed from the same kind of weights, and can be read without a
-        download.
-        """
-        check_identity(recorded, self.spec, what)
-        kind = str(recorded.get("fingerprint")).partition(":")[0] if isinstance(recorded, dict) else ""
-        if kind != ("memory" if self.module is not None else "files") or not self.is_here:
-            return
-        found = self.content(progress=True)
-        changed = [_SPOKEN[key] for key, value in found.items() if recorded.get(key) != value]
-        if changed:
-            raise PktError(
-                f"{what} was made when {' and '.join(changed)} of {self.name} had another content; make it again, or restore "
-                "the checkpoint"
-            )
-
-
-_SPOKEN = {"fingerprint": "the weights", "configuration": f"the {CONFIG}"}
+    def comparable(self, recorded: Any) -> ModelSpec:
+        """The spec, with hashes where a recorded identity has some of the same kind, and no download is needed for them."""
+        kind = content_kind(recorded) if isinstance(recorded, dict) else ""
+        own = "memory" if self.module is not None else "files"
+        return self.identified(progress=True) if kind == own and self.is_here else self.spec
 
 
 def _local(path: Path) -> Path | None:

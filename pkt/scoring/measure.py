@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError, SampleError
-from pkt.models import decoder_layers, kind_of, spec_of
+from pkt.models import Model, ModelSpec, decoder_layers, kind_of
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
@@ -79,12 +79,21 @@ def sensitivity(
 
 
 def score_seeds(
-    teacher: Any, seeds: Seeds, *, batch_size: int = 8, tile: int | None = None, progress: bool = True
+    teacher: Any,
+    seeds: Seeds,
+    *,
+    batch_size: int = 8,
+    tile: int | None = None,
+    progress: bool = True,
+    recorded: ModelSpec | None = None,
 ) -> Sensitivity:
-    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them."""
+    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them.
+
+    recorded: what the model is known as, when it was loaded from files.
+    """
     if batch_size < 1:
         raise PktError(f"batch_size={batch_size} must be at least 1")
-    spec = spec_of(teacher)
+    spec = recorded or Model.of(teacher).identified()
     seeds.check_vocabulary(spec.vocab_size, spec.name)
     order = longest_first(seeds)
     ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pkt.models import layer_of
-from pkt.streaming.loader import Loader, NotLayeredError, Teacher, all_tensors
+from pkt.models import all_tensors, layer_of
+from pkt.streaming.loader import Loader, NotLayeredError, Teacher
 
 Key: TypeAlias = int | Literal["head", "front"]  # a decoder layer, what follows them, what precedes them
 

@@ -37,7 +37,7 @@ from pkt.files import (
 from pkt.lora.finalization import INITIAL
 from pkt.lora.injection import ADAPTER, Mode, check_settings, checked_dropout, inject
 from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
-from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, quiet, spec_of
+from pkt.models import Model, check_tokenizer, content_kind, load_model, load_tokenizer, quiet, spec_of
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.version import __version__
 
@@ -103,7 +103,7 @@ def train(
         "seed": seed,
         "data": examples.fingerprint,
         "extraction": ext.adapter().fingerprint(),
-        "student": fingerprint(student),
+        "student": Model.of(student).content()["fingerprint"],
     }
     if out.is_file():
         raise PktError(f"{out} is a file; name a folder that does not exist yet")
@@ -267,7 +267,11 @@ def _start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> s
     manifest = read_manifest(out)
     if manifest.get("kind") != "run":
         raise PktError(f"{out} holds {name_kind(manifest)}, not a training run; name a new folder")
-    different = difference(manifest["settings"], settings)
+    recorded = manifest["settings"]
+    if not content_kind({"fingerprint": recorded.get("student")}):
+        # An older pkt's hash of the student cannot be compared.
+        recorded = {**recorded, "student": settings["student"]}
+    different = difference(recorded, settings)
     if different:
         raise PktError(f"{out} is another run ({', '.join(different)}); name a new folder, or start over with --force")
     if manifest.get("finished"):
@@ -370,7 +374,7 @@ def write_injected(
     ext = Extraction.load(extraction)
     dropout = checked_dropout(ext.pairs, dropout)
     model = inject(student, ext, mode=mode, dropout=dropout, alpha=alpha, rslora=rslora)
-    settings = {"mode": mode, "dropout": dropout, "student": fingerprint(student)}
+    settings = {"mode": mode, "dropout": dropout, "student": Model.of(student).content()["fingerprint"]}
     # Both are written whole before either is renamed into place.
     with atomic_folder(out, force=force) as scratch:
         _write_run(scratch, ext, model, settings, str(student))

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
-from pkt.models import load_model, read_roles
+from pkt.models import Model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Loss, PlanOptions, Reading, Select, Split
-from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map, read_vocabulary
+from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.planning.regions import BLOCK
 from pkt.scoring import score_seeds
 from pkt.streaming import (
@@ -105,8 +105,8 @@ def transfer(
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
     """
     job = Job(
-        teacher,
-        student,
+        Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
+        Model.of(student, "a student (a model, or the path of its checkpoint)"),
         seeds,
         tokenizer,
         options=PlanOptions(
@@ -120,7 +120,7 @@ def transfer(
             roles=None if roles is None else read_roles(roles),
             seed=seed,
         ),
-        vocabulary=read_vocabulary(map_vocabulary, teacher, student),
+        map_vocabulary=map_vocabulary,
         factorization=Factorization(rank, max_rank, energy, split, seed),
         reading=Reading(loss, max_length),
         execution=Execution(batch_size, device, dtype, device_memory, host_memory, scratch, keep_scores, prefetch),
@@ -134,6 +134,7 @@ def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, forc
     scratch = job.execution.scratch
     if scratch is not None and not Path(scratch).is_dir():
         raise PktError(f"scratch={str(scratch)!r} is not a folder; name one that exists")
+    job.identify(progress=listeners.progress)
     if out is None:
         if job.execution.keep_scores != "none":
             raise PktError(
@@ -285,7 +286,8 @@ class Runner:
             made, pairs, energies = harvest.finish(weights_of)
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
-            found[name] = Extraction(pairs, energies, made, self.job.provenance(task, losses[task]))
+            provenance = {**self.job.provenance(task), "losses": self.job.losses(task, losses[task])}
+            found[name] = Extraction(pairs, energies, made, provenance)
             if self.job.execution.keep_scores != "none":
                 assert self.folder is not None
                 described = functools.partial(self.job.scores_metadata, task, losses[task], self.tile)
@@ -300,18 +302,20 @@ class Runner:
 
         job = self.job
         warnings.warn(f"{job.teacher.name} is scored whole, not layer by layer: {why}", PktWarning, stacklevel=4)
-        model = (
-            job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype, dequantize=True)
-        )
-        if not isinstance(job.model, nn.Module):
-            model = model.to(job.device)
+        model = job.model.load(dtype=job.dtype, device=job.device, dequantize=True)
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
-            sens = score_seeds(model, seeds, batch_size=job.execution.batch_size, progress=self.listeners.progress)
+            sens = score_seeds(
+                model,
+                seeds,
+                batch_size=job.execution.batch_size,
+                progress=self.listeners.progress,
+                recorded=job.teacher,
+            )
             made = Chooser(job.pairing).plan(sens)
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
-            provenance = {"seeds": seeds.describe(), "losses": sens.losses}
+            provenance = {**job.provenance(task), "losses": sens.losses}
             found[name] = extract(
                 model, made, **job.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
             )
