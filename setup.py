@@ -1,7 +1,8 @@
 """Builds `pkt._C`, the compiled part of pkt, where the machine can; everything else is in pyproject.toml.
 
     pip install -e . --no-build-isolation      C++ always, CUDA too where torch has it and nvcc is there
-    PKT_BUILD_EXT=1 pip install ...            the same, but what cannot be built is an error
+    PKT_BUILD_EXT=1 pip install ...            the same, but what cannot be built is an error: of the CUDA part too, if
+                                               torch is built for CUDA
     PKT_BUILD_EXT=0 pip install ...            no compiler is asked for: pkt uses its torch implementation
 
 An isolated build has no torch, so it builds nothing: that is why a plain `pip install` is small and fast.
@@ -23,18 +24,6 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: one build s
 PYTHON_TAG = "cp310"
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
-CPU_KERNELS = ["cpu_kernels_baseline", "cpu_kernels_avx2", "cpu_kernels_avx512"]
-CPU_SOURCES = [
-    "extension",
-    "linear_sensitivity",
-    "abs_products",
-    "window_search",
-    "rsvd_cpu",
-    "block_krylov",
-    "orthonormalize",
-    *CPU_KERNELS,
-]
-CUDA_SOURCES = ["rsvd_cuda"]
 
 
 def obstacle() -> str | None:
@@ -64,11 +53,18 @@ def cuda_home() -> Path | None:
     return None
 
 
+def torch_has_cuda() -> bool:
+    """What makes a machine one for CUDA: neither a GPU nor a toolkit is of use to a torch without it."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
 def cuda_obstacle() -> str | None:
     """Why the CUDA part cannot be built here, or None; then CUDA_HOME is set."""
     import torch
 
-    if torch.version.cuda is None:
+    if not torch_has_cuda():
         return "this torch has no CUDA"
     home = cuda_home()
     if home is None:
@@ -85,9 +81,9 @@ def extension(with_cuda: bool) -> Any:
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = [f"csrc/{name}.cpp" for name in CPU_SOURCES]
+    sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     if with_cuda:
-        sources += [f"csrc/{name}.cu" for name in CUDA_SOURCES]
+        sources += sorted(map(str, Path("csrc").glob("*.cu")))
         blackwell = tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 8)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
@@ -95,7 +91,7 @@ def extension(with_cuda: bool) -> Any:
         "pkt._C",
         sources,
         extra_compile_args={"cxx": [*CXX_FLAGS, *macros], "nvcc": [*NVCC_FLAGS, *macros]},
-        depends=[str(path) for path in Path("csrc").glob("*.[hi]*")],
+        depends=[*map(str, Path("csrc").glob("*.[hi]*")), "csrc/rsvd_kernels.cuh"],
         py_limited_api=True,
     )
 
@@ -128,6 +124,8 @@ def arguments() -> dict[str, Any]:
         print(f"pkt: pkt._C is not built: {reason}; the torch implementation serves instead", file=sys.stderr)
         return {}
     no_cuda = cuda_obstacle()
+    if mode == "1" and no_cuda is not None and torch_has_cuda():
+        raise SystemExit(f"PKT_BUILD_EXT=1 with a torch for CUDA, but pkt._C's CUDA part cannot be built: {no_cuda}")
     scope = f"for the CPU; not for CUDA: {no_cuda}" if no_cuda else "for the CPU and CUDA"
     print(f"pkt: pkt._C is built {scope}", file=sys.stderr)
     return {

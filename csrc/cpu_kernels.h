@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "widen.h"
+#include "rsvd_types.h"
 
 namespace pkt {
 
@@ -11,13 +11,6 @@ namespace pkt {
 // columns of a panel: multiples of every register tile's height.
 constexpr int64_t kRowBlock = 48, kRowBlockByColumns = 96, kColBlock = 240;
 constexpr int64_t kLanes = 16;  // every skinny matrix is a multiple of this wide, padded with zero columns
-
-// A matrix with at least as many rows as columns, strides in entries; the caller transposes a wider one.
-struct Matrix {
-  const void* a;
-  Dtype dtype;
-  int64_t n, m, row_stride, col_stride;
-};
 
 // One reading of rows [begin, end) of A: y = A q, and z += Aᵀ y where z is given.
 struct Pass {

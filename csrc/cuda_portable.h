@@ -1,4 +1,5 @@
-// What the kernels of rsvd_kernels.cuh need of CUDA, so that the tests can also run them on the CPU (cuda_emulation.h).
+// What the kernels of rsvd_kernels.cuh need of CUDA, so that the tests can also run them on the CPU
+// (tests/native/cuda_emulation.h).
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,11 @@
 // pkt::linear_sensitivity_ for CPU tensors. The schema and its checks are in pkt/ops.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "abs_products.h"
-#include "torch_threads.h"
+#include "from_torch.h"
 
 namespace {
 
@@ -15,27 +14,18 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "pkt::linear_sensitivity_: ";
 
-pkt::Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return pkt::Dtype::bf16;
-    case ScalarType::Half: return pkt::Dtype::fp16;
-    case ScalarType::Float: return pkt::Dtype::fp32;
-    case ScalarType::Double: return pkt::Dtype::fp64;
-    default: STD_TORCH_CHECK(false, kOp, "bf16, fp16, fp32 and fp64 only");
-  }
-}
-
 pkt::Strided strided(const Tensor& t) {
-  return {t.const_data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  return {t.const_data_ptr(), pkt::dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
 void linear_sensitivity(Tensor acc, const Tensor& w, const Tensor& x, const Tensor& dy, const Tensor& seq_starts,
-                        const Tensor& seq_lens) {
+                        const Tensor& seq_lens, int64_t power, bool weighted) {
+  STD_TORCH_CHECK(power == 1 && weighted, kOp, "this is compiled for power 1, weighted, only");
   STD_TORCH_CHECK(acc.dim() == 2 && w.dim() == 2 && x.dim() == 2 && dy.dim() == 2 && x.size(0) == dy.size(0) &&
                       w.size(0) == dy.size(1) && w.size(1) == x.size(1) && acc.size(0) == w.size(0) &&
                       acc.size(1) == w.size(1),
                   kOp, "the shapes do not fit together");
-  const pkt::Dtype scores = dtype_of(acc);
+  const pkt::Dtype scores = pkt::dtype_of(acc);
   STD_TORCH_CHECK(scores == pkt::Dtype::fp32 || scores == pkt::Dtype::fp64, kOp, "the scores must be fp32 or fp64");
   for (const Tensor* t : {&seq_starts, &seq_lens})
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->dim() == 1 && t->is_contiguous() &&

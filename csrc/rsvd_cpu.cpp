@@ -6,25 +6,17 @@
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include "block_krylov.h"
+#include "from_torch.h"
 #include "rsvd_check.h"
-#include "torch_threads.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-pkt::Dtype dtype_of(const Tensor& a) {
-  if (a.scalar_type() == ScalarType::BFloat16) return pkt::Dtype::bf16;
-  return a.scalar_type() == ScalarType::Half ? pkt::Dtype::fp16 : pkt::Dtype::fp32;
-}
 
 // Fills `stats` [4]; returns U, S and V.
 std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options& options, float* stats) {
@@ -34,14 +26,13 @@ std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options
   const int64_t basis = std::min({n, m, (rank + options.oversample + 15) * (options.iters + 1)});
   STD_TORCH_CHECK(basis <= 46340, "pkt::rsvd: a basis of ", basis,
                   " columns is too wide; use a smaller rank, oversample or iters");
-  Tensor u = torch::stable::empty({n, rank}, ScalarType::Float);
-  Tensor s = torch::stable::empty({rank}, ScalarType::Float);
-  Tensor v = torch::stable::empty({m, rank}, ScalarType::Float);
-  pkt::Matrix x{a.const_data_ptr(), dtype_of(a), n, m, a.stride(0), a.stride(1)};
+  Tensor u = pkt::empty({n, rank});
+  Tensor s = pkt::empty({rank});
+  Tensor v = pkt::empty({m, rank});
+  pkt::Matrix x{a.const_data_ptr(), pkt::dtype_of(a), n, m, a.stride(0), a.stride(1)};
   pkt::Factors out{floats(u), floats(s), floats(v), stats};
   if (n < m) {
-    std::swap(x.n, x.m);
-    std::swap(x.row_stride, x.col_stride);
+    x = pkt::transposed(x);
     std::swap(out.u, out.v);
   }
   pkt::block_krylov_svd(x, options, out, pkt::torch_threads());
@@ -50,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> factorize(const Tensor& a, const pkt::Options
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rsvd(const Tensor& a, int64_t rank, int64_t oversample, int64_t iters,
                                                 int64_t seed) {
-  Tensor stats = torch::stable::empty({4}, ScalarType::Float);
+  Tensor stats = pkt::empty({4});
   auto [u, s, v] = factorize(a, {rank, oversample, iters, seed}, floats(stats));
   return {u, s, v, stats};
 }
@@ -58,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rsvd(const Tensor& a, int64_t rank, i
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> rsvd_batch(
     const std::vector<Tensor>& a, int64_t rank, int64_t oversample, int64_t iters, int64_t seed) {
   const auto count = static_cast<int64_t>(a.size());
-  Tensor stats = torch::stable::empty({count, 4}, ScalarType::Float);
+  Tensor stats = pkt::empty({count, 4});
   std::vector<Tensor> us, ss, vs;
   for (int64_t i = 0; i < count; ++i) {
     auto [u, s, v] = factorize(a[i], {rank, oversample, iters, seed}, floats(stats) + 4 * i);

@@ -1,9 +1,21 @@
-// The order in which the kernels of rsvd_kernels.cuh run. The products with the big matrices are the caller's.
+// The order in which the kernels of rsvd_kernels.cuh run, and the memory that they run in.
+//
+// Where memory comes from and who multiplies is a `Device`'s business: rsvd_cuda.cu has torch's, the tests have one that
+// emulates a GPU. It has
+//   Given                                a matrix as the caller has it, and matrix(given), where that is
+//   Buffer                               memory, kept until the kernels that use it are launched
+//   allocate<X>(rows, columns)           an uninitialised Buffer; data<X>(buffer) is where; zero(buffer)
+//   multiply<X>(given, a, right, out)    out = a · right in fp32, for a view `a` of the given matrix's memory
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "rsvd_kernels.cuh"
+#include "rsvd_types.h"
 
 namespace pkt {
 
@@ -85,6 +97,75 @@ cudaError_t subspace_iteration(Launches& launches, int64_t iters, const Multiply
   launches.write(Side::n);
   launches.write(Side::m);
   return launches.error;
+}
+
+// What one problem's pointers point to.
+template <class Device>
+struct Workspace {
+  typename Device::Given given;
+  Matrix a;
+  typename Device::Buffer operand_m, operand_n, product;
+  std::vector<typename Device::Buffer> others;
+};
+
+template <class X, class Device>
+X* take(const Device& device, Workspace<Device>& work, int64_t count) {
+  return Device::template data<X>(work.others.emplace_back(device.template allocate<X>(count, 1)));
+}
+
+// Fills `p`, but for what the kernels compute. Throws where the device cannot hold the problem.
+template <class T, class Device>
+Workspace<Device> prepare(const Device& device, const typename Device::Given& given, const Options& options,
+                          const Factors& out, size_t shared_limit, Problem& p) {
+  const Matrix stored = device.matrix(given);
+  const bool wide = stored.n < stored.m;
+  const Matrix a = wide ? transposed(stored) : stored;
+  const int64_t n = a.n, m = a.m, width = std::min<int64_t>((options.rank + options.oversample + 15) / 16 * 16, INT16_MAX);
+  const int64_t l = std::min(width, m), l8 = rounded_up(static_cast<int>(l), 8), columns = Type<T>::parts * l;
+  if (n > INT32_MAX / 2) throw std::runtime_error("pkt::rsvd: " + std::to_string(n) + " rows or columns are too many");
+  if (tile_doubles(static_cast<int>(l)) * sizeof(double) > shared_limit) {
+    throw std::runtime_error("pkt::rsvd: rank " + std::to_string(options.rank) + " with oversample " +
+                             std::to_string(options.oversample) + " takes " + std::to_string(l) +
+                             " columns, more than this GPU's shared memory holds; use a smaller rank, or the CPU");
+  }
+  Workspace<Device> work{given, a, device.template allocate<T>(m, columns), device.template allocate<T>(n, columns),
+                         device.template allocate<float>(n, columns), {}};
+  p.a = a.a, p.row_stride = a.row_stride, p.col_stride = a.col_stride;
+  p.n = static_cast<int>(n), p.m = static_cast<int>(m), p.l = static_cast<int>(l);
+  p.rank = static_cast<int>(options.rank), p.seed = options.seed;
+  p.operand_m = Device::template data<T>(work.operand_m), p.operand_n = Device::template data<T>(work.operand_n);
+  p.product = Device::template data<float>(work.product);
+  p.q = take<float>(device, work, m * l), p.y = take<float>(device, work, n * l);
+  p.partial = take<double>(device, work, std::max<int64_t>(kGramBlocks * l8 * l8, kEnergyBlocks));
+  p.small = small_may_be_global(width, shared_limit) ? take<double>(device, work, small_doubles(l)) : nullptr;
+  p.total = take<double>(device, work, 2 * l * l), p.energy = take<double>(device, work, 1);
+  p.apply = take<float>(device, work, l * l), p.apply_v = take<float>(device, work, l * l);
+  p.scale = take<float>(device, work, 2), p.counter = take<int>(device, work, 1);
+  device.zero(work.others.back());
+  p.u = wide ? out.v : out.u, p.s = out.s, p.v = wide ? out.u : out.v, p.stats = out.stats;
+  return work;
+}
+
+// The factors of each matrix, all of type T, on the stream.
+template <class T, class Device>
+cudaError_t factorize(const Device& device, const std::vector<typename Device::Given>& given, const Options& options,
+                      const std::vector<Factors>& out, size_t shared_limit, cudaStream_t stream) {
+  for (size_t first = 0; first < given.size(); first += kBatch) {
+    const size_t count = std::min<size_t>(given.size() - first, kBatch);
+    Launches launches{{}, static_cast<int>(count), stream, shared_limit};
+    std::vector<Workspace<Device>> work;
+    for (size_t i = 0; i < count; ++i) {
+      Problem& problem = launches.batch.problem[i];
+      work.push_back(prepare<T>(device, given[first + i], options, out[first + i], shared_limit, problem));
+    }
+    const cudaError_t error = subspace_iteration<T>(launches, options.iters, [&](int i, bool transpose) {
+      const Workspace<Device>& w = work[i];
+      device.template multiply<T>(w.given, transpose ? transposed(w.a) : w.a, transpose ? w.operand_n : w.operand_m,
+                                  w.product);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace pkt

@@ -10,9 +10,10 @@
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include "from_torch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PKT_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
@@ -100,18 +101,18 @@ std::tuple<Tensor, Tensor> best_window(const Tensor& score, int64_t rows, int64_
   const double scale = std::ldexp(1.0, bits - exponent);
 
   const int64_t tops = s.rows - rows + 1;
-  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), tops / least_tops));
+  const pkt::Threads threads = pkt::torch_threads();
+  const int64_t shares = std::max<int64_t>(1, std::min(threads.count, tops / least_tops));
   std::vector<Best> found(shares);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      found[i] = search(s, rows, cols, row_step, col_step, scale, tops * i / shares, tops * (i + 1) / shares);
+  threads.run(shares, [&](int64_t i) {
+    found[i] = search(s, rows, cols, row_step, col_step, scale, tops * i / shares, tops * (i + 1) / shares);
   });
   Best best = found[0];
   for (const Best& one : found)
     if (one.sum > best.sum) best = one;
 
-  Tensor offset = torch::stable::empty({2}, ScalarType::Long);
-  Tensor sum = torch::stable::empty({}, ScalarType::Long);
+  Tensor offset = pkt::empty({2}, ScalarType::Long);
+  Tensor sum = pkt::empty({}, ScalarType::Long);
   auto* at = static_cast<int64_t*>(offset.mutable_data_ptr());
   at[0] = best.row, at[1] = best.col;
   *static_cast<int64_t*>(sum.mutable_data_ptr()) = best.sum;

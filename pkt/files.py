@@ -81,12 +81,37 @@ def check_output_folder(out: str | Path, *, force: bool = False) -> Path:
             raise PktError(f"{out} holds something that pkt did not write; name a new or an empty folder")
         if not force:
             raise PktError(f"{out} already holds a result of pkt; name another folder, or replace it with --force")
+    _check_parent(out)
+    return out
+
+
+def check_output_file(out: str | Path, form: str, *, force: bool = False) -> Path:
+    """Refuse, before any work is done, an output file that cannot be written or is there already.
+
+    form: what the file's own "format" begins with. With `force`, a JSON file of that form is replaced; anything else never is.
+    """
+    out = as_path(out, "the path of an output file")
+    if out.is_dir():
+        raise PktError(f"{out} is a folder; name a file")
+    if out.exists():
+        try:
+            found = read_json(out)
+        except PktError:
+            found = None
+        if not isinstance(found, dict) or not str(found.get("format")).startswith(form):
+            raise PktError(f"{out} holds something else than this command writes; name a file that does not exist yet")
+        if not force:
+            raise PktError(f"{out} is there already; name another file, or replace it with --force")
+    _check_parent(out)
+    return out
+
+
+def _check_parent(out: Path) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PktError(f"{out} cannot be created: {parent} is not a folder you may write to")
-    return out
 
 
 def is_stored(value: Any) -> TypeGuard[str | Path]:

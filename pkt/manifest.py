@@ -29,6 +29,10 @@ class FolderKind:
 
 KINDS = {
     "extraction": FolderKind("an extraction", "pkt-extraction-1", {"plan": dict, "kinds": dict, "energies": dict}),
+    "transplant": FolderKind(
+        "a transplant", "pkt-start-1", {"mode": str, "student": dict, "kinds": dict, "energies": dict}
+    ),
+    "start": FolderKind("a start", "pkt-start-1", {"mode": str, "student": dict, "kinds": dict, "energies": dict}),
     "run": FolderKind(
         "a training run", "pkt-training-1", {"mode": str, "student": str, "settings": dict}, older=("pkt-run-1",)
     ),

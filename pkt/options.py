@@ -6,9 +6,11 @@ torch, so that the command line knows its flags at once.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from pkt.errors import PktError
@@ -18,6 +20,7 @@ Select: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"
 Split: TypeAlias = Literal["b", "sqrt"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
+Mode: TypeAlias = Literal["paired", "residual", "add"]
 
 
 @dataclass(frozen=True)
@@ -109,27 +112,70 @@ class Reading:
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and in what steps a transfer runs. Only device, dtype and batch_size change its bytes, in the last bits.
+    """How the teacher is computed with, which changes the last bits of its scores.
 
     batch_size: samples at once, at most. device: default, where a model in memory is, else the CPU. dtype: a torch.dtype;
-    default, the checkpoint's. device_memory, host_memory: limits in bytes or as "16GB"; default: what is free. scratch: a folder
-    for activations that fit in neither. keep_scores: also keep the scores, or their tile sums. prefetch: read a layer ahead.
+    default, the checkpoint's.
     """
 
     batch_size: int = 8
     device: Any = None
     dtype: Any = None
-    device_memory: int | str | None = None
-    host_memory: int | str | None = None
-    scratch: Any = None
-    keep_scores: KeepScores = "none"
-    prefetch: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise PktError(f"batch_size={self.batch_size} must be at least 1")
-        if self.keep_scores not in get_args(KeepScores):
-            raise PktError(f"keep_scores={self.keep_scores!r} is unknown; choose none, tiles or full")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a transfer may take, which changes no byte of its result.
+
+    device_memory, host_memory: in bytes or as "16GB"; default, what is free. scratch: a folder for activations that fit in
+    neither. prefetch: read a layer ahead.
+    """
+
+    device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    scratch: str | Path | None = None
+    prefetch: bool = True
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained: AdamW without weight decay, over `epochs` of the rows or `max_steps` of them.
+
+    batch_size: rows of a step, on whatever devices; micro_batch: rows in memory at once, at most. lr: at its peak; warmup: steps
+    to it, or a share of them below 1; scheduler: transformers' name. save_steps: steps between checkpoints, None for none and no
+    logs.
+    """
+
+    epochs: float = 3.0
+    batch_size: int = 64
+    micro_batch: int = 8
+    lr: float = 3e-4
+    warmup: float = 0.0
+    scheduler: str = "linear"
+    max_steps: int | None = None
+    save_steps: int | None = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise PktError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.lr > 1:
+            raise PktError(
+                f"lr={self.lr} is too large: Adam moves every weight by about lr in each step; 3e-4 is usual"
+            )
+        for name in ("batch_size", "micro_batch", "save_steps", "max_steps"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise PktError(f"{name}={count} must be at least 1")
+        if not 0 <= self.warmup < math.inf:
+            raise PktError(f"warmup={self.warmup} must be a number of steps, or a share of them below 1")
+        if not 0 <= self.seed < 2**32:
+            raise PktError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
 
 
 def _layers(given: Any) -> str | tuple[int, ...]:

@@ -212,8 +212,7 @@ def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
 
 
 def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
-    from pkt import training, transferring
-    from pkt.lora import finalization
+    from pkt import lora, training, transferring
 
     monkeypatch.chdir(tmp_path)
 
@@ -223,7 +222,7 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, t
     def terminate(*args: Any, **options: Any) -> None:
         raise SystemExit(143)
 
-    for module, name in ((training, "train"), (transferring, "transfer"), (finalization, "finalize")):
+    for module, name in ((training, "train"), (transferring, "transfer"), (lora, "finalize")):
         monkeypatch.setattr(module, name, stop)
     three = ("a", "b", "c", "--out", "d")
     goes_on, nothing = "stopped; the same command continues", "stopped before anything was saved"
@@ -524,3 +523,33 @@ class TestBadInput:
         with pytest.raises(pkt.PktError, match="No space left"), atomic_file(tmp_path / "file"):
             full()
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_plan_replaces_nothing_but_a_plan(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+) -> None:
+    scores, out = tmp_path / "s.safetensors", tmp_path / "p.json"
+    run("sensitivity", teacher_dir, seed_file, "--out", scores)
+    run("plan", scores, teacher_dir, student_dir, "--out", out)
+    before = out.read_bytes()
+    assert "is there already" in fails("plan", scores, teacher_dir, student_dir, "--out", out)
+    run("plan", scores, teacher_dir, student_dir, "--out", out, "--force", "--select", "random")
+    assert out.read_bytes() != before
+    for name in ("model.safetensors", "config.json"):
+        kept = (teacher_dir / name).read_bytes()
+        refused = fails("plan", scores, teacher_dir, student_dir, "--out", teacher_dir / name, "--force")
+        assert "holds something else" in refused
+        assert (teacher_dir / name).read_bytes() == kept
+
+
+def test_lineage_and_transplant_of_strangers_in_words(tmp_path: Path) -> None:
+    from conftest import ASSETS
+
+    pair = (ASSETS / "teacher", ASSETS / "student")
+    shown = run("lineage", *pair, "--out", tmp_path / "l.json")
+    assert "no lineage: " in shown
+    assert "next: pkt transfer " in shown
+    assert (tmp_path / "l.json").is_file()
+    refused = fails("transplant", *pair, ASSETS / "data" / "seeds.jsonl", "--out", tmp_path / "t")
+    assert "there is nothing to transplant between these models" in refused
+    assert empty_beside(tmp_path / "t")

@@ -15,8 +15,7 @@ from lifecycle import IDS, extraction, logits, no_warnings, save_quietly, steps,
 
 import pkt
 from pkt.adapters import read_adapter
-from pkt.lora.finalization import INITIAL
-from pkt.lora.injection import load_with_adapter
+from pkt.lora import INITIAL, load_with_adapter
 from pkt.models import load_model
 from pkt.training import write_injected
 

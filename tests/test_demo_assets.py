@@ -161,14 +161,14 @@ def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_demos_training_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    from pkt.demo import runner as demonstration
+    from pkt.demo.measuring import train_quietly
     from pkt.models import load_model
     from pkt.seeds import load_seeds
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     rows = load_seeds(ASSETS / "data" / "seeds.jsonl", tokenizer, limit=2)
-    demonstration._fit(load_model(ASSETS / "student"), rows, 1e-3, 0, epochs=1.0)
+    train_quietly(load_model(ASSETS / "student"), rows, 1e-3, 0, epochs=1.0)
     assert list(tmp_path.iterdir()) == []
 
 

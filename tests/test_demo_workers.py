@@ -42,9 +42,10 @@ def test_workers_end_when_a_job_fails_or_a_worker_is_killed() -> None:
 
 
 ORPHANS = """
-import os, time
+import os, signal, time
 from pkt.demo.workers import workers
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     with workers() as pool:
         print(*{job.result() for job in [pool.submit(os.getpid) for _ in range(20)]}, flush=True)
         time.sleep(600)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pkt
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc")
@@ -21,6 +23,23 @@ ARCHITECTURES = (80, 90, 100)
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+
+# What csrc may use of torch: each is in the headers of 2.11 and of 2.13, so one source builds against every torch between.
+STABLE_ABI = """
+    torch/csrc/stable/accelerator.h torch/csrc/stable/library.h torch/csrc/stable/ops.h torch/csrc/stable/tensor.h
+    torch/headeronly/core/ScalarType.h torch/headeronly/util/Exception.h torch/headeronly/util/shim_utils.h
+    STABLE_TORCH_LIBRARY_IMPL STD_TORCH_CHECK TORCH_ABI_VERSION TORCH_BOX TORCH_ERROR_CODE_CHECK
+    StableIValue torch::stable::detail::from torch::stable::detail::to torch_call_dispatcher TORCH_SUCCESS
+    AOTITorchError AtenTensorHandle aoti_torch__reinterpret_tensor aten::mm.out aten::mm.dtype_out
+    torch::headeronly::ScalarType torch::headeronly::ScalarType::Float torch::stable::Tensor
+    torch::stable::accelerator::DeviceGuard
+    torch::stable::empty torch::stable::new_empty torch::stable::zero_
+    torch::stable::get_num_threads torch::stable::parallel_for aoti_torch_get_current_cuda_stream
+"""
+TORCH_NAME = re.compile(
+    r"\b\w*TORCH_\w+|\b(?:aoti_torch|torch)_\w+|\b(?:STD_|Stable|AOTI|Aten)\w+|torch(?:::\w+)+|(?<=#include <)torch/[\w/.]+"
+)
+ATEN_OP = re.compile(r'"(aten::\w+)", "(\w*)"')
 
 NO_TORCH = "import sys; sys.modules['torch'] = None; "
 RUN_SETUP = "import runpy, sys; sys.argv = ['setup.py', *sys.argv[1:]]; runpy.run_path('setup.py', run_name='__main__')"
@@ -31,7 +50,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the sources, so that building leaves nothing in the checkout."""
     copy = tmp_path / "pkt"
     copy.mkdir()
-    for name in ("csrc", "kernels", "pkt"):
+    for name in ("csrc", "kernels", "pkt", "tests/native"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).exists():
@@ -53,6 +72,12 @@ def said(run: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in run.stderr.splitlines() if line.startswith("pkt:")]
     assert len(lines) == 1, run.stderr
     return lines[0]
+
+
+def test_the_version_is_stated_once(tree: Path) -> None:
+    run = setup(tree, "--version", before=NO_TORCH, PKT_BUILD_EXT="0")
+    assert run.stdout.split()[-1:] == [pkt.__version__], run.stderr
+    assert '"' + pkt.__version__ not in (tree / "pyproject.toml").read_text()
 
 
 def test_without_torch_nothing_is_built_and_nothing_fails(tree: Path) -> None:
@@ -81,21 +106,25 @@ def test_what_cannot_be_done_is_an_error_when_asked_for(tree: Path, mode: str, m
     assert message in run.stderr
 
 
+# No nvcc is of that release; `--version` runs setup.py and builds nothing.
+NO_SUCH_CUDA = "import torch; torch.version.cuda = '99.9'; "
+
+
+@needs_compiler
+def test_a_cuda_part_that_cannot_be_built_is_told_and_an_error_when_asked_for(tree: Path) -> None:
+    reason = "(nvcc is not of CUDA 99.9|there is no nvcc)"
+    run = setup(tree, "--version", before=NO_SUCH_CUDA, PKT_BUILD_EXT="auto")
+    assert run.returncode == 0, run.stderr
+    assert re.search(f"built for the CPU; not for CUDA: {reason}", said(run))
+    run = setup(tree, "--version", before=NO_SUCH_CUDA, PKT_BUILD_EXT="1")
+    assert run.returncode != 0
+    assert re.search(f"PKT_BUILD_EXT=1 with a torch for CUDA, but .* CUDA part cannot be built: {reason}", run.stderr)
+
+
 @needs_compiler
 def test_a_failed_compilation_is_told_and_survived_unless_forced(tree: Path) -> None:
-    (tree / "csrc" / "extension.cpp").write_text("#error deliberately\n")
-    for name in (
-        "rsvd_cpu",
-        "linear_sensitivity",
-        "abs_products",
-        "window_search",
-        "block_krylov",
-        "orthonormalize",
-        "cpu_kernels_baseline",
-        "cpu_kernels_avx2",
-        "cpu_kernels_avx512",
-    ):
-        (tree / "csrc" / f"{name}.cpp").write_text("")
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.write_text("#error deliberately\n" if source.stem == "extension" else "")
     run = setup(tree, "build_ext", "--inplace")
     assert run.returncode == 0, run.stderr
     assert "pkt: pkt._C was not built, the torch implementation serves instead" in run.stderr
@@ -108,8 +137,23 @@ def test_the_sdist_holds_every_source(tree: Path, tmp_path: Path) -> None:
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    expected = {f"csrc/{path.name}" for path in CSRC.iterdir() if path.is_file()}
+    expected = {f"{folder}/{path.name}" for folder in ("csrc", "tests/native") for path in (ROOT / folder).iterdir()}
     assert expected | {"setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+
+
+def uses_of_torch(text: str) -> set[str]:
+    code = re.sub(r"//.*", "", text)
+    ops = {f"{name}.{overload}".rstrip(".") for name, overload in ATEN_OP.findall(code)}
+    return (set(TORCH_NAME.findall(code)) | ops) - {"torch_threads"}  # our own
+
+
+def test_the_sources_use_what_every_torch_from_2_11_on_has() -> None:
+    used = {name for path in CSRC.iterdir() if path.suffix != ".md" for name in uses_of_torch(path.read_text())}
+    allowed = set(STABLE_ABI.split())
+    assert used == allowed
+    later = "STABLE_TORCH_ERROR_CODE_CHECK(torch_exception_get_what()); torch::stable::Generator g; STD_CUDA_CHECK(e);"
+    assert uses_of_torch(later).isdisjoint(allowed)
+    assert len(uses_of_torch(later)) == 4
 
 
 @needs_nvcc

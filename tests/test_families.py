@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pkt
 from pkt.extraction import assemble
-from pkt.lora.injection import load_with_adapter
+from pkt.lora import load_with_adapter
 from pkt.models import load_model, shared_vocabulary, spec_of
 from pkt.planning.regions import Region
 from pkt.seeds import Example, Seeds

@@ -21,8 +21,8 @@ from torch import Tensor
 import pkt
 from pkt.adapters import CONFIG, WEIGHTS, Adapter, Pair, read_adapter
 from pkt.files import MANIFEST
-from pkt.lora.finalization import INITIAL, refactor
-from pkt.lora.injection import load_with_adapter
+from pkt.lora import INITIAL, load_with_adapter
+from pkt.lora.finalization import refactor
 from pkt.models import load_model
 from pkt.reporting import inspect_folder
 
@@ -40,7 +40,7 @@ sys.path.insert(0, sys.argv[2])
 import lifecycle, pkt
 from peft import PeftModel
 from pkt.models import load_model
-from pkt.reporting.page import inspect_folder
+from pkt.reporting import inspect_folder
 root = Path(sys.argv[1])
 for case in sorted((root / "runs").iterdir()):
     about = json.loads((case / "about.json").read_text())

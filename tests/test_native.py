@@ -1,7 +1,7 @@
 """The C++ of pkt._C without torch: each instruction set, several threads, sanitizers; and the CUDA kernels, executed.
 
-`csrc/rsvd_emulated.cpp` runs the kernels of `rsvd_kernels.cuh` on the CPU (fibers for threads, NaN in fresh shared memory),
-so what a GPU computes is checked here too; how fast it is, is not.
+`native/rsvd_emulated.cpp` runs `rsvd_pipeline.h` and its kernels on the CPU (fibers for threads, NaN in fresh memory), so what a
+GPU computes is checked here too; how fast it is, is not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,15 +22,7 @@ from test_rsvd import SPECTRA, check, gaussian, one_thread, with_spectrum
 from torch import Tensor
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = [
-    "rsvd_emulated",
-    "abs_products",
-    "block_krylov",
-    "orthonormalize",
-    "cpu_kernels_baseline",
-    "cpu_kernels_avx2",
-    "cpu_kernels_avx512",
-]
+NATIVE = Path(__file__).parent / "native"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TWO_HALVES = 2.0**-17  # what a factor that travels as two bf16 numbers is rounded by
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -88,21 +81,23 @@ def compile_library(to: Path, *flags: str) -> Path:
         "-Werror",
         "-Wno-unknown-pragmas",
     ]
-    sources = [str(CSRC / f"{name}.cpp") for name in SOURCES]
-    subprocess.run(
-        [str(COMPILER), *common, *flags, "-shared", "-fPIC", "-pthread", *sources, "-o", str(to)], check=True
-    )
+    without_torch = [path for path in CSRC.glob("*.cpp") if not re.search("<torch/|<Python.h>", path.read_text())]
+    sources = map(str, [*without_torch, *NATIVE.glob("*.cpp")])
+    common += ["-shared", "-fPIC", "-pthread", f"-I{CSRC}", f"-I{NATIVE}"]
+    subprocess.run([str(COMPILER), *common, *flags, *sources, "-o", str(to)], check=True)
     return to
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(compile_library(tmp_path_factory.mktemp("csrc") / "rsvd.so", "-O1")))
-    loaded.pkt_cpu.restype = ctypes.c_char_p
+    loaded.pkt_cpu.restype = loaded.pkt_emulated_cuda.restype = ctypes.c_char_p
     return loaded
 
 
-def marshal(matrices: Sequence[Tensor], rank: int) -> tuple[ctypes.Array[_Matrix], ctypes.Array[_Factors], Results]:
+def marshal(
+    matrices: Sequence[Tensor], rank: int, tall: bool = False
+) -> tuple[ctypes.Array[_Matrix], ctypes.Array[_Factors], Results]:
     inputs, outputs = (_Matrix * len(matrices))(), (_Factors * len(matrices))()
     results = []
     for i, a in enumerate(matrices):
@@ -110,7 +105,7 @@ def marshal(matrices: Sequence[Tensor], rank: int) -> tuple[ctypes.Array[_Matrix
         result = U, S, V, stats = tuple(torch.full(s, math.nan) for s in ((n, rank), (rank,), (m, rank), (4,)))
         results.append(result)
         pointers = [x.data_ptr() for x in (U, S, V, stats)]
-        if n < m:
+        if tall and n < m:
             n, m, row_stride, col_stride = m, n, col_stride, row_stride
             pointers = [pointers[j] for j in (2, 1, 0, 3)]
         inputs[i] = _Matrix(a.data_ptr(), DTYPES.index(a.dtype), n, m, row_stride, col_stride)
@@ -119,7 +114,7 @@ def marshal(matrices: Sequence[Tensor], rank: int) -> tuple[ctypes.Array[_Matrix
 
 
 def on_cpu(library: ctypes.CDLL, a: Tensor, rank: int, threads: int = 1, level: int = 2, iters: int = 4) -> Results:
-    inputs, outputs, results = marshal([a], rank)
+    inputs, outputs, results = marshal([a], rank, tall=True)
     options = _Options(rank, 16, iters, 0)
     library.pkt_cpu(inputs, outputs, ctypes.byref(options), ctypes.c_int64(threads), level)
     return results
@@ -130,14 +125,16 @@ def on_emulated_cuda(
     matrices: Sequence[Tensor],
     rank: int,
     *,
+    oversample: int = 0,
     iters: int = 4,
     shared_limit: int = 160 * 1024,
     backwards: bool = False,
 ) -> Results:
     inputs, outputs, results = marshal(matrices, rank)
-    options = _Options(rank, 0, iters, 0)
-    limit = ctypes.c_int64(shared_limit)
-    assert library.pkt_emulated_cuda(inputs, outputs, len(matrices), ctypes.byref(options), limit, backwards) == 0
+    options, limit = _Options(rank, oversample, iters, 0), ctypes.c_int64(shared_limit)
+    refusal = library.pkt_emulated_cuda(inputs, outputs, len(matrices), ctypes.byref(options), limit, backwards)
+    if refusal is not None:
+        raise RuntimeError(refusal.decode())
     return results
 
 
@@ -315,22 +312,44 @@ def test_emulated_cuda_batches_unequal_shapes(library: ctypes.CDLL) -> None:
         torch.testing.assert_close(result[1], alone[1], rtol=1e-5, atol=0)
 
 
+# Bytes of shared memory that hold a tile of 48 columns' rows, but not the small matrices of as many.
+ROOM_FOR_A_TILE = 30_000
+
+
 def test_emulated_cuda_where_only_the_narrow_matrices_of_a_batch_fit_in_shared_memory(library: ctypes.CDLL) -> None:
     batch = [gaussian(n, m, seed=n).float() for n, m in ((90, 60), (40, 6))]
-    for a, result in zip(batch, on_emulated_cuda(library, batch, 6, shared_limit=2000), strict=True):
+    results = on_emulated_cuda(library, batch, 6, oversample=42, shared_limit=ROOM_FOR_A_TILE)
+    for a, result in zip(batch, results, strict=True):
         check(a, result, 6)
 
 
-@pytest.mark.parametrize("shared_limit", [160 * 1024, 0], ids=["shared", "global"])
+@pytest.mark.parametrize("shared_limit", [160 * 1024, ROOM_FOR_A_TILE], ids=["shared", "global"])
 def test_emulated_cuda_has_no_race(library: ctypes.CDLL, shared_limit: int) -> None:
     """Threads that take turns backwards give the same bytes, with the small matrices in shared and in global memory."""
     a = gaussian(100, 45).to(torch.bfloat16)
     a[:, 7] = a[:, 3]
     forwards, backwards = (
-        on_emulated_cuda(library, [a], 20, shared_limit=shared_limit, backwards=flag)[0] for flag in (False, True)
+        on_emulated_cuda(library, [a], 20, oversample=25, iters=1, shared_limit=shared_limit, backwards=flag)[0]
+        for flag in (False, True)
     )
     check(a, forwards, 20)
     assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
+
+
+def test_emulated_cuda_takes_a_batch_larger_than_one_launch(library: ctypes.CDLL) -> None:
+    batch = [gaussian(9 + i, 20 - i, seed=i).float() for i in range(17)]
+    for a, result in zip(batch, on_emulated_cuda(library, batch, 2, iters=1), strict=True):
+        check(a, result, 2, worst=math.inf)
+
+
+def test_emulated_cuda_with_any_oversample(library: ctypes.CDLL) -> None:
+    a = gaussian(30, 20).float()
+    check(a, on_emulated_cuda(library, [a], 4, oversample=2**31 - 1)[0], 4)
+
+
+def test_emulated_cuda_refuses_what_shared_memory_does_not_hold(library: ctypes.CDLL) -> None:
+    with pytest.raises(RuntimeError, match="rank 20 with oversample 30 takes 64 columns, more than this GPU's shared"):
+        on_emulated_cuda(library, [gaussian(90, 80).float()], 20, oversample=30, shared_limit=ROOM_FOR_A_TILE)
 
 
 def test_emulated_cuda_and_the_cpu_agree(library: ctypes.CDLL) -> None:

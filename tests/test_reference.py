@@ -274,8 +274,7 @@ def test_pieces_of_a_large_file_are_hashed_in_their_order(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int8])
-def test_every_element_counts_in_a_tensors_hash(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content_module, "_WORDS", 4)
+def test_every_element_counts_in_a_tensors_hash(dtype: torch.dtype) -> None:
     tensor = torch.ones(3, 7).to(dtype)
     found = {tensors_digest([("w", tensor)])}
     for place in range(tensor.numel()):
@@ -288,6 +287,21 @@ def test_every_element_counts_in_a_tensors_hash(dtype: torch.dtype, monkeypatch:
     assert tensors_digest([("w", apart)]) == tensors_digest([("w", tensor)])
     shifted = torch.ones(22).to(dtype)[1:].view(3, 7)
     assert tensors_digest([("w", shifted)]) == tensors_digest([("w", tensor)])
+
+
+def test_blocks_of_a_large_tensor_count_to_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_module, "_BLOCKS", 4)
+    monkeypatch.setattr(content_module, "_IN_BLOCK", 8)
+    tensor = torch.zeros(103, dtype=torch.bfloat16)
+    found = {tensors_digest([("w", tensor)])}
+    for place in (0, 3, 102, 99):
+        changed = tensor.clone()
+        changed[place] = 1
+        found.add(tensors_digest([("w", changed)]))
+    assert len(found) == 5
+    changed = tensor.clone()
+    changed[10] = 1
+    assert tensors_digest([("w", changed)]) in found
 
 
 def test_a_sign_counts_in_a_tensors_hash() -> None:

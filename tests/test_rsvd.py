@@ -273,13 +273,17 @@ def test_philox_signs_are_the_published_generator() -> None:
             "pkt.factorize(torch.zeros(1, 1).expand(4_000_000, 4096), 1024, name='model.up_proj')",
             "pkt.errors.PktError: model.up_proj: not enough memory to factorize it; use a smaller rank",
         ),
+        (
+            "ops.rsvd(torch.zeros(1, 1).expand(4_000_000, 4096), 1024)",
+            "pkt: out of memory: no tensor of 4096000000 entries",
+        ),
         # Without the check it would take 20 GB.
         (
             "ops.rsvd(torch.zeros(1, 1).expand(60_000, 50_000), 12_000)",
             "pkt::rsvd: a basis of 50000 columns is too wide; use a smaller rank",
         ),
     ],
-    ids=["memory that does not suffice", "a basis too wide for its eigenproblem"],
+    ids=["memory that does not suffice", "how the op says it", "a basis too wide for its eigenproblem"],
 )
 def test_refused_within_a_limit_on_the_memory(call: str, message: str) -> None:
     script = (

@@ -95,6 +95,22 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("spare", [1 << 20, 36 << 20], ids=["no workspace", "no products"])
+def test_memory_that_does_not_suffice_is_recognised(spare: int) -> None:
+    a = torch.zeros(32768, 4096, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            ops.rsvd(a, 64)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert ops.out_of_memory(caught.value)
+    assert (ops.rsvd(a, 64)[1] == 0).all()
+
+
+@needs_extension
 def test_it_can_be_captured_in_a_graph() -> None:
     a = gaussian(700, 500).to(torch.bfloat16).cuda()
     expected = ops.rsvd(a, 16)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.ops import dispatch
 from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
 from pkt.streaming import (
     Boundaries,
     Engine,
     NotLayeredError,
+    Teacher,
     open_teacher,
     parse_size,
     plan_memory,
@@ -176,7 +178,7 @@ class TestScores:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
         model = oracle.llama().to(dtype)
         batches = oracle.batched(oracle.token_samples(5), 5)
         whole = pkt.sensitivity(model, batches, progress=False)
@@ -190,7 +192,7 @@ class TestScores:
     def test_half_types_that_a_cpu_cannot_multiply_are_widened(
         self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops, "native_halves", frozenset)
+        monkeypatch.setattr(dispatch, "native_halves", frozenset)
         oracle.llama().to(dtype).save_pretrained(tmp_path / "teacher")
         model = load_model(tmp_path / "teacher")
         batches = oracle.batched(oracle.token_samples(5), 5)
@@ -212,7 +214,7 @@ class TestScores:
     def test_what_transformers_keeps_in_fp32_stays_there(
         self, family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
         families.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
         loaded, teacher = load_model(tmp_path / "teacher"), open_teacher(tmp_path / "teacher", CPU)
         wanted = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
@@ -434,6 +436,35 @@ class TestTransfer:
         with pytest.raises(pkt.PktError, match="one sample at a time"):
             pkt.transfer(tmp_path / "teacher", student, rows, rank=4, progress=False)
 
+    def test_memory_that_runs_out_in_the_extension_halves_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        calm = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
+        plain, calls = ops.rsvd_batch, []
+
+        def once(*args: Any, **options: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise RuntimeError("pkt: out of memory: no tensor of 4096 entries")
+            return plain(*args, **options)
+
+        monkeypatch.setattr(ops, "rsvd_batch", once)
+        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
+        plans_equal(ext.plan, calm.plan)
+        assert len(calls) > 2
+
+    def test_a_scratch_folder_is_made_where_there_is_none(self, tmp_path: Path) -> None:
+        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        options: Any = {"rank": 4, "progress": False, "host_memory": "2MB"}
+        pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "new" / "folder", **options)
+        assert list((tmp_path / "new" / "folder").iterdir()) == []
+        (tmp_path / "file").touch()
+        with pytest.raises(pkt.PktError, match="making the folder"):
+            pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "file", **options)
+
     def test_a_model_scored_whole_says_so(self) -> None:
         model = oracle.llama()
         model.model.layers[2].mlp = model.model.layers[0].mlp
@@ -473,6 +504,33 @@ class TestMemoryPlan:
         with pytest.raises(pkt.PktError, match="--scratch"):
             self.plan(model, device_memory=limit + plenty.device_total // 30, scratch_free=10)
 
+    def test_a_gpu_plan_names_what_its_libraries_and_allocator_take(self) -> None:
+        """A teacher of 13B in bf16 within 10 GB: what tensors take leaves 8% of the limit, the rest is named."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape: Any = {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824}
+        config = LlamaConfig(**shape, num_hidden_layers=40, num_attention_heads=40)
+        with torch.device("meta"):
+            teacher = Teacher(LlamaForCausalLM(config).to(torch.bfloat16), None, torch.bfloat16)
+        options: Any = {"device": torch.device("cuda"), "batch_size": 8, "in_memory": False}
+        plan = plan_memory(
+            sizes_of(teacher, "model.layers", 40),
+            [[512] * 32],
+            device_memory=10 * 10**9,
+            host_memory=64 * 10**9,
+            **options,
+        )
+        assert plan.device_total <= 10 * 10**9
+        assert plan.places.count("device") > 0
+        assert plan.places.count("host") > 0
+        named = plan.device["libraries"] + plan.device["allocator's rounding"]
+        assert plan.device_total - named <= 0.92 * 10 * 10**9
+        # Two buffers, as the loader has: a third would be a third of this again.
+        assert plan.device["weights"] == 2 * 2 * sum(p.numel() for p in teacher.model.model.layers[0].parameters())
+        # A pinned buffer takes the next power of two: 64 MiB for a micro-batch of 40 MB.
+        each = 4 * (1 << 26)
+        assert plan.host >= plan.places.count("host") * each
+
     def test_the_plan_in_words(self) -> None:
         lines = self.plan(oracle.llama()).lines()
         assert "on the device" in lines[0]
@@ -495,39 +553,28 @@ class TestMemoryPlan:
 
 
 CHILD = """
-import ctypes, sys, threading, time
-from pathlib import Path
+import sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 import pkt, pkt.streaming.allocator, pkt.transferring.run, test_streaming
+from measuring import Peak
 from pkt.models import load_model
 from pkt.scoring import score_seeds
-
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0]) * 1024
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
 with pkt.streaming.allocator.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
-ctypes.CDLL(None).malloc_trim(0)
-bare, peak, stop, planned = anonymous(), [0], threading.Event(), []
-
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-
-thread = threading.Thread(target=watch, daemon=True); thread.start()
-if {streamed!r}:
-    pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
-                 on_memory=lambda plan: planned.append(plan.device_total))
-else:
-    score_seeds(load_model({teacher!r}), rows, progress=False)
-stop.set(); thread.join()
-print(peak[0] - bare, *map(round, planned))
+planned = []
+with Peak() as peak:
+    if {streamed!r}:
+        pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
+                     on_memory=lambda plan: planned.append(plan.device_total))
+    else:
+        score_seeds(load_model({teacher!r}), rows, progress=False)
+print(peak.bytes, *map(round, planned))
 """
 
 
@@ -543,7 +590,7 @@ def peak_of(
 ) -> list[int]:
     """Bytes of anonymous memory a run took at its peak, and what was planned."""
     code = CHILD.format(
-        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
+        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parents[1])],
         tiny=str(tiny),
         student=str(student),
         teacher=str(teacher),

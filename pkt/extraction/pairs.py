@@ -125,15 +125,14 @@ def extract(
         source = sources[entry.source]
         return source.oriented(model.tensor(source.parameter), entry.expert)
 
-    with bar("factorizing", len(targets) if progress else 0, unit="matrices") as advance:
+    with bar("factorizing", len(targets), unit="matrices", shown=progress) as advance:
         for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
             layer = {target: targets[target] for target in group}
             with enough_memory(", ".join(source_names(entries) for entries in layer.values())):
                 found = factorize_targets(layer, matrix_of, options)
             pairs |= {target: pair for target, (pair, _) in found.items()}
             energies |= {target: caught for target, (_, caught) in found.items()}
-            if progress:
-                advance(len(pairs))
+            advance(len(pairs))
     details = {
         "factorization": options.as_dict(),
         "teacher": spec.identity(),

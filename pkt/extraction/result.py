@@ -5,20 +5,22 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
+from pkt.cards import EXTRACTION, write_card
 from pkt.errors import PktError
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import manifest_of, name_kind, read_manifest
 from pkt.models import Kind
 from pkt.planning import TransferPlan
-from pkt.version import __version__
 
 
 @dataclass
 class Extraction:
     """LoRA factors for every student matrix of a plan, and where they came from."""
+
+    mode: ClassVar[Literal["paired"]] = "paired"  # how they are injected unless one says otherwise
 
     pairs: dict[str, Pair]
     energies: dict[str, float]  # share of each region's squared norm that its factors catch; the mean over experts
@@ -49,7 +51,7 @@ class Extraction:
         with atomic_folder(folder, force=force) as scratch:
             self.adapter().write(scratch)
             write_json(scratch / MANIFEST, self.manifest())
-            (scratch / "README.md").write_text(model_card(self), encoding="utf-8", newline="\n")
+            _write_card(scratch, self)
 
     def manifest(self) -> dict[str, Any]:
         entries = {
@@ -88,34 +90,6 @@ class Extraction:
         return cls(pairs, manifest["energies"], plan, rest)
 
 
-CARD = """---
-library_name: peft
-base_model: {base}
-tags: [lora, peft, pkt, knowledge-transfer]
----
-
-# Parametric knowledge of {teacher}, cut to the shape of {student}
-
-A LoRA extraction made by [pkt](https://pypi.org/project/pkt-transfer/) {version}: {summary}.
-Source of the method: *Seeking Neural Nuggets* (ICLR 2024, arXiv 2310.11451).
-
-**Loaded by plain PEFT this adapter is added to the student, which changes the student at once.** The method means it as a
-start for training with the student's function unchanged at step 0: `pkt train {quoted} DIR DATA.jsonl --out RUN`, or
-`model = pkt.inject(student, DIR)` in front of any trainer, then `pkt.finalize(model, OUT)` for a plain adapter.
-
-| | |
-|---|---|
-| teacher | {teacher} |
-| student | {student} |
-| seeds | {seeds} |
-| layers | {layers} |
-| regions | {select}, modules {modules} |
-| factorization | {factorization} |
-
-No claim of transfer is made by this card: measure against plain LoRA, PiSSA and a random window (`pkt demo` shows how).
-"""
-
-
 def describe_factorization(extraction: Extraction) -> dict[str, Any]:
     """The options that were in use: the largest rank and the energy go together."""
     found = extraction.provenance.get("factorization", {})
@@ -123,16 +97,16 @@ def describe_factorization(extraction: Extraction) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in unused}
 
 
-def model_card(extraction: Extraction) -> str:
+def _write_card(folder: Path, extraction: Extraction) -> None:
     """README.md of an extraction folder, from its provenance alone."""
     plan, seeds = extraction.plan, extraction.provenance.get("seeds", {})
     count = seeds.get("count", "unknown")
-    return CARD.format(
-        base=plan.student["name"],
+    write_card(
+        folder,
+        EXTRACTION,
         teacher=plan.teacher["name"],
         student=plan.student["name"],
         quoted=shlex.quote(plan.student["name"]),
-        version=__version__,
         summary=extraction,
         seeds=f"{count} samples, fingerprint {str(seeds.get('fingerprint', 'unknown'))[:16]}",
         layers="; ".join(plan.summary()[:1]),

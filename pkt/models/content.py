@@ -22,7 +22,7 @@ from pkt.progress import bar
 
 _PIECE = 64 << 20  # hashed by one thread
 _BLOCK = 4 << 20  # read at once
-_WORDS = 1 << 21  # of a tensor, summed at once
+_BLOCKS, _IN_BLOCK = 64, 1 << 16  # of a tensor in memory, in bytes
 _REMEMBERED = 4096
 # Within the resolution of a file system's clock a second change leaves no trace.
 _SETTLED_NS = 2_000_000_000
@@ -72,30 +72,29 @@ def _hash_piece(piece: tuple[Path, int]) -> bytes:
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of tensors' names, types, shapes and values, taken where they are; tied ones are read once.
 
-    What is hashed of values are sums of their bytes, as words w of 32 bits, each times an odd number of its own, mod 2**64:
-    one read at the speed of the device's memory, the same on every device, and no single change keeps the sum.
+    What is hashed of values is the sum of their bytes, as words of 32 bits, each times an odd number of its own, mod 2**64: the
+    same on every device, and no single change keeps it. Of a tensor above 4 MB, blocks of 64 kB that lie evenly in it are read,
+    so that a model of any size takes a moment: training moves them all, a single weight set by hand may be missed.
     """
     found: dict[int, str] = {}
     parts = []
     for name, tensor in tensors:
         if id(tensor) not in found:
-            sums = [] if tensor.is_meta else _weighted_sums(tensor.detach()).tolist()
-            found[id(tensor)] = f"{tensor.dtype} {tuple(tensor.shape)} {sums}"
+            value = "" if tensor.is_meta else str(int(_weighted_sum(tensor.detach())))
+            found[id(tensor)] = f"{tensor.dtype} {tuple(tensor.shape)} {value}"
         parts.append(f"{name} {found[id(tensor)]}")
     return sha256(*parts)
 
 
-def _weighted_sums(tensor: Tensor) -> Tensor:
+def _weighted_sum(tensor: Tensor) -> Tensor:
     flat = tensor.contiguous().view(-1).view(torch.uint8)
-    if flat.data_ptr() % 4:
+    if len(flat) > _BLOCKS * _IN_BLOCK:
+        flat = flat.as_strided((_BLOCKS, _IN_BLOCK), ((len(flat) - _IN_BLOCK) // (_BLOCKS - 1), 1)).flatten()
+    elif flat.data_ptr() % 4:
         flat = flat.clone()
-    numbers = torch.arange(1, min(_WORDS, -(-len(flat) // 4)) + 1, device=flat.device) * 0x1E3779B97F4A7C15
-    numbers = ((numbers ^ (numbers >> 29)) * 0x3F58476D1CE4E5B9) | 1
-    sums = []
-    for piece in flat.split(4 * _WORDS):
-        words = nn.functional.pad(piece, (0, -len(piece) % 4)).view(torch.int32)
-        sums.append((words.long() * numbers[: len(words)]).sum())
-    return torch.stack(sums) if sums else flat.new_zeros(0)
+    words = nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32).long()
+    numbers = torch.arange(1, len(words) + 1, device=words.device) * 0x1E3779B97F4A7C15
+    return (words * (((numbers ^ (numbers >> 29)) * 0x3F58476D1CE4E5B9) | 1)).sum()
 
 
 # -- what is remembered

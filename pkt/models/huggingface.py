@@ -21,7 +21,11 @@ from pkt.models.tables import DEQUANTIZED, TESTED
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device a name means. Raises `PktError` for one that pkt does not run on, or that is not here."""
+    """The device a name means, as the tensors on it say it: "cuda" is the current one, and a CPU has no number.
+
+    torch.device("cuda") != torch.device("cuda:0"), so weights already there would be taken for weights elsewhere. Raises `PktError`
+    for a device that pkt does not run on, or that is not here.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -30,7 +34,9 @@ def checked_device(device: str | torch.device) -> torch.device:
         raise PktError(f"device {str(found)!r}: pkt runs on cpu and cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise PktError(f"device {str(found)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
-    return found
+    if found.type == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def skeleton(config: Any, where: str) -> nn.Module:

@@ -28,8 +28,10 @@ from pkt.models.checkpoint import (
 from pkt.models.content import files_digest, tensors_digest
 from pkt.models.huggingface import (
     check_dequantized,
+    checked_device,
     hollow,
     quantization,
+    quiet,
     read_config,
     read_model,
     read_tokenizer,
@@ -196,6 +198,7 @@ class Model:
         """
         if self.module is not None:
             return self.module
+        device = checked_device(device)
         self.check()
         if dequantize:
             self.check_dequantized()
@@ -288,3 +291,17 @@ def load_model(
 def load_tokenizer(path: Any) -> Any:
     """`Model.tokenizer` of anything that names a model."""
     return Model.of(path).tokenizer
+
+
+def hollow_model(given: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """`Model.hollow` of anything that names a model."""
+    return Model.of(given).hollow(dtype, device)
+
+
+def save_model(model: Any, folder: Path, source: Any) -> None:
+    """A model as a checkpoint folder, with the tokenizer of the checkpoint that it was made from, where there is one."""
+    origin = Model.of(source)
+    with quiet():
+        model.save_pretrained(str(folder))
+        if origin.is_named and (origin.folder / "tokenizer_config.json").is_file():
+            origin.tokenizer.save_pretrained(str(folder))

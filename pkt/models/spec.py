@@ -141,6 +141,19 @@ def plain_head(model: Any) -> tuple[nn.Linear, nn.Module] | None:
     return head, below
 
 
+def tables_of(model: nn.Module) -> tuple[Any, Any]:
+    """The module that embeds the tokens and the one that gives their logits; None where the model does not say."""
+    return _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """The width of the hidden states between decoder layers, as its configuration or its embedding has it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "hidden_size", None) or getattr(tables_of(model)[0], "embedding_dim", None)
+    return None if found is None else int(found)
+
+
 def layer_of(parameter: str, layers: str | None) -> int | None:
     """The decoder layer a parameter or module belongs to, or None."""
     if layers is None:

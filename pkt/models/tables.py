@@ -153,3 +153,16 @@ def read_roles(roles: Mapping[str, Any] | str | Path) -> dict[str, tuple[str, st
             raise PktError(f"roles: {name!r} has the group {line[1]!r}; choose attention or ffn")
         lines[str(name)] = (str(line[0]), str(line[1]))
     return lines
+
+
+# What follows the norm -> names of its module, the most telling first: Gemma 2 and 3 norm the attention's output too.
+NORMS: dict[str, tuple[str, ...]] = {
+    "attention": ("input_layernorm", "ln_1", "attention_norm", "self_attn_layer_norm", "ln_attn"),
+    "ffn": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm", "final_layer_norm", "ln_mlp"),
+    "head": ("norm", "ln_f", "final_layernorm", "final_layer_norm"),
+}
+
+
+def unit_offset(model_type: str) -> float:
+    """What a norm adds to its stored gain: Gemma's are stored around zero."""
+    return 1.0 if model_type.startswith(("gemma", "recurrent_gemma")) else 0.0

@@ -19,19 +19,27 @@ from pkt.ops.dispatch import (
 )
 from pkt.ops.reference import (
     GRADIENT_ELEMENTS,
+    MEASURES,
     SEARCH_BYTES,
+    Measure,
+    add_rows_,
     double_sum,
     embedding_rows,
     tile_sums,
     window_bits,
 )
+from pkt.ops.rsvd_reference import block_width
 
 __all__ = [
     "GRADIENT_ELEMENTS",
+    "MEASURES",
     "SEARCH_BYTES",
+    "Measure",
     "abs_accumulate_",
     "abs_accumulate_many_",
+    "add_rows_",
     "best_window",
+    "block_width",
     "double_sum",
     "embedding_rows",
     "embedding_sensitivity_",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pkt.errors import PktError
+from pkt.ops import reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,26 +56,37 @@ def _check_samples(op: str, length: int, seq_starts: Tensor, seq_lens: Tensor) -
         end = max(end, start + size)
 
 
-def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
-    """acc += |theta * grad| in fp32, in place; any shape and strides, all three of one shape (METHOD, section 1)."""
+def _check_power(op: str, power: int) -> None:
+    _require(power in (1, 2), op, f"power is {power}; it must be 1 or 2")
+
+
+def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor, power: int = 1, weighted: bool = True) -> None:
+    """acc += |theta * grad| in fp32, in place; any shape and strides, all three of one shape (METHOD, section 1).
+
+    Here and below, other measures (`MEASURES`) add |grad|, grad² or (theta * grad)²: |theta^weighted * grad|^power.
+    """
     _check_scores("abs_accumulate_", acc, theta=theta, grad=grad)
+    _check_power("abs_accumulate_", power)
     same = acc.shape == theta.shape == grad.shape
     _require(same, "abs_accumulate_", f"shapes differ: acc {_shape(acc)}, theta {_shape(theta)}, grad {_shape(grad)}")
-    torch.ops.pkt.abs_accumulate_(acc, theta, grad)
+    torch.ops.pkt.abs_accumulate_(acc, theta, grad, power, weighted)
 
 
-def abs_accumulate_many_(acc: Sequence[Tensor], theta: Sequence[Tensor], grad: Sequence[Tensor]) -> None:
+def abs_accumulate_many_(
+    acc: Sequence[Tensor], theta: Sequence[Tensor], grad: Sequence[Tensor], power: int = 1, weighted: bool = True
+) -> None:
     """`abs_accumulate_` for every (acc, theta, grad): on a GPU one launch for a list of small parameters."""
     op = "abs_accumulate_many_"
     _require(
         len(acc) == len(theta) == len(grad), op, f"lists of {len(acc)}, {len(theta)} and {len(grad)} tensors differ"
     )
+    _check_power(op, power)
     for a, t, g in zip(acc, theta, grad, strict=True):
         _check_scores(op, a, theta=t, grad=g)
         same = a.shape == t.shape == g.shape and a.device == acc[0].device
         _require(same, op, f"shapes or devices differ: acc {_shape(a)}, theta {_shape(t)}, grad {_shape(g)}")
     if acc:
-        torch.ops.pkt.abs_accumulate_many_(list(acc), list(theta), list(grad))
+        torch.ops.pkt.abs_accumulate_many_(list(acc), list(theta), list(grad), power, weighted)
 
 
 def _check_linear(
@@ -89,7 +101,16 @@ def _check_linear(
     _check_samples(op, x.shape[0], seq_starts, seq_lens)
 
 
-def linear_sensitivity_(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor) -> None:
+def linear_sensitivity_(
+    acc: Tensor,
+    w: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    power: int = 1,
+    weighted: bool = True,
+) -> None:
     """acc += |w| * sum_j |dy_jᵀ x_j|, per sample before the absolute value (METHOD, section 1).
 
     acc [out, in] fp32; w [out, in]; x [rows, in]; dy [rows, out]; sample j is rows seq_starts[j] .. + seq_lens[j] (int64).
@@ -97,11 +118,24 @@ def linear_sensitivity_(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_start
     """
     _check_scores("linear_sensitivity_", acc, w=w, x=x, dy=dy)
     _check_linear("linear_sensitivity_", acc.shape, w, x, dy, seq_starts, seq_lens)
-    torch.ops.pkt.linear_sensitivity_(acc, w, x, dy, seq_starts, seq_lens)
+    _check_power("linear_sensitivity_", power)
+    add: Callable[..., None] = torch.ops.pkt.linear_sensitivity_
+    if acc.device.type == "cpu" and (power, weighted) != (1, True):
+        # pkt._C has the first measure only.
+        add = reference.linear_sensitivity_
+    add(acc, w, x, dy, seq_starts, seq_lens, power, weighted)
 
 
 def linear_sensitivity_tiles_(
-    tiles: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, tile: int
+    tiles: Tensor,
+    w: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    tile: int,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
     """tiles += the tile x tile sums of what `linear_sensitivity_` adds; tiles [ceil(out/tile), ceil(in/tile)] fp32."""
     op = "linear_sensitivity_tiles_"
@@ -110,11 +144,19 @@ def linear_sensitivity_tiles_(
     grid = (-(-w.shape[0] // tile), -(-w.shape[1] // tile))
     _require(tuple(tiles.shape) == grid, op, f"tiles {_shape(tiles)} must be {list(grid)} for w {_shape(w)}")
     _check_linear(op, w.shape, w, x, dy, seq_starts, seq_lens)
-    torch.ops.pkt.linear_sensitivity_tiles_(tiles, w, x, dy, seq_starts, seq_lens, tile)
+    _check_power(op, power)
+    torch.ops.pkt.linear_sensitivity_tiles_(tiles, w, x, dy, seq_starts, seq_lens, tile, power, weighted)
 
 
 def embedding_sensitivity_(
-    acc: Tensor, w: Tensor, ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor
+    acc: Tensor,
+    w: Tensor,
+    ids: Tensor,
+    dy: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
     """acc += |w| * sum_j |scatter_j(dy)|: a token's positions are summed within its sample before the absolute value.
 
@@ -127,7 +169,8 @@ def embedding_sensitivity_(
     _require(ids.shape == dy.shape[:1] and ids.dtype == torch.int64, op, f"ids {_shape(ids)} must be int64 [rows]")
     _require(ids.device == acc.device, op, f"ids is {_shape(ids)}, the scores are on {acc.device}")
     _check_samples(op, ids.shape[0], seq_starts, seq_lens)
-    torch.ops.pkt.embedding_sensitivity_(acc, w, ids, dy, seq_starts, seq_lens)
+    _check_power(op, power)
+    torch.ops.pkt.embedding_sensitivity_(acc, w, ids, dy, seq_starts, seq_lens, power, weighted)
 
 
 def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[Tensor, Tensor]:

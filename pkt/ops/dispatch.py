@@ -20,18 +20,16 @@ from pkt.errors import PktError, PktWarning
 from pkt.ops import reference, rsvd_reference
 
 _lib = torch.library.Library("pkt", "DEF")
-_lib.define("abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad) -> ()")
-_lib.define("abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad) -> ()")
+# What a measure adds: |theta^weighted * g_j|^power of each sample j (`reference.MEASURES` names the combinations).
+_MEASURE = "int power=1, bool weighted=True"
+_SAMPLES = "Tensor seq_starts, Tensor seq_lens"
+_lib.define(f"abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad, {_MEASURE}) -> ()")
+_lib.define(f"abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad, {_MEASURE}) -> ()")
+_lib.define(f"linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()")
 _lib.define(
-    "linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
+    f"linear_sensitivity_tiles_(Tensor(a!) tiles, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, int tile, {_MEASURE}) -> ()"
 )
-_lib.define(
-    "linear_sensitivity_tiles_(Tensor(a!) tiles, Tensor w, Tensor x, Tensor dy, Tensor seq_starts, Tensor seq_lens, "
-    "int tile) -> ()"
-)
-_lib.define(
-    "embedding_sensitivity_(Tensor(a!) acc, Tensor w, Tensor ids, Tensor dy, Tensor seq_starts, Tensor seq_lens) -> ()"
-)
+_lib.define(f"embedding_sensitivity_(Tensor(a!) acc, Tensor w, Tensor ids, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()")
 _lib.define("best_window(Tensor score, int rows, int cols, int row_step=1, int col_step=1) -> (Tensor, Tensor)")
 _lib.define("rsvd(Tensor a, int rank, int oversample=16, int iters=4, int seed=0) -> (Tensor, Tensor, Tensor, Tensor)")
 _lib.define(
@@ -56,8 +54,8 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's on a GPU and on a CPU, C++'s, or one asked for by pkt._C."""
-    told = ("can't allocate memory", "bad_alloc", '"aten::empty"')
+    """Whether an allocation failed: torch's on a GPU and on a CPU, CUDA's, C++'s, or one asked for by pkt._C."""
+    told = ("out of memory", "can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
 
 
@@ -96,7 +94,7 @@ _TORCH: dict[str, Callable[..., Any]] = {
 
 
 @functools.cache
-def _no_triton(device_index: int) -> str | None:
+def no_triton(device_index: int) -> str | None:
     """Why the Triton kernels cannot run on this CUDA device, or None when they can."""
     capability = torch.cuda.get_device_capability(device_index)
     if capability < (8, 0):
@@ -108,30 +106,32 @@ def _no_triton(device_index: int) -> str | None:
     return None
 
 
-def _cuda(name: str) -> Callable[..., Any]:
+def triton_or_torch(name: str) -> Callable[..., Any]:
+    """What runs `name` on CUDA: its kernel, or its torch implementation where there is no Triton, for fp64, and for what
+    the kernel says it has no form for. Any other error is a bug, and never a reason to be slow."""
     module, attribute = _TRITON[name]
 
-    def launch(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
-        device = tensors[0].device
-        reason = _no_triton(device.index or 0)
+        reason = no_triton(tensors[0].device.index)
         if reason is not None:
-            _warn_once(reason)
+            _warn_once(f"pkt uses its torch implementations on this GPU: {reason}")
         elif not any(t.dtype == torch.float64 for t in tensors):
+            from pkt_kernels.launch import NoFormError
+
             kernel = getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
             try:
-                with torch.cuda.device(device):
-                    return kernel(*args)
-            except ValueError as error:  # a tile the fused kernel has no form for
-                _warn_once(str(error))
+                return kernel(*args)
+            except NoFormError as error:
+                _warn_once(f"pkt::{name} runs in torch, more slowly, on this GPU: {error}")
         return _TORCH[name](*args)
 
-    return launch
+    return run
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"pkt uses its torch implementations on this GPU: {reason}", PktWarning, stacklevel=4)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, PktWarning, stacklevel=4)
 
 
 _COMPILED_FOR_CPU = ("linear_sensitivity_", "best_window")  # beside those of _RSVD
@@ -148,7 +148,7 @@ def _register() -> set[tuple[str, str]]:
             elif name in _RSVD:
                 _lib.impl(name, _RSVD[name], key)
             else:
-                _lib.impl(name, _TORCH[name] if key == "CPU" else _cuda(name), key)
+                _lib.impl(name, _TORCH[name] if key == "CPU" else triton_or_torch(name), key)
     return compiled
 
 
@@ -168,7 +168,7 @@ def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     if name in _RSVD or (name in _COMPILED_FOR_CPU and device.type == "cpu"):
         return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
     if device.type == "cuda":
-        reason = _no_triton(device.index or 0)
+        reason = no_triton(torch.cuda.current_device() if device.index is None else device.index)
         return ("torch", reason) if reason else ("Triton", "compute capability 8.0 or above")
     return "torch", "the CPU implementation"
 

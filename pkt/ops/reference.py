@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,23 +28,53 @@ def _spans(seq_starts: Tensor, seq_lens: Tensor) -> list[tuple[int, int]]:
     return [(s, s + n) for s, n in zip(seq_starts.tolist(), seq_lens.tolist(), strict=True) if n]
 
 
-def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
+class Measure(NamedTuple):
+    """What is summed over the samples: |θ^weighted · g_j|^power."""
+
+    power: int
+    weighted: bool
+
+
+# Name -> what it sums; `ops.linear_sensitivity_(..., *MEASURES[name])`. Who uses them: METHOD's sensitivity; GBLM-Pruner;
+# the empirical Fisher's diagonal (EWC, Fisher merging); first-order Taylor pruning.
+MEASURES = {
+    "theta_grad": Measure(1, True),
+    "grad": Measure(1, False),
+    "fisher": Measure(2, False),
+    "theta_grad_squared": Measure(2, True),
+}
+
+
+def _raised_(values: Tensor, power: int) -> Tensor:
+    """|values|^power in place, power 1 or 2."""
+    return values.abs_() if power == 1 else values.square_()
+
+
+def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor, power: int = 1, weighted: bool = True) -> None:
     work = _working(theta, grad)
+
+    def contribution(theta: Tensor, grad: Tensor) -> Tensor:
+        return _raised_(theta.to(work) * grad.to(work) if weighted else grad.to(work, copy=True), power)
+
     if acc.ndim == 0:
-        acc += (theta.to(work) * grad.to(work)).abs()
+        acc += contribution(theta, grad)
         return
     rows = max(1, _BLOCK_ELEMENTS * acc.shape[0] // max(1, acc.numel()))
     for a, t, g in zip(acc.split(rows), theta.split(rows), grad.split(rows), strict=True):
-        a += (t.to(work) * g.to(work)).abs_()
+        a += contribution(t, g)
 
 
-def abs_accumulate_many_(acc: list[Tensor], theta: list[Tensor], grad: list[Tensor]) -> None:
+def abs_accumulate_many_(
+    acc: list[Tensor], theta: list[Tensor], grad: list[Tensor], power: int = 1, weighted: bool = True
+) -> None:
     for one in zip(acc, theta, grad, strict=True):
-        abs_accumulate_(*one)
+        abs_accumulate_(*one, power, weighted)
 
 
-def _abs_gradient_blocks(x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, row_multiple: int) -> Any:
-    """Yield (rows, Σ_j |dY_jᵀ X_j| of those rows), one cache-sized block of rows at a time."""
+def _gradient_blocks(
+    x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, row_multiple: int, power: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, Σ_j |dY_jᵀ X_j|^power of those rows), one cache-sized block of rows at a time."""
     n, m = dy.shape[1], x.shape[1]
     work = _working(x, dy)
     samples = [(x[a:b].to(work), dy[a:b].to(work)) for a, b in _spans(seq_starts, seq_lens)]
@@ -58,15 +89,32 @@ def _abs_gradient_blocks(x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Te
         for j, (x_j, dy_j) in enumerate(samples):
             out = (grad if j else total)[:height]
             torch.mm(dy_j[:, part].t(), x_j, out=out)
-            out.abs_()
+            _raised_(out, power)
             if j:
                 total[:height] += out
         yield part, total[:height]
 
 
-def linear_sensitivity_(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor) -> None:
-    for part, total in _abs_gradient_blocks(x, dy, seq_starts, seq_lens, 1):
-        acc[part].addcmul_(total.to(acc.dtype), w[part].to(acc.dtype).abs())
+def _weight(w: Tensor, dtype: torch.dtype, power: int) -> Tensor:
+    """|w|^power."""
+    return _raised_(w.to(dtype, copy=True), power)
+
+
+def linear_sensitivity_(
+    acc: Tensor,
+    w: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    power: int = 1,
+    weighted: bool = True,
+) -> None:
+    for part, total in _gradient_blocks(x, dy, seq_starts, seq_lens, 1, power):
+        if weighted:
+            acc[part].addcmul_(total.to(acc.dtype), _weight(w[part], acc.dtype, power))
+        else:
+            acc[part] += total
 
 
 def tile_sums(values: Tensor, tile: int) -> Tensor:
@@ -85,10 +133,19 @@ def tile_sums(values: Tensor, tile: int) -> Tensor:
 
 
 def linear_sensitivity_tiles_(
-    tiles: Tensor, w: Tensor, x: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor, tile: int
+    tiles: Tensor,
+    w: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    tile: int,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
-    for part, total in _abs_gradient_blocks(x, dy, seq_starts, seq_lens, tile):
-        total *= w[part].to(total.dtype).abs()
+    for part, total in _gradient_blocks(x, dy, seq_starts, seq_lens, tile, power):
+        if weighted:
+            total *= _weight(w[part], total.dtype, power)
         tiles[part.start // tile : -(-part.stop // tile)] += tile_sums(total, tile)
 
 
@@ -99,6 +156,15 @@ def double_sum(values: Tensor, dim: int | None = None) -> Tensor:
     rows = max(1, _SUM_ELEMENTS * values.shape[0] // max(1, values.numel()))
     parts = (p.sum(dtype=torch.float64) if dim is None else p.sum(dim, dtype=torch.float64) for p in values.split(rows))
     return torch.cat(list(parts)) if dim == 1 else functools.reduce(Tensor.add_, parts)
+
+
+def add_rows_(to: Tensor, index: Tensor, rows: Tensor) -> None:
+    """to[index[i]] += rows[i], in an order that does not change from run to run; rows of `to`'s dtype."""
+    if to.is_cuda:
+        # index_add_ adds by atomics there; this sorts the indices first.
+        to.index_put_((index,), rows, accumulate=True)
+    else:
+        to.index_add_(0, index, rows)
 
 
 def embedding_rows(
@@ -112,15 +178,25 @@ def embedding_rows(
     keys = torch.cat([ids[a:b] + j * vocabulary for j, (a, b) in enumerate(spans)])
     rows = torch.cat([dy[a:b] for a, b in spans]).to(work)
     unique, inverse = keys.unique(return_inverse=True)
-    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device).index_add_(0, inverse, rows)
+    summed = torch.zeros(len(unique), dy.shape[1], dtype=work, device=dy.device)
+    add_rows_(summed, inverse, rows)
     return unique % vocabulary, summed
 
 
 def embedding_sensitivity_(
-    acc: Tensor, w: Tensor, ids: Tensor, dy: Tensor, seq_starts: Tensor, seq_lens: Tensor
+    acc: Tensor,
+    w: Tensor,
+    ids: Tensor,
+    dy: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
     touched, rows = embedding_rows(ids, dy, seq_starts, seq_lens, w.shape[0])
-    acc.index_add_(0, touched, (rows * w[touched].to(rows.dtype)).abs_().to(acc.dtype))
+    if weighted:
+        rows *= w[touched].to(rows.dtype)
+    add_rows_(acc, touched, _raised_(rows, power).to(acc.dtype))
 
 
 def window_bits(rows: int, cols: int) -> int:

@@ -70,7 +70,7 @@ def rsvd(
         V, S, U, stats = rsvd(a.T, rank, oversample, iters, seed)
         return U, S, V, stats
     m = a.shape[1]
-    width = min(_block_width(rank, oversample, iters), m)
+    width = min(block_width(rank, oversample, iters), m)
     energy, scale = _energy_and_scale(a)
     if m <= width * (iters + 1):
         K = torch.eye(m, device=a.device)
@@ -97,8 +97,8 @@ def rsvd_batch(
     return U, S, V, torch.stack(stats) if stats else torch.empty(0, 4)
 
 
-def _block_width(rank: int, oversample: int, iters: int) -> int:
-    """Wide enough for `rank` at every step, and for the whole basis to have rank + oversample columns."""
+def block_width(rank: int, oversample: int = 16, iters: int = 4) -> int:
+    """Columns of a block of the basis: enough for `rank` at every step, and for rank + oversample in all."""
     least = max(rank, -(-(rank + oversample) // (iters + 1)))
     return -(-least // 16) * 16
 

@@ -87,6 +87,11 @@ class Chooser:
 
     def plan(self, sens: Sensitivity) -> TransferPlan:
         """The plan that these scores give."""
+        if sens.measure != "theta_grad":
+            raise PktError(
+                f'these scores are of measure="{sens.measure}", and regions are chosen by Σ|θ·g|; score the teacher again '
+                'with measure="theta_grad"'
+            )
         scores = sens.layer_scores() if self.pairing.ranked else None
         if scores is not None and len(scores) != self.pairing.teacher.num_layers:
             raise PktError(

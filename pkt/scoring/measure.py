@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.models import Model, ModelSpec, decoder_layers, kind_of
+from pkt.files import os_errors
+from pkt.models import Model, ModelSpec, check_tokenizer, checked_device, decoder_layers, kind_of
+from pkt.ops import MEASURES
+from pkt.options import Loss
+from pkt.progress import bar
+from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
 from pkt.scoring.result import Sensitivity
-from pkt.scoring.scorer import Scorer
-from pkt.seeds import Seeds
+from pkt.scoring.scorer import score_batches
+from pkt.seeds import Seeds, load_seeds
 
 
 def sensitivity(
@@ -27,6 +33,7 @@ def sensitivity(
     loss_fn: LossFn | None = None,
     params: str | Iterable[str] | None = None,
     tile: int | None = None,
+    measure: str = "theta_grad",
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Sensitivity:
@@ -40,6 +47,8 @@ def sensitivity(
         shifted by one for logits [B, T, V]. A model that only gives a scalar loss is run one sample at a time.
     params: a regular expression or a list of names; the other parameters are not scored.
     tile: return sums over tile x tile blocks of S instead of its elements.
+    measure: what is summed over the samples: "theta_grad" |θ·g| (the method's), "grad" |g|, "fisher" g², or
+        "theta_grad_squared" (θ·g)². `pkt.plan` takes the first.
     device: where the scores are kept; default: where each parameter is.
 
     Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
@@ -56,6 +65,9 @@ def sensitivity(
     packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
+    place = None if device is None else checked_device(device)
+    if measure not in MEASURES:
+        raise PktError(f"measure={measure!r} is unknown; choose one of {', '.join(MEASURES)}")
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
@@ -67,15 +79,14 @@ def sensitivity(
         raise PktError("the loader gave no batches; there is nothing to score on")
     for batch in batches:
         _check_batch(model, batch, loss_fn)
-    scorer = Scorer(model, names, tile=tile)
-    loss_fn = loss_fn or default_loss
-    sizes = [batch_size(batch) for batch in batches]
-    with scorer, _progress(sum(sizes), progress) as advance:
-        losses = scorer.run(batches, sizes, loss_fn, advance)
-    scores = scorer.finish()
-    if device is not None:
-        scores = {name: score.to(device) for name, score in scores.items()}
-    return Sensitivity(scores, scorer.shapes, tile=tile, layers=decoder_layers(model), losses=losses)
+    total = sum(map(batch_size, batches))
+    with one_order(parameters[names[0]].device), bar("scoring", total, unit="samples", shown=progress) as advance:
+        loss, how = loss_fn or default_loss, MEASURES[measure]
+        scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
+    if place is not None:
+        scores = {name: score.to(place) for name, score in scores.items()}
+    shapes = {name: tuple(parameters[name].shape) for name in scores}
+    return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses, measure=measure)
 
 
 def score_seeds(
@@ -103,6 +114,37 @@ def score_seeds(
         raise error.placed(ordered.where) from error
     sens.losses = in_order_of(sens.losses, order)
     sens.provenance = {"seeds": seeds.describe(), "teacher": spec.identity()}
+    return sens
+
+
+def score_checkpoint(
+    teacher: str | Path,
+    seeds: str | Path,
+    out: str | Path,
+    *,
+    tile: int | None = None,
+    loss: Loss = "answer",
+    max_length: int = 2048,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Sensitivity:
+    """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
+    if Path(out).exists():
+        raise PktError(f"{out} exists already; name another file")
+    with os_errors(f"writing {out}"):
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    named = Model.of(teacher)
+    named.check()
+    check_tokenizer(named.tokenizer, named.spec)
+    rows = load_seeds(seeds, named.tokenizer, loss=loss, max_length=max_length)
+    rows.check_vocabulary(named.spec.vocab_size, str(teacher))
+    recorded = named.identified(progress=True)
+    model = named.load(dtype=dtype, device="cpu" if device is None else device, dequantize=True)
+    if dtype is None:
+        model = model.to(ops.working_dtype(model.dtype, model.device))
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, recorded=recorded)
+    sens.save(out)
     return sens
 
 
@@ -147,15 +189,3 @@ def _choose(model: nn.Module, params: str | Iterable[str] | None) -> list[str]:
     if not chosen:
         raise PktError(f"no parameter to score (params={params!r}); names are those of model.named_parameters()")
     return chosen
-
-
-@contextlib.contextmanager
-def _progress(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left that appears only once the work has taken two seconds."""
-    if not enabled:
-        yield lambda done: None
-        return
-    from pkt.progress import bar
-
-    with bar("scoring", total, unit="samples") as advance:
-        yield advance

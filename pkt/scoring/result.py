@@ -23,7 +23,7 @@ class Sensitivity(Mapping[str, Tensor]):
     """Parameter name -> S, fp32, in the parameter's shape (or its tile sums).
 
     shapes: the parameters' own shapes; tile: side of the summed tiles, or None; layers: name of the decoder layers' list;
-    losses [samples]: the mean loss of each seed, in the loader's order.
+    losses [samples]: the mean loss of each seed, in the loader's order; measure: what was summed (`pkt.sensitivity`).
     """
 
     def __init__(
@@ -35,9 +35,10 @@ class Sensitivity(Mapping[str, Tensor]):
         layers: str | None = None,
         losses: list[float] | None = None,
         provenance: dict[str, Any] | None = None,
+        measure: str = "theta_grad",
     ) -> None:
         self.scores, self.shapes, self.tile, self.layers = scores, shapes, tile, layers
-        self.losses, self.provenance = losses or [], provenance or {}
+        self.losses, self.provenance, self.measure = losses or [], provenance or {}, measure
 
     def __getitem__(self, name: str) -> Tensor:
         return self.scores[name]
@@ -72,6 +73,8 @@ class Sensitivity(Mapping[str, Tensor]):
             "losses": self.losses,
             "shapes": self.shapes,
             "provenance": self.provenance,
+            # Absent, as in files of before there were others, it is the method's own.
+            **({} if self.measure == "theta_grad" else {"measure": self.measure}),
         }
         with atomic_file(path) as scratch:
             write_tensors(scratch, self.scores, ("pkt", json.dumps(meta)))
@@ -95,4 +98,5 @@ class Sensitivity(Mapping[str, Tensor]):
             layers=meta["layers"],
             losses=meta["losses"],
             provenance=meta["provenance"],
+            measure=meta.get("measure", "theta_grad"),
         )

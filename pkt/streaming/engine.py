@@ -2,8 +2,8 @@
 
 How it works. The model runs once with its decoder layers replaced by recorders (`pkt.streaming.parts`). Layers then run
 forward one at a time, keeping only the hidden states at their boundaries; the head gives the gradient at the last boundary;
-and from the last layer down each one is loaded again, recomputed with a graph, scored by the taps of `pkt.scoring.scorer`,
-handed to the caller, and forgotten.
+and from the last layer down each one is loaded again, recomputed with a graph, scored by a `pkt.scoring.Scorer`, handed to
+the caller, and forgotten.
 
 What it trades: weights are read twice and the forward pass is computed twice, for a memory that does not grow with depth.
 A model that is not a plain chain of layers (its layers share parameters, or later ones use earlier hidden states) is found
@@ -13,8 +13,7 @@ out in the recorder pass and refused with `NotLayeredError`; the caller then sco
 from __future__ import annotations
 
 import contextlib
-import math
-import re
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,15 +24,13 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.scoring import RestartError, default_loss
+from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head, one_order
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
 from pkt.streaming.microbatches import Chunk, chunks_of, halved, rechunk
 from pkt.streaming.parts import Key, LayeredModel
-from pkt.streaming.tied import FrontScorer, HeadScorer, PartScorer
-
-_PROBE_TOKENS = 24
+from pkt.streaming.tied import HeadRowsSink, JoinedSink
 
 
 class _OneByOneError(Exception):
@@ -89,11 +86,12 @@ class Engine:
         on_tick: Callable[[Tick], None] = lambda tick: None,
         prefetch: bool = True,
         resident: bool = False,
+        measure: str = "theta_grad",
     ) -> None:
         self.parts = LayeredModel(teacher, device, num_layers, layers, prefetch=prefetch, resident=resident)
         self.device, self.count, self.itemsize = device, num_layers, dtype_of(teacher).itemsize
         self.on_part, self.on_commit, self.on_tick = on_part, on_commit, on_tick
-        self.learnt: tuple[set[str], set[str]] = (set(), set())
+        self.findings, self.measure = Findings(), ops.MEASURES[measure]
         self.begin = time.perf_counter()
 
     def weights_of(self, key: Key) -> contextlib.AbstractContextManager[Callable[[str], Tensor]]:
@@ -116,7 +114,8 @@ class Engine:
         made smaller, `on_sizes` is told, and the run goes on from the last complete part.
         """
         self.where = where
-        with exact_memory() if self.device.type == "cpu" else contextlib.nullcontext():
+        on_cpu = self.device.type == "cpu"
+        with exact_memory() if on_cpu else torch.cuda.device(self.device), one_order(self.device):
             return self._run_and_halve(tasks, sizes, store, resume, on_sizes)
 
     def _run_and_halve(
@@ -180,7 +179,7 @@ class Engine:
         else:
             state = Progress(
                 resume.boundary,
-                rechunk(resume.grads, resume.sizes, chunks),
+                [grad.to(self.device) for grad in rechunk(resume.grads, resume.sizes, chunks)],
                 resume.losses,
                 resume.carried,
                 sizes,
@@ -205,35 +204,39 @@ class Engine:
         """Run one layer for real on a few tokens: what it returns, and whether samples can share a batch."""
         widest = max(chunks, key=lambda c: c.size)
         # Two samples need not both be this long: what is asked is where gradients go, not what they are.
-        ids = widest.batch["input_ids"][:2, :_PROBE_TOKENS]
+        ids = widest.batch["input_ids"][:2, :PROBE_TOKENS]
         small = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.parts.learn_width(small)
         hidden, calls = self.parts.record(small)
         if len(ids) < 2:
             return
-        with self._scorer(PartScorer, 0) as scorer:
 
-            def loss(layer: nn.Module, batch: Any) -> Tensor:
-                return self.parts.call(0, hidden.detach().requires_grad_(), calls[0]).float().flatten(1).sum(1)
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            return self.parts.call(0, hidden.detach().requires_grad_(), calls[0]).float().flatten(1).sum(1)
 
-            scorer._probe_layout({**small, "labels": ids}, loss)
-            if scorer.one_by_one:
+        with self._scorer(0) as scorer:
+            if not scorer.shares_a_batch({name: value.to(self.device) for name, value in small.items()}, loss):
                 raise _OneByOneError
 
     def _forward(self, index: int, chunks: list[Chunk], store: Boundaries, top: int) -> None:
         following = self.parts.layer_names[index + 1] if index + 1 < top else self.parts.layer_names[index]
         with self.parts.loaded(self.parts.layer_names[index], following if index + 1 < self.count else self.parts.head):
             for number, chunk in enumerate(chunks):
-                store.put(index + 1, number, self.parts.call(index, store.get(index, number), chunk.calls[index]))
+                hidden = store.get(index, number, _following(index, number, len(chunks), index + 1))
+                store.put(index + 1, number, self.parts.call(index, hidden, chunk.calls[index]))
         self._tick("forward", index, 1)
 
-    def _scorer(self, kind: Any, key: Key, names: Sequence[str] | None = None, **options: Any) -> Any:
-        names = self.parts.names_of(key) if names is None else names
-        scorer = kind(self.parts.model, [n for n in names if n in self.parts.scored], **options)
-        scorer.blame = self.parts.first_bad_parameter
-        for learnt, known in zip(self.learnt, (scorer.shared, scorer.untapped), strict=True):
-            known |= {n for n in scorer.parameters if _in_any_layer(n) in learnt}
-        return scorer
+    def _scorer(self, key: Key, *, fused: str | None = None, tied: Sink | None = None) -> Scorer:
+        """Of one part's parameters; tied: where S of the table accrues of which this part is one use."""
+        names = [n for n in self.parts.names_of(key) if n in self.parts.scored]
+        own = Findings.of(self.parts.model, names)
+        alike = self.findings.alike(names)
+        sinks = {} if self.parts.tied is None or tied is None else {self.parts.tied: tied}
+        # The other use of a tied table is in the other part.
+        shared = (own.shared - sinks.keys()) | alike.shared
+        findings = Findings(shared, alike.untapped, fused=None if fused in alike.shared | alike.untapped else fused)
+        blame = self.parts.first_bad_parameter
+        return Scorer(self.parts.model, names, findings, measure=self.measure, sinks=sinks, blame=blame)
 
     @contextlib.contextmanager
     def _named(self, task: int) -> Iterator[None]:
@@ -243,18 +246,20 @@ class Engine:
         except SampleError as error:
             raise error.placed(lambda sample: self.where(task, sample)) from error
 
-    def _until_known(self, scorer: Any, attempt: Callable[[], Any]) -> Any:
-        """Run `attempt`; begin again, knowing more, when a parameter turns out to need another way."""
+    def _until_known(
+        self, task: int, make: Callable[[], Scorer], attempt: Callable[[Scorer], None]
+    ) -> dict[str, Tensor]:
+        """S of a part on a task: `attempt`, once more, knowing more, when a parameter turns out to need another way."""
         while True:
-            scorer._reset()
-            known = (len(scorer.shared), len(scorer.untapped))
+            scorer = make()
             try:
-                return attempt()
-            except RestartError:
-                if known == (len(scorer.shared), len(scorer.untapped)):
+                with scorer, self._named(task):
+                    attempt(scorer)
+                return scorer.finish()
+            except LearntError as learnt:
+                if learnt.findings.one_by_one or learnt.findings == scorer.findings:
                     raise _OneByOneError from None
-                for learnt, found in zip(self.learnt, (scorer.shared, scorer.untapped), strict=True):
-                    learnt |= {_in_any_layer(n) for n in found}
+                self.findings = self.findings.joined(learnt.findings)
 
     def _pieces(self, chunk: Chunk, alone: bool) -> list[tuple[int, slice, dict[str, Tensor]]]:
         """(first sample, rows of the chunk, batch) of what a part is run on at once."""
@@ -263,37 +268,19 @@ class Engine:
         return [(chunk.first + j, slice(j, j + 1), chunk.sample(j)) for j in range(chunk.size)]
 
     def _score_head(self, chunks: list[Chunk], sizes: list[list[int]], store: Boundaries) -> Progress:
-        """The last norm, the head and the loss; one sample at a time where the logits have to exist."""
+        """The last norm, the head and the loss."""
         grads: dict[int, Tensor] = {}
         losses: list[list[float]] = [[] for _ in sizes]
         carried: list[dict[str, Tensor]] = [{} for _ in sizes]
         with self.parts.loaded(self.parts.head, self.parts.layer_names[self.count - 1]):
             for task in range(len(sizes)):
-                mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
-                with self._scorer(HeadScorer, "head", tied=self.parts.tied) as scorer, self._named(task):
-                    self._find_head(scorer, mine[0][1], store.get(self.count, mine[0][0]))
-
-                    def attempt(mine: Any = mine, scorer: Any = scorer, task: int = task) -> None:
-                        losses[task] = []
-                        scorer.kept.clear()
-                        for number, chunk in mine:
-                            hidden = store.get(self.count, number)
-                            grad = torch.zeros(
-                                hidden.shape, dtype=torch.float32 if scorer.half else hidden.dtype, device=hidden.device
-                            )
-                            for first, rows, batch in self._pieces(chunk, alone=scorer.fused is None):
-                                length = batch["input_ids"].shape[1]
-                                values, found = self._head_of(scorer, batch, first, hidden[rows, :length])
-                                losses[task] += values
-                                grad[rows, :length] = found
-                            grads[number] = grad
-
-                    self._until_known(scorer, attempt)
-                scores = scorer.finish()
-                if self.parts.tied is not None:
-                    carried[task] = self._carry(scorer, scores.pop(self.parts.tied), store, task)
+                scores, rows = self._score_head_on(task, chunks, store, losses, grads)
+                if self.parts.tied is not None and rows is not None:
+                    # S of the table so far, and the gradient rows its other use will touch.
+                    table = store.spilled(f"tied-{task}", scores.pop(self.parts.tied).cpu())
+                    carried[task] = {"scores": table, **rows.carried()}
                 self.on_part(task, "head", scores, self.parts.weight)
-                del scores, scorer
+                del scores, rows
         for number in range(len(chunks)):
             store.drop(self.count, number)
         state = Progress(self.count, [grads[n] for n in range(len(chunks))], losses, carried, sizes)
@@ -301,66 +288,80 @@ class Engine:
         self._tick("head", None, 1)
         return state
 
+    def _score_head_on(
+        self,
+        task: int,
+        chunks: list[Chunk],
+        store: Boundaries,
+        losses: list[list[float]],
+        grads: dict[int, Tensor],
+    ) -> tuple[dict[str, Tensor], HeadRowsSink | None]:
+        """Scores of one task; its losses and gradients are filled in. One sample at a time where logits have to exist."""
+        mine = _of_task(chunks, task)
+        fused = self._fused_head(mine[0][1], store.get(self.count, mine[0][0]))
+        rows: HeadRowsSink | None = None
+
+        def make() -> Scorer:
+            nonlocal rows
+            rows = None if self.parts.tied is None else HeadRowsSink(self.parts.weight(self.parts.tied), self.measure)
+            return self._scorer("head", fused=fused, tied=rows)
+
+        def attempt(scorer: Scorer) -> None:
+            losses[task] = []
+            for number, chunk in mine:
+                hidden = store.get(self.count, number, _following(self.count, number, len(chunks), self.count - 1))
+                kept_in = torch.float32 if scorer.half else hidden.dtype
+                grads[number] = torch.zeros(hidden.shape, dtype=kept_in, device=hidden.device)
+                for first, part, batch in self._pieces(chunk, alone=scorer.fused is None):
+                    if rows is not None:
+                        rows.begin_batch(batch, first)
+                    length = batch["input_ids"].shape[1]
+                    values, found = self._head_of(scorer, batch, first, hidden[part, :length])
+                    losses[task] += values
+                    grads[number][part, :length] = found
+
+        return self._until_known(task, make, attempt), rows
+
     def _head_of(
-        self, scorer: HeadScorer, batch: dict[str, Tensor], first: int, hidden: Tensor
+        self, scorer: Scorer, batch: dict[str, Tensor], first: int, hidden: Tensor
     ) -> tuple[list[float], Tensor]:
         """Losses of the samples and the gradient at the last boundary."""
         leaf = hidden.detach().requires_grad_()
-        scorer.ids = batch["input_ids"].to(self.device)
         with scorer.samples(batch, first):
-            loss_fn = default_loss if scorer.fused is None else scorer._head_loss
-            try:
-                with self.parts.after_layers(batch, leaf) as inputs:
-                    losses = loss_fn(self.parts.model, inputs).reshape(-1)
-            except SampleError as error:
-                raise error.shifted(first) from None
-            values: list[float] = losses.detach().double().tolist()
-            for j, value in enumerate(values):
-                if not math.isfinite(value):
-                    raise SampleError(f"the loss of {{samples}} is {value}; {scorer._blame()}", [first + j])
+            with self.parts.after_layers(batch, leaf) as inputs:
+                losses, values = scorer.losses(inputs, scorer.default_loss, first)
             grad = scorer.backward(losses, leaf)
-            scorer.keep_fused()
         if grad is None or ("inputs_embeds" in inputs and inputs["inputs_embeds"].grad is not None):
             raise NotLayeredError("its head uses more than the last layer's hidden states")
         return values, grad
 
-    def _find_head(self, scorer: HeadScorer, chunk: Chunk, hidden: Tensor) -> None:
-        """Whether the loss can be had without logits, tried on a few tokens."""
-        few = {k: v[:1, :_PROBE_TOKENS] for k, v in chunk.batch.items()}
-        with self.parts.after_layers(few, hidden[:1, :_PROBE_TOKENS]) as inputs:
-            scorer._find_head(inputs, head_only=True)
-
-    def _carry(self, scorer: HeadScorer, table: Tensor, store: Boundaries, task: int) -> dict[str, Tensor]:
-        """A tied table's scores so far, and the gradient rows its other use will touch."""
-        kept = [scorer.kept[k] for k in sorted(scorer.kept)]
-        return {
-            "scores": store.spilled(f"tied-{task}", table.cpu()),
-            "ids": torch.cat([ids for ids, _ in kept]).cpu(),
-            "rows": torch.cat([rows for _, rows in kept]).cpu(),
-            "counts": torch.tensor([len(ids) for ids, _ in kept]),
-        }
+    def _fused_head(self, chunk: Chunk, hidden: Tensor) -> str | None:
+        """The head's weight when the loss can be had without logits, tried on a few tokens."""
+        few = {k: v[:1, :PROBE_TOKENS] for k, v in chunk.batch.items()}
+        names = self.parts.scored.intersection(self.parts.head)
+        with self.parts.after_layers(few, hidden[:1, :PROBE_TOKENS]) as inputs:
+            return find_fused_head(self.parts.model, names, inputs, tied_elsewhere=True)
 
     def _score_layer(self, index: int, chunks: list[Chunk], store: Boundaries, state: Progress) -> Progress:
         grads: dict[int, Tensor] = {}
+
+        def attempt(task: int, scorer: Scorer) -> None:
+            for number, chunk in _of_task(chunks, task):
+                following = _following(index, number, len(chunks), index - 1)
+                leaf = store.get(index, number, following).detach().requires_grad_()
+                with scorer.samples(chunk.batch, chunk.first):
+                    out = self.parts.call(index, leaf, chunk.calls[index])
+                    grad = scorer.backward_from(out, state.grads[number], leaf)
+                assert grad is not None
+                grads[number] = grad.detach()
+
         # What precedes the layers is not read ahead: a table may be many times a layer.
         with self.parts.loaded(self.parts.layer_names[index], self.parts.layer_names[index - 1] if index else None):
             for task in range(len(state.sizes)):
-                mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
-                with self._scorer(PartScorer, index) as scorer, self._named(task):
-
-                    def attempt(mine: Any = mine, scorer: Any = scorer) -> None:
-                        for number, chunk in mine:
-                            leaf = store.get(index, number).detach().requires_grad_()
-                            with scorer.samples(chunk.batch, chunk.first):
-                                out = self.parts.call(index, leaf, chunk.calls[index])
-                                grad = scorer.backward_from(out, state.grads[number].to(self.device), leaf)
-                            assert grad is not None
-                            grads[number] = grad.detach().to(state.grads[number].device)
-
-                    self._until_known(scorer, attempt)
-                scores = scorer.finish()
+                make = functools.partial(self._scorer, index)
+                scores = self._until_known(task, make, functools.partial(attempt, task))
                 self.on_part(task, index, scores, self.parts.weight)
-                del scores, scorer
+                del scores
         for number in range(len(chunks)):
             store.drop(index, number)
         self._tick("backward", index, 3)
@@ -369,54 +370,55 @@ class Engine:
     def _score_front(self, chunks: list[Chunk], state: Progress) -> None:
         with self.parts.loaded(self.parts.front):
             for task in range(len(state.sizes)):
-                mine = [(n, c) for n, c in enumerate(chunks) if c.task == task]
-                for alone in (False, True):
-                    with self._scorer(FrontScorer, "front", tied=self.parts.tied) as scorer, self._named(task):
-                        self._join_tied(scorer, state.carried[task])
-
-                        def attempt(mine: Any = mine, scorer: Any = scorer, alone: bool = alone) -> None:
-                            for number, chunk in mine:
-                                for first, rows, batch in self._pieces(chunk, alone):
-                                    scorer.ids = batch["input_ids"].to(self.device)
-                                    grad = state.grads[number][rows, : batch["input_ids"].shape[1]].to(self.device)
-                                    with scorer.samples(batch, first):
-                                        scorer.backward_from(self.parts.to_first_layer(batch), grad, None)
-
-                        try:
-                            self._until_known(scorer, attempt)
-                        except _OneByOneError:
-                            if alone:
-                                raise
-                            continue
-                    break
-                scores = scorer.finish()
-                with self._joined(scorer, scores, state.carried[task]):
+                mine = _of_task(chunks, task)
+                try:
+                    scores, change = self._score_front_on(task, mine, state, alone=False)
+                except _OneByOneError:
+                    scores, change = self._score_front_on(task, mine, state, alone=True)
+                with self._joined(change, scores, state.carried[task]):
                     self.on_part(task, "front", scores, self.parts.weight)
-                del scores, scorer
+                del scores, change
         self._tick("front", None, 1)
 
-    def _join_tied(self, scorer: FrontScorer, carried: dict[str, Tensor]) -> None:
-        if self.parts.tied is None:
-            return
-        counts = carried["counts"].tolist()
-        pairs = zip(carried["ids"].split(counts), carried["rows"].split(counts), strict=True)
-        scorer.head, scorer.touched = dict(enumerate(pairs)), carried["ids"].unique().to(self.device)
+    def _score_front_on(
+        self, task: int, mine: list[tuple[int, Chunk]], state: Progress, *, alone: bool
+    ) -> tuple[dict[str, Tensor], JoinedSink | None]:
+        change: JoinedSink | None = None
+
+        def make() -> Scorer:
+            nonlocal change
+            tied = self.parts.tied
+            change = None if tied is None else JoinedSink(self.parts.weight(tied), self.measure, state.carried[task])
+            return self._scorer("front", tied=change)
+
+        def attempt(scorer: Scorer) -> None:
+            for number, chunk in mine:
+                for first, part, batch in self._pieces(chunk, alone):
+                    if change is not None:
+                        change.begin_batch(batch, first)
+                    grad = state.grads[number][part, : batch["input_ids"].shape[1]]
+                    with scorer.samples(batch, first):
+                        scorer.backward_from(self.parts.to_first_layer(batch), grad, None)
+
+        return self._until_known(task, make, attempt), change
 
     @contextlib.contextmanager
-    def _joined(self, scorer: FrontScorer, scores: dict[str, Tensor], carried: dict[str, Tensor]) -> Iterator[None]:
+    def _joined(
+        self, change: JoinedSink | None, scores: dict[str, Tensor], carried: dict[str, Tensor]
+    ) -> Iterator[None]:
         """Inside, a tied table's scores are those of both its uses. What was carried is as before afterwards."""
-        if self.parts.tied is None:
+        if self.parts.tied is None or change is None:
             yield
             return
-        change, table = scores[self.parts.tied], carried["scores"].to(self.device)
-        before = table[scorer.touched]
-        table[scorer.touched] = before + change
+        added, table = scores[self.parts.tied], carried["scores"].to(self.device)
+        before = table[change.touched]
+        table[change.touched] = before + added
         scores[self.parts.tied] = table
         try:
             yield
         finally:
             # On a CPU it is the carried tensor itself, and a run that is out of memory now begins this part again.
-            table[scorer.touched] = before
+            table[change.touched] = before
 
     def _tick(self, phase: str, layer: int | None, steps: int) -> None:
         self.done_steps += steps
@@ -437,6 +439,11 @@ class Engine:
         )
 
 
-def _in_any_layer(name: str) -> str:
-    """What is learnt about a parameter of one layer holds for its like in the others."""
-    return re.sub(r"\.\d+\.", ".*.", name)
+def _of_task(chunks: list[Chunk], task: int) -> list[tuple[int, Chunk]]:
+    """The micro-batches of a task, each with its number among all."""
+    return [(number, chunk) for number, chunk in enumerate(chunks) if chunk.task == task]
+
+
+def _following(boundary: int, number: int, count: int, then: int) -> tuple[int, int]:
+    """What is wanted after a micro-batch of a boundary: the next one, or the first at the boundary of the next layer."""
+    return (boundary, number + 1) if number + 1 < count else (then, 0)

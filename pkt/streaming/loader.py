@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.errors import PktWarning
 from pkt.models import CheckpointFiles, Model, NotStoredError, Stored, all_tensors
+from pkt.streaming.streams import Buffers, Event, streams_of
 
 _ALIGN = 64
 
@@ -55,6 +56,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(view)
 
 
+@dataclass
+@dataclass
+class _Group:
+    """Tensors that have come together: the buffer they are in, where it goes back to, and the event that they are there."""
+
+    tensors: dict[str, Tensor]
+    buffer: Tensor
+    home: Buffers
+    there: Event
+
+
 class Loader:
     """Brings groups of tensors to the device, the next group while one computes, into buffers that are used again.
 
@@ -71,104 +83,97 @@ class Loader:
         prefetch: bool,
         resident: bool,
     ) -> None:
-        self.source, self.device, self.dtypes, self.resident = source, device, dtypes, resident
-        self.thread = ThreadPoolExecutor(1, "pkt-weights") if prefetch else None
-        self.free: dict[str, list[Tensor]] = {"read": [], "cast": []}
-        self.in_use: dict[tuple[str, ...], Tensor] = {}
-        self.kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self.coming: dict[tuple[str, ...], Future[dict[str, Tensor]]] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.source, self.dtypes, self.resident = source, dtypes, resident
+        self.streams = streams_of(device)
+        self.thread = ThreadPoolExecutor(1, "pkt-weights", self.streams.bind_thread) if prefetch else None
+
+        def on_device(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
+        def on_host(size: int) -> Tensor:
+            return self.streams.pinned([size], torch.uint8)
+
+        # What files are read into, its copy on a device with a memory of its own, and what is wanted in another type.
+        self.read = Buffers(self.streams, on_host, self.streams.settle)
+        self.copied, self.cast = (Buffers(self.streams, on_device, self.streams.wait) for _ in range(2))
+        self.in_use: dict[tuple[str, ...], _Group] = {}
+        self.coming: dict[tuple[str, ...], Future[_Group]] = {}
         self.waited, self.bytes_read = 0.0, 0
 
     def get(self, names: tuple[str, ...], then: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """The tensors of `names` on the device; `then` begins to be read while the caller computes."""
         begin = time.perf_counter()
-        if names in self.kept:
-            tensors = self.kept[names]
-        else:
+        if names not in self.in_use:
             future = self.coming.pop(names, None)
-            tensors = future.result() if future is not None else self._load(names)
-            if self.resident:
-                self.kept[names] = tensors
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            group = future.result() if future is not None else self._load(names)
+            # The caller's stream is known here only: the thread that reads has another current one.
+            self.streams.wait(group.there)
+            self.streams.lend(group.buffer)
+            self.in_use[names] = group
         self.waited += time.perf_counter() - begin
         self.expect(then)
-        return tensors
+        return self.in_use[names].tensors
 
     def expect(self, names: tuple[str, ...] | None) -> None:
         """Begin to read what will be wanted next."""
-        if names and self.thread is not None and names not in self.coming and names not in self.kept:
+        if names and self.thread is not None and names not in self.coming and names not in self.in_use:
             self.coming[names] = self.thread.submit(self._load, names)
 
     def release(self, names: tuple[str, ...]) -> None:
         if not self.resident and names in self.in_use:
-            self.free["cast" if self._is_cast(names) else "read"].append(self.in_use.pop(names))
+            group = self.in_use.pop(names)
+            group.home.give(group.buffer, self.streams.mark())
 
     def close(self) -> None:
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
         self.source.close()
-        self.free.clear()
+        self.coming.clear()
         self.in_use.clear()
-        self.kept.clear()
+        for kind in (self.read, self.copied, self.cast):
+            kind.free.clear()
 
-    def _load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def _load(self, names: tuple[str, ...]) -> _Group:
+        """Read, copied to the device and widened; it is there on return."""
         stored = {name: self.source.tensors[name] for name in names}
         ordered = sorted(names, key=lambda n: (stored[n].file, stored[n].offset))
         offsets, total = _places([(n, stored[n].nbytes) for n in ordered])
-        slot = self._slot("read", total)
+        host = self.read.take(total)
         # Pinned and pageable buffers alike are plain memory to pread.
-        view = bytes_of(slot)
+        view = bytes_of(host)
         for name, offset in offsets.items():
             nbytes = stored[name].nbytes
             if nbytes:
                 self.source.fill(name, view[offset : offset + nbytes])
             self.bytes_read += nbytes
-        buffer = slot
-        if self.stream is not None:
-            with torch.cuda.stream(self.stream):
-                buffer = torch.empty(total, dtype=torch.uint8, device=self.device)
-                buffer.copy_(slot[:total], non_blocking=True)
-            self.stream.synchronize()
-            buffer.record_stream(torch.cuda.current_stream(self.device))
-            self.free["read"].append(slot)
-        tensors = {n: _cut(buffer, offset, stored[n].dtype, stored[n].shape) for n, offset in offsets.items()}
-        if self._is_cast(names):
-            tensors = self._cast(names, tensors, buffer)
-        elif buffer is slot:
-            self.in_use[names] = slot
-        return tensors
+        steps = [(self.read, host)]
+        with self.streams.beside():
+            if self.streams.apart:
+                steps.append((self.copied, self.copied.take(total)))
+                self.streams.copy(steps[-1][1][:total], host[:total])
+            tensors = {n: _cut(steps[-1][1], offset, stored[n].dtype, stored[n].shape) for n, offset in offsets.items()}
+            if any(self._wanted(name) != stored[name].dtype for name in names):
+                tensors, buffer = self._widened(tensors)
+                steps.append((self.cast, buffer))
+            there = self.streams.mark()
+        self.streams.settle(there)
+        *passed, (home, buffer) = steps
+        for kind, free in passed:
+            kind.give(free)
+        return _Group(tensors, buffer, home, there)
 
     def _wanted(self, name: str) -> torch.dtype:
         stored = self.source.tensors[name].dtype
         return self.dtypes[name] if stored.is_floating_point else stored
 
-    def _is_cast(self, names: tuple[str, ...]) -> bool:
-        return any(self._wanted(name) != self.source.tensors[name].dtype for name in names)
-
-    def _cast(self, names: tuple[str, ...], tensors: dict[str, Tensor], buffer: Tensor) -> dict[str, Tensor]:
+    def _widened(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """All of them copied into the types that are wanted, so that what they were read into is free for the next."""
-        if self.device.type != "cpu":
-            return {name: tensor.to(self._wanted(name), copy=True) for name, tensor in tensors.items()}
-        sizes = [(name, tensor.numel() * self._wanted(name).itemsize) for name, tensor in tensors.items()]
-        offsets, total = _places(sizes)
-        slot = self.in_use[names] = self._slot("cast", total)
-        found = {n: _cut(slot, offset, self._wanted(n), tensors[n].shape) for n, offset in offsets.items()}
+        offsets, total = _places([(n, tensor.numel() * self._wanted(n).itemsize) for n, tensor in tensors.items()])
+        buffer = self.cast.take(total)
+        found = {n: _cut(buffer, offset, self._wanted(n), tensors[n].shape) for n, offset in offsets.items()}
         for name, tensor in found.items():
-            tensor.copy_(tensors[name])
-        self.free["read"].append(buffer)
-        return found
-
-    def _slot(self, kind: str, size: int) -> Tensor:
-        fitting = [slot for slot in self.free[kind] if size <= slot.numel() <= 2 * size]
-        if fitting:
-            best = min(fitting, key=Tensor.numel)
-            self.free[kind] = [slot for slot in self.free[kind] if slot is not best]
-            return best
-        # A buffer of another size will not be needed again: parts of one size follow each other.
-        self.free[kind] = []
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+            self.streams.copy(tensor, tensors[name])
+        return found, buffer
 
 
 def _places(sizes: Sequence[tuple[str, int]]) -> tuple[dict[str, int], int]:

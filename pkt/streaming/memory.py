@@ -14,7 +14,7 @@ import torch
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import layer_of, plain_head
+from pkt.models import hidden_size, layer_of, plain_head, tables_of
 from pkt.options import Select
 from pkt.planning import STRATEGIES
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
@@ -25,6 +25,10 @@ Place: TypeAlias = Literal["device", "host", "disk"]
 
 # What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
 _LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
+# The workspaces of cuBLAS and cuBLASLt, of 32 MiB each from Hopper on.
+_CUDA_LIBRARIES = 64 << 20
+# The share of a GPU's memory that is left to its allocator, which rounds what it is asked for and leaves holes.
+_ROUNDING = 0.08
 
 
 @dataclass
@@ -129,14 +133,10 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         if parameter.ndim > 1:
             io[index] += sum(parameter.shape[-2:])
             largest, side = max(largest, parameter.numel()), max(side, *parameter.shape)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding, head = tables_of(model)
     front = 0 if embedding is None else embedding.weight.numel()
     tied = head is not None and embedding is not None and head.weight is embedding.weight
-    vocab, hidden = (1, 1) if embedding is None else (embedding.weight.shape[0], embedding.weight.shape[1])
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden = getattr(text, "hidden_size", None) or hidden
+    vocab = 1 if embedding is None else embedding.weight.shape[0]
     dtype = dtype_of(teacher)
     # Gradients between layers of an fp16 model are kept in fp32, whose range they need.
     grad_itemsize = 4 if dtype == torch.float16 else dtype.itemsize
@@ -150,7 +150,7 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         largest=largest,
         side=side,
         vocab=vocab,
-        hidden=hidden,
+        hidden=hidden_size(model) or 1,
         itemsize=dtype.itemsize,
         stored=teacher.stored_itemsize,
         grad_itemsize=grad_itemsize,
@@ -165,10 +165,68 @@ def _choosing(elements: int, side: int, *, itemsize: int, choices: Sequence[tupl
     most = min(ops.SEARCH_BYTES, 48 * elements)
     for select, rank in choices:
         strategy = STRATEGIES[select]
-        width = -(-max(rank, -(-(rank + 16) // 5)) // 16) * 16
-        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * width
+        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * ops.block_width(rank)
         most = max(most, strategy.choosing_bytes(elements), factors)
     return most
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Bytes that may be used: on the device, on a host beside it, on the scratch disk; and the option that allows more."""
+
+    device: int
+    host: int
+    scratch: int | None
+    option: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is scored, and where: all that a need follows from, besides the size of a micro-batch."""
+
+    sizes: Sizes
+    lengths: Sequence[Sequence[int]]
+    device: torch.device
+    in_memory: bool
+    choices: Sequence[tuple[Select, int]]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(sum, self.lengths))
+
+    @property
+    def parameters(self) -> int:
+        # A tied table is loaded with what precedes the layers and with what follows them.
+        return self.sizes.layers * self.sizes.layer + self.sizes.front + self.sizes.head
+
+    @property
+    def waiting(self) -> int:
+        """A tied table's scores wait on the host for its other use, of every task."""
+        return len(self.lengths) * 4 * max(self.sizes.head, self.sizes.front) if self.sizes.tied else 0
+
+    @property
+    def rows(self) -> int:
+        """And the gradient rows of the tokens that occur."""
+        return 4 * self.tokens * self.sizes.hidden if self.sizes.tied else 0
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What micro-batches of one size take, in bytes.
+
+    device: while a tied table's scores do not wait in memory, waiting: while they do; boundary: of the hidden states at one
+    boundary between layers, on the device or in a file, and as pinned memory of the host.
+    """
+
+    micro: int
+    device: dict[str, int]
+    waiting: dict[str, int]
+    boundary: int
+    pinned: int
 
 
 def plan_memory(
@@ -190,79 +248,114 @@ def plan_memory(
     free. On a CPU both limit the same memory and the smaller counts. scratch_free: bytes on the scratch disk. resident:
     whether the weights of a teacher that fits may stay. choices: how regions are selected and at what largest rank.
     """
-    on_cpu = device.type == "cpu"
-    free_host, option = _free_memory(), "--device-memory"
-    if on_cpu:
-        given = [m for m in (device_memory, host_memory) if m is not None]
-        device_limit, host_limit = min(given, default=free_host), 0
-        # The smaller counts, so it is the one to raise.
-        option = "--host-memory" if host_memory is not None and host_memory == device_limit else option
-    else:
-        device_limit = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
-        host_limit = host_memory if host_memory is not None else free_host
-    tokens = sum(map(sum, lengths))
-    # A tied table is loaded with what precedes the layers and with what follows them.
-    parameters = sizes.layers * sizes.layer + sizes.front + sizes.head
-    flops = 8.0 * (sizes.layers * sizes.layer + sizes.head) * tokens
-    weights, item = parameters * sizes.itemsize, sizes.itemsize
-    read = sizes.stored * (2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head)
-    table = max(sizes.head, sizes.front)
-    # A tied table's scores wait for its other use, with the gradient rows of the tokens that occur.
-    waiting = len(lengths) * 4 * table if sizes.tied and on_cpu else 0
-    rows = 4 * tokens * sizes.hidden if sizes.tied and on_cpu else 0
-    smallest = 0
+    limits = _limits(device, device_memory, host_memory, scratch_free)
+    work, smallest = _Work(sizes, lengths, device, in_memory, choices), 0
     for micro in _halvings(batch_size):
-        shapes = _chunk_shapes(lengths, micro, device, item)
-        widest, padded = max(size * width for size, width in shapes), sum(size * width for size, width in shapes)
-        boundary = padded * sizes.hidden * item
-        part = functools.partial(_largest_part, sizes, lengths, widest, device, in_memory, choices)
-        always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize + rows}
-        if on_cpu:
-            kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
-            always["libraries"] = kept if item == 2 else min(_LIBRARIES, sizes.layer * 4)
-        fixed, with_waiting = {**part(0), **always}, {**part(waiting), **always}
-        needed = sum(fixed.values())
-        smallest = needed
-        if needed > device_limit:
-            continue
-        streamed = not in_memory and (not resident or sum(with_waiting.values()) + weights > 0.8 * device_limit)
-        extra = 0 if streamed or in_memory else weights
-        left = device_limit - needed - extra
-        fits = sum(with_waiting.values()) + extra + (sizes.layers + 1) * boundary <= device_limit
-        if fits:
-            fixed = with_waiting
-        # Where not everything fits, something goes to a file, and a tied table's scores then do first.
-        most = sizes.layers + 1 if fits or not waiting else sizes.layers
-        on_device = min(most, max(0, left // max(1, boundary)))
-        on_host = min(sizes.layers + 1 - on_device, max(0, int(0.9 * host_limit) // max(1, boundary)))
-        on_disk = sizes.layers + 1 - on_device - on_host
-        disk = on_disk * boundary + (waiting if on_disk else 0)
-        if on_disk and scratch_free is not None and disk > scratch_free:
-            raise PktError(
-                f"activations need {_size(disk)} beside memory and the scratch disk has "
-                f"{_size(scratch_free)} free; name a larger disk with --scratch, or allow more with --host-memory"
-            )
-        # The last boundaries are wanted first and soonest: they stay nearest.
-        places: list[Place] = [*["disk"] * on_disk, *["host"] * on_host, *["device"] * on_device]  # type: ignore[list-item]
-        device_use = {**fixed, "activations": on_device * boundary}
-        if extra:
-            device_use["resident weights"] = extra
-        return MemoryPlan(
-            micro_batch=micro,
-            places=places,
-            resident=bool(extra) or in_memory,
-            device=device_use,
-            host=on_host * boundary,
-            disk=disk,
-            read=0 if in_memory else (parameters * sizes.stored if extra else read),
-            flops=flops,
-            device_limit=device_limit,
-            widened=sizes.itemsize > sizes.stored,
-        )
+        need = _need(work, micro)
+        smallest = sum(need.device.values())
+        if smallest <= _usable(limits, work):
+            return _placed(work, need, limits, resident)
+    smallest = smallest * limits.device // max(1, _usable(limits, work))
     raise PktError(
-        f"one sample at a time needs {_size(smallest)} on the device and {_size(device_limit)} may be used; allow more "
-        f"with {option} {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
+        f"one sample at a time needs {_size(smallest)} on the device and {_size(limits.device)} may be used; allow more "
+        f"with {limits.option} {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
     )
+
+
+def _limits(
+    device: torch.device, device_memory: int | None, host_memory: int | None, scratch_free: int | None
+) -> _Limits:
+    free = _free_memory()
+    if device.type != "cpu":
+        here = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
+        return _Limits(here, host_memory if host_memory is not None else free, scratch_free, "--device-memory")
+    least = min([m for m in (device_memory, host_memory) if m is not None], default=free)
+    # The smaller counts, so it is the one to raise.
+    option = "--host-memory" if host_memory is not None and host_memory == least else "--device-memory"
+    return _Limits(least, 0, scratch_free, option)
+
+
+def _usable(limits: _Limits, work: _Work) -> int:
+    """What may be planned for, of the device's memory: a GPU's allocator rounds what it is asked for, and leaves holes."""
+    return limits.device if work.on_cpu else int(limits.device * (1 - _ROUNDING))
+
+
+def _need(work: _Work, micro: int) -> _Need:
+    sizes, item = work.sizes, work.sizes.itemsize
+    shapes = _chunk_shapes(work.lengths, micro, work.device, item)
+    areas = [size * width for size, width in shapes]
+    widest, padded = max(areas), sum(areas)
+    always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize}
+    waiting = 0
+    if work.on_cpu:
+        always["gradients at the boundary"] += work.rows
+        kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
+        always["libraries"] = kept if item == 2 else min(_LIBRARIES, sizes.layer * 4)
+        waiting = work.waiting
+    else:
+        always["libraries"] = _CUDA_LIBRARIES
+        # Two on their way to the host, one on its way back.
+        always["activations under way"] = 3 * widest * sizes.hidden * item
+        # A byte for each pair of a sample's positions, as the model's own masks have it.
+        always["masks"] = sum(area * width for area, (_, width) in zip(areas, shapes, strict=True))
+    return _Need(
+        micro,
+        {**_largest_part(work, widest, 0), **always},
+        {**_largest_part(work, widest, waiting), **always},
+        padded * sizes.hidden * item,
+        sum(_pinned(area * sizes.hidden * item) for area in areas),
+    )
+
+
+def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> MemoryPlan:
+    """Where activations and weights go, for micro-batches that fit."""
+    sizes, usable, boundaries = work.sizes, _usable(limits, work), work.sizes.layers + 1
+    weights = work.parameters * sizes.itemsize
+    with_waiting = sum(need.waiting.values())
+    streamed = not work.in_memory and (not resident or with_waiting + weights > 0.8 * limits.device)
+    extra = 0 if streamed or work.in_memory else weights
+    left = usable - sum(need.device.values()) - extra
+    fits = with_waiting + extra + boundaries * need.boundary <= usable
+    # Where not everything fits, something goes to a file, and a tied table's scores then do first.
+    waits = work.on_cpu and work.waiting > 0
+    most = boundaries if fits or not waits else boundaries - 1
+    on_device = min(most, max(0, left // max(1, need.boundary)))
+    host = 0 if work.on_cpu else work.waiting + work.rows
+    if not work.on_cpu and not work.in_memory:
+        host += _pinned(sizes.stored * max(sizes.layer, sizes.front, sizes.head))
+    on_host = min(boundaries - on_device, max(0, int(0.9 * limits.host) - host) // max(1, need.pinned))
+    on_disk = boundaries - on_device - on_host
+    disk = on_disk * need.boundary + (work.waiting if on_disk else 0)
+    if on_disk and limits.scratch is not None and disk > limits.scratch:
+        raise PktError(
+            f"activations need {_size(disk)} beside memory and the scratch disk has "
+            f"{_size(limits.scratch)} free; name a larger disk with --scratch, or allow more with --host-memory"
+        )
+    # The last boundaries are wanted first and soonest: they stay nearest.
+    places: list[Place] = [*["disk"] * on_disk, *["host"] * on_host, *["device"] * on_device]  # type: ignore[list-item]
+    device_use = {**(need.waiting if fits else need.device), "activations": on_device * need.boundary}
+    if extra:
+        device_use["resident weights"] = extra
+    if not work.on_cpu:
+        device_use["allocator's rounding"] = int(sum(device_use.values()) * _ROUNDING / (1 - _ROUNDING))
+    twice = 2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head
+    return MemoryPlan(
+        micro_batch=need.micro,
+        places=places,
+        resident=bool(extra) or work.in_memory,
+        device=device_use,
+        host=on_host * need.pinned + host,
+        disk=disk,
+        read=0 if work.in_memory else sizes.stored * (work.parameters if extra else twice),
+        flops=8.0 * (sizes.layers * sizes.layer + sizes.head) * work.tokens,
+        device_limit=limits.device,
+        widened=sizes.itemsize > sizes.stored,
+    )
+
+
+def _pinned(size: int) -> int:
+    """Bytes that torch takes for a pinned buffer: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _halvings(size: int) -> Iterator[int]:
@@ -281,32 +374,27 @@ def _chunk_shapes(
     return [(len(part), rounded_up(max(part), step)) for part in parts]
 
 
-def _largest_part(
-    sizes: Sizes,
-    lengths: Sequence[Sequence[int]],
-    widest: int,
-    device: torch.device,
-    in_memory: bool,
-    choices: Sequence[tuple[Select, int]],
-    waiting: int,
-) -> dict[str, int]:
-    """What a decoder layer takes on the device, or the head, whichever takes more; waiting: bytes of tied tables' scores."""
-    item, table = sizes.itemsize, max(sizes.head, sizes.front)
-    choose = functools.partial(_choosing, itemsize=item, choices=choices)
+def _largest_part(work: _Work, widest: int, waiting: int) -> dict[str, int]:
+    """What a decoder layer takes on the device, or the head, whichever takes more.
+
+    widest: tokens of the largest micro-batch; waiting: bytes of tied tables' scores.
+    """
+    sizes, item, table = work.sizes, work.sizes.itemsize, max(work.sizes.head, work.sizes.front)
+    choose = functools.partial(_choosing, itemsize=item, choices=work.choices)
     # The C++ product's share of each factor; without it two blocks of a gradient, one sample's and the sum.
     blocks = 0
-    if device.type == "cpu":
-        compiled = ops.implementation("linear_sensitivity_", device)[0] == "C++"
+    if work.on_cpu:
+        compiled = ops.implementation("linear_sensitivity_", work.device)[0] == "C++"
         blocks = 8 * min(1 << 18 if compiled else ops.GRADIENT_ELEMENTS, sizes.largest)
     # Inputs and outputs of every matrix and of what lies between them, and fp32 copies of one matrix's.
-    work = widest * sizes.linear_io * (2 * item + 4) + blocks
+    layer_work = widest * sizes.linear_io * (2 * item + 4) + blocks
     if sizes.logits:
-        head_work = max(map(max, lengths)) * sizes.vocab * (3 * 4 + 2 * item) + blocks
+        head_work = max(map(max, work.lengths)) * sizes.vocab * (3 * 4 + 2 * item) + blocks
     else:
         # A block of logits, beside a copy in fp32 (half types) or a part of the next one, and what the last norm keeps.
-        block = min(BLOCK.get(device.type, BLOCK_DEFAULT), widest * sizes.vocab)
+        block = min(BLOCK.get(work.device.type, BLOCK_DEFAULT), widest * sizes.vocab)
         head_work = 8 * block + widest * sizes.hidden * (4 * item + 32) + blocks
-    loaded = 1 if in_memory else 2
+    loaded = 1 if work.in_memory else 2
     # The buffer that weights of another type are read into.
     buffer = 0 if sizes.stored == item else sizes.stored
     # Micro-batches are gone when regions are chosen.
@@ -314,7 +402,7 @@ def _largest_part(
         "weights": sizes.layer * (loaded * item + buffer),
         "scores": 4 * sizes.layer,
         "tied scores": waiting,
-        "work": max(work, choose(sizes.largest, sizes.side)),
+        "work": max(layer_work, choose(sizes.largest, sizes.side)),
     }
     head = {
         "weights": (sizes.head + (loaded - 1) * sizes.layer) * item + max(sizes.head, sizes.layer) * buffer,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pkt.errors import PktError
 from pkt.scoring import real_lengths
+from pkt.seeds import IGNORE
 
 
 @dataclass
@@ -63,7 +64,7 @@ def rounded_up(value: int, step: int) -> int:
 
 def _padded(samples: Sequence[dict[str, Tensor]], longest: int) -> dict[str, Tensor]:
     """Samples [1, T] of one task as one batch, padded on the right to `longest`."""
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
     return {
         key: torch.cat([nn.functional.pad(s[key], (0, longest - s[key].shape[1]), value=fill) for s in samples])
         for key, fill in fills.items()

@@ -7,6 +7,7 @@ arguments (masks, rotary embeddings) for any architecture, and each layer can th
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pkt.models import all_tensors, layer_of
+from pkt.models import all_tensors, hidden_size, layer_of, tables_of
 from pkt.streaming.loader import Loader, NotLayeredError, Teacher
 
 Key: TypeAlias = int | Literal["head", "front"]  # a decoder layer, what follows them, what precedes them
@@ -268,12 +269,8 @@ class LayeredModel:
             yield inputs
 
     def _takes_embeddings(self) -> bool:
-        import inspect
-
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
-        wide = getattr(embedding, "embedding_dim", None)
-        config: Any = getattr(self.model, "config", None)
-        same = wide == getattr(config, "hidden_size", wide)
+        """Whether it can be given hidden states in place of token ids."""
+        same = getattr(tables_of(self.model)[0], "embedding_dim", None) == hidden_size(self.model)
         return same and "inputs_embeds" in inspect.signature(self.model.forward).parameters
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from pkt.errors import PktError
 from pkt.scoring import per_sample_loss
-from pkt.seeds import Example, Seeds, collate
+from pkt.seeds import IGNORE, Example, Seeds, collate
 
 MARK = "####"
 
@@ -54,7 +54,7 @@ def evaluate(
             batch = collate([data[i] for i in order[start : start + batch_size]], data.pad_id)
             batch = {k: v.to(device) for k, v in batch.items()}
             labels = batch.pop("labels")
-            counts = (labels[:, 1:] != -100).sum(1)
+            counts = (labels[:, 1:] != IGNORE).sum(1)
             loss += float((per_sample_loss(model(**batch, use_cache=False).logits, labels).double() * counts).sum())
             tokens += int(counts.sum())
         matched = None

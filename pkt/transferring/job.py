@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
 from pkt.manifest import difference, versions
 from pkt.models import Model, check_tokenizer, checked_device, content_kind, other_ids, with_roles
-from pkt.options import Execution, Factorization, PlanOptions, Reading
+from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
 from pkt.planning import Pairing, read_vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import in_order_of, longest_first
@@ -49,15 +49,24 @@ class Job:
         factorization: Factorization,
         reading: Reading,
         execution: Execution,
+        limits: Limits,
+        keep_scores: KeepScores,
     ) -> None:
         self.model, self.options, self.factorization = teacher, options, factorization
-        self.execution, self.dtype = execution, execution.dtype
+        if keep_scores not in get_args(KeepScores):
+            raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
+        self.batch_size, self.dtype, self.limits, self.keep_scores = (
+            execution.batch_size,
+            execution.dtype,
+            limits,
+            keep_scores,
+        )
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise PktError(
                 f"dtype={self.dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16"
             )
         self.device = _device_of(teacher) if execution.device is None else checked_device(execution.device)
-        self.limits = parse_size(execution.device_memory), parse_size(execution.host_memory)
+        self.device_memory, self.host_memory = parse_size(limits.device_memory), parse_size(limits.host_memory)
         teacher.check_dequantized()
         teacher.check()
         if not student.on_hub:
@@ -141,8 +150,8 @@ class Job:
         """All that the bytes of an unfinished run depend on: what the result is of, and how it is computed."""
         return {
             **self.made_of(self.seeds),
-            "option keep_scores": self.execution.keep_scores,
-            "option batch_size": self.execution.batch_size,
+            "option keep_scores": self.keep_scores,
+            "option batch_size": self.batch_size,
             "device": self.device.type,
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
             "versions": versions(),
@@ -181,7 +190,7 @@ class Job:
         run = run_path(out)
         for task, name in enumerate(self.seeds):
             target, left = out / name / SCORES, run / f"scores-{task}.safetensors"
-            if self.execution.keep_scores != "none" and not target.is_file():
+            if self.keep_scores != "none" and not target.is_file():
                 # Interrupted between the last two renames.
                 if not left.is_file():
                     raise PktError(

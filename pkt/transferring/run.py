@@ -26,10 +26,12 @@ from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
+from pkt.files import os_errors
 from pkt.models import Model, read_roles
-from pkt.options import Execution, Factorization, KeepScores, Loss, PlanOptions, Reading, Select, Split
+from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.planning.regions import BLOCK
+from pkt.progress import bar
 from pkt.scoring import score_seeds
 from pkt.streaming import (
     Boundaries,
@@ -123,7 +125,9 @@ def transfer(
         map_vocabulary=map_vocabulary,
         factorization=Factorization(rank, max_rank, energy, split, seed),
         reading=Reading(loss, max_length),
-        execution=Execution(batch_size, device, dtype, device_memory, host_memory, scratch, keep_scores, prefetch),
+        execution=Execution(batch_size, device, dtype),
+        limits=Limits(device_memory, host_memory, scratch, prefetch),
+        keep_scores=keep_scores,
     )
     listeners = Listeners(progress, on_memory, on_plan, on_tick)
     return job.result(_run(job, None if out is None else Path(out), listeners, resume=resume, force=force))
@@ -131,15 +135,14 @@ def transfer(
 
 def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, force: bool) -> dict[str, Extraction]:
     """The extractions of a job: those that are there already, or made, from an unfinished run's checkpoints where there are."""
-    scratch = job.execution.scratch
-    if scratch is not None and not Path(scratch).is_dir():
-        raise PktError(f"scratch={str(scratch)!r} is not a folder; name one that exists")
     job.identify(progress=listeners.progress)
+    scratch = job.limits.scratch
+    if scratch is not None:
+        with os_errors(f"making the folder {scratch}"):
+            Path(scratch).mkdir(parents=True, exist_ok=True)
     if out is None:
-        if job.execution.keep_scores != "none":
-            raise PktError(
-                f"keep_scores={job.execution.keep_scores!r} needs an output folder to keep them in; pass out="
-            )
+        if job.keep_scores != "none":
+            raise PktError(f"keep_scores={job.keep_scores!r} needs an output folder to keep them in; pass out=")
         with tempfile.TemporaryDirectory(prefix="pkt-", dir=scratch) as folder:
             return Runner(job, None, Path(folder), listeners).run()
     finished = job.finished(out) if resume and not force else None
@@ -198,7 +201,7 @@ class Runner:
                 on_part=self._part,
                 on_commit=self._commit,
                 on_tick=tick,
-                prefetch=self.job.execution.prefetch,
+                prefetch=self.job.limits.prefetch,
                 resident=memory.resident and teacher.source is not None,
             )
             try:
@@ -209,7 +212,7 @@ class Runner:
                         samples,
                         sizes,
                         lambda: Boundaries(
-                            job.device, memory.places, self.activations, behind=self.job.execution.prefetch
+                            job.device, memory.places, self.activations, behind=self.job.limits.prefetch
                         ),
                         where=job.where,
                         resume=resume,
@@ -226,12 +229,12 @@ class Runner:
             sizes_of(teacher, job.teacher.layers, job.teacher.num_layers),
             [[s["input_ids"].shape[1] for s in task] for task in samples],
             device=job.device,
-            batch_size=job.execution.batch_size,
+            batch_size=job.batch_size,
             in_memory=teacher.source is None,
             choices=[(job.options.select, job.factorization.largest)],
             scratch_free=shutil.disk_usage(self.activations).free,
-            device_memory=job.limits[0],
-            host_memory=job.limits[1],
+            device_memory=job.device_memory,
+            host_memory=job.host_memory,
         )
         if self.listeners.on_memory is not None:
             if memory.flops > _WORTH_MEASURING:
@@ -242,13 +245,13 @@ class Runner:
 
     def _part(self, task: int, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         self.harvests[task].take(key, scores, weight)
-        if self.job.execution.keep_scores != "none":
+        if self.job.keep_scores != "none":
             assert self.folder is not None
             self.folder.keep_scores(task, scores, self.tile)
 
     @property
     def tile(self) -> int | None:
-        return _tile(self.job) if self.job.execution.keep_scores == "tiles" else None
+        return _tile(self.job) if self.job.keep_scores == "tiles" else None
 
     def _commit(self, key: Key, progress: Progress) -> None:
         if self.folder is not None:
@@ -260,17 +263,15 @@ class Runner:
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Callable[[Tick], None]]:
-        from pkt.progress import bar
-
         with contextlib.ExitStack() as stack:
             advance: Callable[[int], None] | None = None
 
             def tick(now: Tick) -> None:
                 nonlocal advance
-                if self.listeners.progress:
-                    if advance is None:
-                        advance = stack.enter_context(bar("transferring", now.total, unit="steps"))
-                    advance(now.done)
+                if advance is None:
+                    shown = self.listeners.progress
+                    advance = stack.enter_context(bar("transferring", now.total, unit="steps", shown=shown))
+                advance(now.done)
                 if self.listeners.on_tick is not None:
                     self.listeners.on_tick(now)
 
@@ -288,7 +289,7 @@ class Runner:
                 self.listeners.on_plan(made)
             provenance = {**self.job.provenance(task), "losses": self.job.losses(task, losses[task])}
             found[name] = Extraction(pairs, energies, made, provenance)
-            if self.job.execution.keep_scores != "none":
+            if self.job.keep_scores != "none":
                 assert self.folder is not None
                 described = functools.partial(self.job.scores_metadata, task, losses[task], self.tile)
                 self.folder.seal_scores(task, described)
@@ -306,11 +307,7 @@ class Runner:
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
             sens = score_seeds(
-                model,
-                seeds,
-                batch_size=job.execution.batch_size,
-                progress=self.listeners.progress,
-                recorded=job.teacher,
+                model, seeds, batch_size=job.batch_size, progress=self.listeners.progress, recorded=job.teacher
             )
             made = Chooser(job.pairing).plan(sens)
             if self.listeners.on_plan is not None:
@@ -319,7 +316,7 @@ class Runner:
             found[name] = extract(
                 model, made, **job.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
             )
-            if job.execution.keep_scores != "none":
+            if job.keep_scores != "none":
                 assert self.folder is not None
                 sens.save(self.folder.scores_file(task))
         return found
