@@ -54,7 +54,7 @@ class Sensitivity(Mapping[str, Tensor]):
         return f"Sensitivity({len(self)} parameters, {what}, {len(self.losses)} samples)"
 
     def layer_scores(self) -> Tensor:
-        """Σ of S over all parameters of each decoder layer, fp64 [L] (METHOD, section 2)."""
+        """Σ of S over all parameters of each decoder layer, fp64 [L] (docs/method.md §2)."""
         found: dict[int, float] = defaultdict(float)
         for name, score in self.scores.items():
             layer = layer_of(name, self.layers)
@@ -86,10 +86,10 @@ class Sensitivity(Mapping[str, Tensor]):
 
         header = safetensors_header(Path(path))
         try:
-            meta = json.loads(header["__metadata__"]["pkt"])
+            meta = json.loads(header.metadata["pkt"])
             if meta["format"] != FORMAT:
                 raise KeyError
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise PktError(f"{path} is not a file of sensitivities; make one with `pkt sensitivity`") from error
         return cls(
             load_file(str(path)),
