@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import re
 import shutil
@@ -43,6 +44,10 @@ class _Matrix(ctypes.Structure):
 
 class _Options(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("rank", "oversample", "iters", "seed")]
+
+
+class _Stored(ctypes.Structure):
+    _fields_ = [("matrix", _Matrix), *((name, ctypes.c_int64) for name in ("before", "after"))]
 
 
 class _Factors(ctypes.Structure):
@@ -97,8 +102,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def marshal(
     matrices: Sequence[Tensor], rank: int, tall: bool = False
-) -> tuple[ctypes.Array[_Matrix], ctypes.Array[_Factors], Results]:
-    inputs, outputs = (_Matrix * len(matrices))(), (_Factors * len(matrices))()
+) -> tuple[ctypes.Array[_Stored], ctypes.Array[_Factors], Results]:
+    inputs, outputs = (_Stored * len(matrices))(), (_Factors * len(matrices))()
     results = []
     for i, a in enumerate(matrices):
         (n, m), (row_stride, col_stride) = a.shape, a.stride()
@@ -108,7 +113,9 @@ def marshal(
         if tall and n < m:
             n, m, row_stride, col_stride = m, n, col_stride, row_stride
             pointers = [pointers[j] for j in (2, 1, 0, 3)]
-        inputs[i] = _Matrix(a.data_ptr(), DTYPES.index(a.dtype), n, m, row_stride, col_stride)
+        before, end = a.storage_offset(), a.storage_offset() + (n - 1) * row_stride + (m - 1) * col_stride + 1
+        matrix = _Matrix(a.data_ptr(), DTYPES.index(a.dtype), n, m, row_stride, col_stride)
+        inputs[i] = _Stored(matrix, before, a.untyped_storage().nbytes() // a.itemsize - end)
         outputs[i] = _Factors(*pointers)
     return inputs, outputs, results
 
@@ -116,7 +123,7 @@ def marshal(
 def on_cpu(library: ctypes.CDLL, a: Tensor, rank: int, threads: int = 1, level: int = 2, iters: int = 4) -> Results:
     inputs, outputs, results = marshal([a], rank, tall=True)
     options = _Options(rank, 16, iters, 0)
-    library.pkt_cpu(inputs, outputs, ctypes.byref(options), ctypes.c_int64(threads), level)
+    library.pkt_cpu(ctypes.byref(inputs[0].matrix), outputs, ctypes.byref(options), ctypes.c_int64(threads), level)
     return results
 
 
@@ -358,3 +365,67 @@ def test_emulated_cuda_and_the_cpu_agree(library: ctypes.CDLL) -> None:
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=0)
     cosines = ((ours[0] * theirs[0]).sum(0) * (ours[2] * theirs[2]).sum(0))[:6]
     assert (cosines >= 1 - 1e-4).all()
+def window(content: Tensor, storage: Tensor, left: int, pitch: int) -> Tensor:
+    """`content` as a view of `storage`, whose other entries are finite here and there only."""
+    beside = torch.tensor([1.0, math.nan, -3.0, math.inf, 2.0, 2.0, 2.0, 2.0, 2.0, -math.inf])
+    storage.copy_(beside[torch.arange(len(storage)) % len(beside)])
+    return storage.as_strided(content.shape, (pitch, 1), left).copy_(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("left", "m", "pitch", "right", "widened"),
+    [
+        pytest.param(0, 24, 32, 8, True, id="aligned already"),
+        pytest.param(1, 24, 32, 8, True, id="an odd offset"),
+        pytest.param(37, 21, 32, 64, True, id="an odd offset and length"),
+        pytest.param(37, 22, 40, 5, True, id="nothing behind the last row"),
+        pytest.param(3, 21, 24, 9, True, id="up to the row's end"),
+        pytest.param(7, 22, 24, 9, False, id="wider than the row"),
+        pytest.param(3, 21, 27, 9, False, id="rows that do not lie alike"),
+    ],
+)
+def test_emulated_cuda_of_a_window_is_that_of_its_copy(
+    library: ctypes.CDLL,
+    left: int,
+    m: int,
+    pitch: int,
+    right: int,
+    widened: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Its products begin on 16 bytes where they can, and the bytes are the same, whatever lies beside it."""
+    content = gaussian(43, m).to(dtype)
+    a = window(content, torch.empty(left + 42 * pitch + m + right, dtype=dtype), left, pitch)
+    pair = (content.T, a.T) if transposed else (content, a)
+    (*copy, copy_stats), (*found, stats) = (on_emulated_cuda(library, [x], 4, iters=1)[0] for x in pair)
+    assert (library.pkt_unaligned_products() == 0) is widened
+    assert all(torch.equal(x, y) for x, y in zip(copy, found, strict=True))
+    torch.testing.assert_close(stats, copy_stats, rtol=1e-5, atol=0)
+
+
+def test_emulated_cuda_reads_nothing_outside_a_window_s_storage(library: ctypes.CDLL) -> None:
+    """The storage between two pages that end the process when they are read."""
+    page = mmap.PAGESIZE
+    pages = mmap.mmap(-1, 3 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None)
+    for edge in (address, address + 2 * page):
+        assert libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+    for left, m, right in [(0, 21, 0), (3, 21, 2), (3, 21, 0), (0, 24, 0)]:
+        size = left + 42 * 32 + m + right
+        for at in (page, 2 * page - 2 * size):
+            a = window(
+                gaussian(43, m).bfloat16(),
+                torch.frombuffer(pages, dtype=torch.bfloat16, offset=at, count=size),
+                left,
+                32,
+            )
+            for view in (a, a.T):
+                check(
+                    view.clone(), on_emulated_cuda(library, [view], 4, iters=1)[0], 4, worst=math.inf, floor=TWO_HALVES
+                )
+
+
