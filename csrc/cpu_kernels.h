@@ -51,6 +51,9 @@ struct CpuKernels {
   void (*abs_products)(int64_t panels, int64_t samples, const int64_t* ends, const float* a, const float* b, float* total);
   void (*abs_products_fp64)(int64_t panels, int64_t samples, const int64_t* ends, const double* a, const double* b,
                             double* total);
+  // acc [count] += |theta ⊙ grad|, both of a half type or fp32.
+  void (*abs_accumulate)(int64_t count, float* acc, const void* theta, Dtype theta_dtype, const void* grad,
+                         Dtype grad_dtype);
 };
 
 // The best kernels that this processor can run; `level` 0, 1, 2 asks for baseline, AVX2, AVX-512 or what is below it.

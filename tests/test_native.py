@@ -14,17 +14,21 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_rsvd import SPECTRA, check, gaussian, one_thread, with_spectrum
 from torch import Tensor
 
+from pkt import ops
+
 CSRC = Path(__file__).parent.parent / "csrc"
 NATIVE = Path(__file__).parent / "native"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LEVELS = pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
 TWO_HALVES = 2.0**-17  # what a factor that travels as two bf16 numbers is rounded by
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
@@ -42,12 +46,12 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-class _Options(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rank", "oversample", "iters", "seed")]
-
-
 class _Stored(ctypes.Structure):
     _fields_ = [("matrix", _Matrix), *((name, ctypes.c_int64) for name in ("before", "after"))]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rank", "oversample", "iters", "seed")]
 
 
 class _Factors(ctypes.Structure):
@@ -69,6 +73,26 @@ class _Scored(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("acc_row", "acc_col")),
         *((name, _Strided) for name in ("w", "x", "dy")),
         *((name, ctypes.c_void_p) for name in ("starts", "lens")),
+        *((name, ctypes.c_int64) for name in ("samples", "tile")),
+    ]
+
+
+class _Accumulation(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("acc", "theta", "grad")),
+        *((name, ctypes.c_int) for name in ("acc_dtype", "theta_dtype", "grad_dtype")),
+        ("dims", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("size", "acc_stride", "theta_stride", "grad_stride")),
+    ]
+
+
+class _Embedded(ctypes.Structure):
+    _fields_ = [
+        ("acc", ctypes.c_void_p),
+        ("acc_is_fp64", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("acc_row", "acc_col")),
+        *((name, _Strided) for name in ("w", "dy")),
+        *((name, ctypes.c_void_p) for name in ("ids", "starts", "lens")),
         ("samples", ctypes.c_int64),
     ]
 
@@ -148,7 +172,7 @@ def on_emulated_cuda(
 # --- the CPU --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+@LEVELS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(library: ctypes.CDLL, dtype: torch.dtype, level: int) -> None:
     for shape in ((401, 243), (243, 401), (97, 61)):
@@ -169,7 +193,7 @@ def strided(a: Tensor) -> _Strided:
     return _Strided(a.data_ptr(), [*DTYPES, torch.float64].index(a.dtype), *a.shape, *a.stride())
 
 
-@pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+@LEVELS
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_sensitivity_on_every_instruction_set(
@@ -186,9 +210,95 @@ def test_sensitivity_on_every_instruction_set(
         scored = _Scored(
             *(acc.data_ptr(), False, *acc.stride()),
             *(strided(w), strided(x), strided(dy)),
-            *(starts.data_ptr(), lengths.data_ptr(), len(lens)),
+            *(starts.data_ptr(), lengths.data_ptr(), len(lens), 0),
         )
         library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
+        assert float((acc.double() - truth).norm() / truth.norm()) < 3e-7
+        for tile in (1, 5, 64, 1000):
+            tiles = torch.ones(-(-n // tile), -(-m // tile))
+            scored.acc, scored.acc_row, scored.acc_col, scored.tile = tiles.data_ptr(), *tiles.stride(), tile
+            library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
+            sums = 1 + ops.tile_sums(truth - 1, tile).double()
+            assert float((tiles.double() - sums).norm() / sums.norm()) < 3e-7
+
+
+# Accumulators, weights and gradients of one shape: contiguous, transposed, stepped, broadcast, of no dimension, empty.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "stepped": lambda t: t.repeat_interleave(3, 1)[:, ::3],
+    "a window": lambda t: torch.nn.functional.pad(t, (2, 5, 1, 0))[1:, 2:-5],
+}
+
+
+def accumulations(triples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[ctypes.Array[_Accumulation], list[Any]]:
+    """What `pkt_abs_accumulate` takes, and what must outlive the call."""
+    kept, all_ = [], (_Accumulation * len(triples))()
+    for i, triple in enumerate(triples):
+        shapes = [(ctypes.c_int64 * triple[0].ndim)(*x) for x in (triple[0].shape, *(t.stride() for t in triple))]
+        kept.append(shapes)
+        all_[i] = _Accumulation(
+            *(t.data_ptr() for t in triple),
+            *([*DTYPES, torch.float64].index(t.dtype) for t in triple),
+            triple[0].ndim,
+            *map(ctypes.addressof, shapes),
+        )
+    return all_, kept
+
+
+@LEVELS
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_abs_accumulate_on_every_instruction_set(
+    library: ctypes.CDLL, dtype: torch.dtype, grad_dtype: torch.dtype, threads: int, level: int
+) -> None:
+    triples = []
+    for rows, columns in ((1, 1), (0, 4), (7, 93), (301, 257)):
+        values = (
+            torch.rand(rows, columns),
+            torch.randn(rows, columns).to(dtype),
+            torch.randn(rows, columns).to(grad_dtype),
+        )
+        triples += [tuple(view(t.clone()) for t in values) for view in VIEWS.values()]
+        triples.append((values[0].clone(), VIEWS["transposed"](values[1]), values[2]))
+    triples.append((torch.zeros(()), torch.randn(()).to(dtype), torch.randn(()).to(grad_dtype)))
+    triples.append(
+        (torch.rand(9, dtype=torch.float64), torch.randn(1).to(dtype).expand(9), torch.randn(9).to(grad_dtype))
+    )
+    truths = [a.double() + (t.double() * g.double()).abs() for a, t, g in triples]
+    all_, kept = accumulations(triples)
+    library.pkt_abs_accumulate(all_, ctypes.c_int64(len(triples)), ctypes.c_int64(threads), level)
+    assert len(kept) == len(triples)
+    for (acc, _, _), truth in zip(triples, truths, strict=True):
+        torch.testing.assert_close(acc.double(), truth, rtol=2e-7, atol=1e-7)
+
+
+@LEVELS
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_embedding_sensitivity_on_every_instruction_set(
+    library: ctypes.CDLL, dtype: torch.dtype, threads: int, level: int
+) -> None:
+    for vocabulary, d, lens in [(1, 1, [3]), (11, 33, [5, 0, 170]), (400, 20, [64, 1, 300]), (5, 3, [])]:
+        rows = sum(lens) + 2
+        ids = torch.randint(0, vocabulary, (rows,))
+        ids[:2] = -1
+        dy, w, acc = torch.randn(d, rows).to(dtype).t(), torch.randn(vocabulary, d).to(dtype), torch.ones(vocabulary, d)
+        starts, lengths = (
+            torch.tensor([0, *lens[:-1]])[: len(lens)].cumsum(0) + 2,
+            torch.tensor(lens, dtype=torch.int64),
+        )
+        truth = torch.zeros(vocabulary, d, dtype=torch.float64)
+        for s, k in zip(starts.tolist(), lens, strict=True):
+            truth += torch.zeros_like(truth).index_add_(0, ids[s : s + k], dy[s : s + k].double()).abs()
+        truth = 1 + truth * w.double().abs()
+        embedded = _Embedded(
+            *(acc.data_ptr(), False, *acc.stride()),
+            *(strided(w), strided(dy)),
+            *(ids.data_ptr(), starts.data_ptr(), lengths.data_ptr(), len(lens)),
+        )
+        library.pkt_abs_embedding(ctypes.byref(embedded), ctypes.c_int64(threads), level)
         assert float((acc.double() - truth).norm() / truth.norm()) < 3e-7
 
 
@@ -343,28 +453,6 @@ def test_emulated_cuda_has_no_race(library: ctypes.CDLL, shared_limit: int) -> N
     assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
 
 
-def test_emulated_cuda_takes_a_batch_larger_than_one_launch(library: ctypes.CDLL) -> None:
-    batch = [gaussian(9 + i, 20 - i, seed=i).float() for i in range(17)]
-    for a, result in zip(batch, on_emulated_cuda(library, batch, 2, iters=1), strict=True):
-        check(a, result, 2, worst=math.inf)
-
-
-def test_emulated_cuda_with_any_oversample(library: ctypes.CDLL) -> None:
-    a = gaussian(30, 20).float()
-    check(a, on_emulated_cuda(library, [a], 4, oversample=2**31 - 1)[0], 4)
-
-
-def test_emulated_cuda_refuses_what_shared_memory_does_not_hold(library: ctypes.CDLL) -> None:
-    with pytest.raises(RuntimeError, match="rank 20 with oversample 30 takes 64 columns, more than this GPU's shared"):
-        on_emulated_cuda(library, [gaussian(90, 80).float()], 20, oversample=30, shared_limit=ROOM_FOR_A_TILE)
-
-
-def test_emulated_cuda_and_the_cpu_agree(library: ctypes.CDLL) -> None:
-    a = with_spectrum(200, 150, lambda i: 2.0**-i if i <= 8 else 1e-3).to(torch.bfloat16)
-    ours, theirs = on_emulated_cuda(library, [a], 8)[0], on_cpu(library, a, 8)[0]
-    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=0)
-    cosines = ((ours[0] * theirs[0]).sum(0) * (ours[2] * theirs[2]).sum(0))[:6]
-    assert (cosines >= 1 - 1e-4).all()
 def window(content: Tensor, storage: Tensor, left: int, pitch: int) -> Tensor:
     """`content` as a view of `storage`, whose other entries are finite here and there only."""
     beside = torch.tensor([1.0, math.nan, -3.0, math.inf, 2.0, 2.0, 2.0, 2.0, 2.0, -math.inf])
@@ -429,3 +517,25 @@ def test_emulated_cuda_reads_nothing_outside_a_window_s_storage(library: ctypes.
                 )
 
 
+def test_emulated_cuda_takes_a_batch_larger_than_one_launch(library: ctypes.CDLL) -> None:
+    batch = [gaussian(9 + i, 20 - i, seed=i).float() for i in range(17)]
+    for a, result in zip(batch, on_emulated_cuda(library, batch, 2, iters=1), strict=True):
+        check(a, result, 2, worst=math.inf)
+
+
+def test_emulated_cuda_with_any_oversample(library: ctypes.CDLL) -> None:
+    a = gaussian(30, 20).float()
+    check(a, on_emulated_cuda(library, [a], 4, oversample=2**31 - 1)[0], 4)
+
+
+def test_emulated_cuda_refuses_what_shared_memory_does_not_hold(library: ctypes.CDLL) -> None:
+    with pytest.raises(RuntimeError, match="rank 20 with oversample 30 takes 64 columns, more than this GPU's shared"):
+        on_emulated_cuda(library, [gaussian(90, 80).float()], 20, oversample=30, shared_limit=ROOM_FOR_A_TILE)
+
+
+def test_emulated_cuda_and_the_cpu_agree(library: ctypes.CDLL) -> None:
+    a = with_spectrum(200, 150, lambda i: 2.0**-i if i <= 8 else 1e-3).to(torch.bfloat16)
+    ours, theirs = on_emulated_cuda(library, [a], 8)[0], on_cpu(library, a, 8)[0]
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=0)
+    cosines = ((ours[0] * theirs[0]).sum(0) * (ours[2] * theirs[2]).sum(0))[:6]
+    assert (cosines >= 1 - 1e-4).all()

@@ -4,8 +4,10 @@
 #include <thread>
 #include <vector>
 
+#include "abs_accumulate.h"
 #include "abs_products.h"
 #include "block_krylov.h"
+#include "embedding_sums.h"
 #include "export.h"
 
 static void run_threads(int64_t count, const std::function<void(int64_t)>& f) {
@@ -24,4 +26,12 @@ PKT_EXPORT const char* pkt_cpu(const pkt::Matrix* a, const pkt::Factors* out, co
 
 PKT_EXPORT void pkt_abs_products(const pkt::Scored* scored, int64_t threads, int level) {
   pkt::add_abs_products(*scored, {threads, run_threads}, pkt::cpu_kernels(level));
+}
+
+PKT_EXPORT void pkt_abs_accumulate(const pkt::Accumulation* all, int64_t count, int64_t threads, int level) {
+  pkt::accumulate_abs(all, count, {threads, run_threads}, pkt::cpu_kernels(level));
+}
+
+PKT_EXPORT void pkt_abs_embedding(const pkt::Embedded* embedded, int64_t threads, int level) {
+  pkt::add_abs_embedding(*embedded, {threads, run_threads}, pkt::cpu_kernels(level));
 }
