@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q
 # Two workers, a file of tests each at a time; the long files come early in the alphabet and are started first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint types arrows real bench clean
+.PHONY: demo test test-slow lint types imports check real bench clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,8 +37,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-arrows: $(STAMP)
+imports: $(STAMP)
 	$(BIN)/lint-imports
+
+check: lint types imports
 
 # Real weights: SmolLM2-135M-Instruct from its package; PKT_SEEDS names a JSONL file with GSM8K rows.
 real: $(STAMP)
@@ -49,7 +51,10 @@ real: $(STAMP)
 bench: $(STAMP) demo
 	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
+	$(BIN)/python bench/bench_kernels.py --device cpu
+	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
 	$(BIN)/python bench/readme_tables.py
+	$(BIN)/python bench/goals.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pkt-demo runs pkt/_C*.so

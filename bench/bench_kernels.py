@@ -1,23 +1,19 @@
 """The kernels against their rivals: same inputs, one group of one run, correctness first.
 
-    python bench/bench_kernels.py [--device cuda|cpu] [--groups linear,...] [--model 13b] [--sweep] [--out DIR]
+    python bench/bench_kernels.py [--device cuda|cpu] [--groups linear,...] [--model 13b] [--sweep] [--tiny] [--out DIR]
 
-A group is timed in rounds, each rival once a round, so that clocks and neighbours hit all alike; times are medians.
-Rates are shares of ceilings measured in the same run: a large copy and a large cuBLAS product. Writes
-DIR/kernels_<device>.json and prints a table. Ops are called as `torch.ops.pkt.*`, whatever implements them there.
+Rates are shares of ceilings measured in the same run: a large copy and a large product (`measuring.Bench`). Writes
+DIR/kernels_<device>.json (kernels_<device>_<model>.json, kernels_tiny.json) after every group and prints a row a rival. Ops are
+called as `torch.ops.pkt.*`, whatever implements them there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,110 +23,37 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from measuring import RESULTS, Report, Run, kind_of  # noqa: E402
+from measuring import Bench as Harness  # noqa: E402
+
 import pkt.ops  # noqa: E402
 
 pkt_ops = torch.ops.pkt
-Run = Callable[[], Any]
 Bounds = list[tuple[int, int]]
+TILE = 64
 
 
-class Bench:
-    """Times groups of rivals on one device and collects their rows."""
+class Bench(Harness):
+    """The harness with the shapes of its device, and inputs there."""
 
-    def __init__(self, device: str, rounds: int) -> None:
-        self.device, self.rounds = torch.device(device), rounds
-        self.cuda = self.device.type == "cuda"
+    def __init__(self, report: Report, device: str, rounds: int, budget: float, tiny: bool) -> None:
+        super().__init__(report, device, rounds, budget)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.rows: list[dict[str, Any]] = []
-        self.ceilings: dict[str, float] = {}
+        self.tiny = tiny
 
-    def time_once(self, run: Run) -> float:
-        if not self.cuda:
-            time.sleep(0.1)  # threads of the rival before may still be spinning
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    def sized(self, on_cuda: Any, on_cpu: Any, tiny: Any) -> Any:
+        return tiny if self.tiny else on_cuda if self.cuda else on_cpu
 
-    def peak_bytes(self, run: Run) -> int | None:
-        """Memory a run takes beyond what was there."""
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def group(self, name: str, rivals: dict[str, Run], flops: float = 0, bytes_moved: float = 0) -> dict[str, float]:
-        """Seconds a rival; the first is ours, `flops` and `bytes_moved` are the work's, not the rival's."""
-        failed: dict[str, str] = {}
-        peaks: dict[str, int | None] = {}
-        for rival, run in list(rivals.items()):
-            try:
-                run()
-                peaks[rival] = self.peak_bytes(run)
-            except Exception as error:
-                if rival == next(iter(rivals)):
-                    raise
-                failed[rival] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        running = {rival: run for rival, run in rivals.items() if rival not in failed}
-        times: dict[str, list[float]] = {rival: [] for rival in running}
-        for _ in range(self.rounds):
-            for rival, run in running.items():
-                times[rival].append(self.time_once(run))
-        seconds = {rival: statistics.median(values) for rival, values in times.items()}
-        ours = next(iter(seconds.values()))
-        for rival, value in seconds.items():
-            row: dict[str, Any] = {"group": name, "rival": rival, "ms": value * 1e3, "ours_is_faster_by": value / ours}
-            row["spread"] = (max(times[rival]) - min(times[rival])) / value
-            row["peak_bytes"] = peaks[rival]
-            if flops:
-                row["tflops"] = flops / value / 1e12
-                row["of_product"] = row["tflops"] / self.ceilings["product_tflops"]
-            if bytes_moved:
-                row["gbs"] = bytes_moved / value / 1e9
-                row["of_copy"] = row["gbs"] / self.ceilings["copy_gbs"]
-            self.rows.append(row)
-            self.show(row)
-        for rival, reason in failed.items():
-            self.rows.append({"group": name, "rival": rival, "failed": reason})
-            print(f"{name:44} {rival:28} did not run: {reason}", flush=True)
-        return seconds
-
-    def show(self, row: dict[str, Any]) -> None:
-        rate = f"{row['tflops']:8.2f} TFLOP/s {row['of_product']:6.1%}" if "tflops" in row else ""
-        if "gbs" in row:
-            rate = f"{row['gbs']:8.1f} GB/s    {row['of_copy']:6.1%}"
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.1f} MiB"
-        ratio = f"{row['ours_is_faster_by']:6.2f}x"
-        print(f"{row['group']:44} {row['rival']:28} {row['ms']:10.3f} ms {ratio} {rate:30} {peak}", flush=True)
-
-    def measure_ceilings(self) -> None:
-        elements = 2**31 if self.cuda else 2**26
-        source = torch.empty(elements, dtype=torch.bfloat16, device=self.device).fill_(1)
-        target = torch.empty_like(source)
-        size = 8192 if self.cuda else 2048
-        a = torch.randn(size, size, dtype=self.dtype, device=self.device)
-        b = torch.randn(size, size, dtype=self.dtype, device=self.device)
-        out = torch.empty_like(a)
-        rivals: dict[str, Run] = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
-        for run in rivals.values():
-            run()
-        times = {
-            name: statistics.median(self.time_once(run) for _ in range(self.rounds)) for name, run in rivals.items()
-        }
-        self.ceilings = {
-            "copy_gbs": 2 * source.numel() * source.element_size() / times["copy"] / 1e9,
-            "product_tflops": 2 * size**3 / times["product"] / 1e12,
-        }
-        print(f"ceilings of this run: {self.ceilings}", flush=True)
+    def compiled(
+        self, name: str, function: Callable[..., Any], example: Sequence[Any], run: Callable[[Any], Any]
+    ) -> dict[str, Run]:
+        """A rival: run(torch.compile of a formula), which has compiled on `example`, so that no compiling is timed."""
+        if self.tiny:
+            return {}
+        made = torch.compile(function, dynamic=False)
+        with contextlib.suppress(Exception):  # told where it is timed
+            made(*example)
+        return {name: lambda: run(made)}
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device)
@@ -171,8 +94,13 @@ def unfused(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor) -> None:
     acc += (w * (dy.T @ x)).abs_()
 
 
-def step(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+def formula(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor) -> Tensor:
     return acc.add_((w * (dy.T @ x)).abs())
+
+
+def tiles_formula(tiles: Tensor, w: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+    scores = (w * (dy.T @ x)).abs().float()
+    return tiles.add_(scores.view(tiles.shape[0], TILE, tiles.shape[1], TILE).sum((1, 3)))
 
 
 def batched(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, samples: int) -> None:
@@ -182,18 +110,18 @@ def batched(acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, samples: int) -> None
 
 
 def bench_linear(bench: Bench) -> None:
-    shapes = [(4096, 4096), (11008, 4096), (13824, 5120)] if bench.cuda else [(768, 768), (2048, 768)]
+    shapes = bench.sized([(4096, 4096), (11008, 4096), (13824, 5120)], [(768, 768), (2048, 768)], [(128, 64)])
     for ragged in (False, True):
         for n, m in shapes:
             bench_one_linear(bench, n, m, ragged)
 
 
 def bench_one_linear(bench: Bench, n: int, m: int, ragged: bool) -> None:
-    samples, tokens = (32, 512) if bench.cuda else (8, 128)
+    samples, tokens = bench.sized((32, 512), (8, 128), (4, 16))
     starts, lens, scored = sample_bounds(bench, samples, tokens, ragged)
     bounds = list(zip(starts.tolist(), lens.tolist(), strict=True))
     w, x, dy = linear_inputs(bench, n, m, samples * tokens)
-    acc, tiles = bench.zeros(n, m), bench.zeros(-(-n // 64), -(-m // 64))
+    acc, tiles = bench.zeros(n, m), bench.zeros(n // TILE, m // TILE)
     pkt_ops.linear_sensitivity_(acc, w, x, dy, starts, lens)
     part = slice(0, min(n, 512))
     truth = torch.zeros(part.stop, m, dtype=torch.float64, device=bench.device)
@@ -202,55 +130,71 @@ def bench_one_linear(bench: Bench, n: int, m: int, ragged: bool) -> None:
         truth += (dy[rows, part].double().T @ x[rows].double()).abs()
     agree(acc[part], truth * w[part].double().abs(), 1e-5, f"linear_sensitivity {n}x{m}")
     out = torch.empty_like(w)
-    compiled = torch.compile(step, dynamic=False)
 
     rivals: dict[str, Run] = {
         "pkt": lambda: pkt_ops.linear_sensitivity_(acc, w, x, dy, starts, lens),
-        "pkt, tile sums": lambda: pkt_ops.linear_sensitivity_tiles_(tiles, w, x, dy, starts, lens, 64),
+        "pkt, tile sums": lambda: pkt_ops.linear_sensitivity_tiles_(tiles, w, x, dy, starts, lens, TILE),
         "unfused per-sample loop": lambda: per_sample(unfused, acc, w, x, dy, bounds),
     }
     if not ragged:
         # Over padding these would do more than what is scored, or compile once a length.
         rivals["one plain product"] = lambda: torch.mm(dy.T, x, out=out)
         rivals["batched (vmap of grad)"] = lambda: batched(acc, w, x, dy, samples)
-        rivals["torch.compile, per sample"] = lambda: per_sample(compiled, acc, w, x, dy, bounds)
+        first = w, x[:tokens], dy[:tokens]
+        rivals |= bench.compiled(
+            "torch.compile, per sample", formula, (acc, *first), lambda made: per_sample(made, acc, w, x, dy, bounds)
+        )
+        rivals |= bench.compiled(
+            "torch.compile, tile sums",
+            tiles_formula,
+            (tiles, *first),
+            lambda made: per_sample(made, tiles, w, x, dy, bounds),
+        )
     kind = "ragged" if ragged else f"{samples}x{tokens}"
     bench.group(f"linear_sensitivity {n}x{m} {kind}", rivals, flops=2 * n * m * scored)
 
 
+def accumulate(acc: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
+    return acc.add_((theta * grad).abs())
+
+
+def accumulate_many(accs: list[Tensor], thetas: list[Tensor], grads: list[Tensor]) -> None:
+    for row in zip(accs, thetas, grads, strict=True):
+        accumulate(*row)
+
+
 def bench_accumulate(bench: Bench) -> None:
-    n, m = (11008, 4096) if bench.cuda else (4096, 4096)
+    n, m = bench.sized((11008, 4096), (4096, 4096), (128, 64))
     theta, grad, acc = bench.random(n, m), bench.random(n, m), bench.zeros(n, m)
     pkt_ops.abs_accumulate_(acc, theta, grad)
     agree(acc, (theta.double() * grad.double()).abs(), 1e-6, "abs_accumulate")
-    compiled = torch.compile(lambda acc, theta, grad: acc.add_((theta * grad).abs()))
     bench.group(
         f"abs_accumulate {n}x{m}",
         {
             "pkt": lambda: pkt_ops.abs_accumulate_(acc, theta, grad),
             "torch": lambda: acc.add_((theta * grad).abs_()),
-            "torch.compile": lambda: compiled(acc, theta, grad),
-        },
+        }
+        | bench.compiled("torch.compile", accumulate, (acc, theta, grad), lambda made: made(acc, theta, grad)),
         bytes_moved=acc.numel() * (8 + 2 * theta.element_size()),
     )
-    if not bench.cuda:
-        return
-    from pkt_kernels.abs_accumulate import abs_accumulate_many
-
-    thetas, grads = ([bench.random(5120) for _ in range(80)] for _ in range(2))
-    accs = [bench.zeros(5120) for _ in range(80)]
+    count, width = bench.sized((80, 5120), (80, 5120), (3, 64))
+    thetas, grads = ([bench.random(width) for _ in range(count)] for _ in range(2))
+    accs = [bench.zeros(width) for _ in range(count)]
     bench.group(
-        "abs_accumulate 80 norms of 5120",
+        f"abs_accumulate {count} norms of {width}",
         {
-            "pkt, one launch": lambda: abs_accumulate_many(accs, thetas, grads),
+            "pkt": lambda: pkt_ops.abs_accumulate_many_(accs, thetas, grads),
             "pkt, one by one": lambda: [pkt_ops.abs_accumulate_(*row) for row in zip(accs, thetas, grads, strict=True)],
             "torch foreach": lambda: torch._foreach_add_(accs, torch._foreach_abs(torch._foreach_mul(thetas, grads))),
-        },
+        }
+        | bench.compiled(
+            "torch.compile", accumulate_many, (accs, thetas, grads), lambda made: made(accs, thetas, grads)
+        ),
     )
 
 
 def bench_embedding(bench: Bench) -> None:
-    vocabulary, width, samples, tokens = (32000, 5120, 32, 512) if bench.cuda else (8192, 768, 8, 128)
+    vocabulary, width, samples, tokens = bench.sized((32000, 5120, 32, 512), (8192, 768, 8, 128), (64, 32, 4, 16))
     starts, lens, scored = sample_bounds(bench, samples, tokens, ragged=False)
     ids = torch.randint(0, vocabulary, (scored,), device=bench.device)
     ids[::10] = 13
@@ -268,21 +212,49 @@ def bench_embedding(bench: Bench) -> None:
     agree(acc, truth, 1e-5, "embedding_sensitivity")
     del truth
     touched = len(ids.unique())
+
+    def scatter(acc: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
+        gradient = torch.zeros(acc.shape, device=acc.device).index_add_(0, ids, dy.float())
+        return acc.add_((w.float() * gradient).abs())
+
     bench.group(
         f"embedding_sensitivity {vocabulary}x{width}",
         {
             "pkt": lambda: pkt_ops.embedding_sensitivity_(acc, w, ids, dy, starts, lens),
             "per-sample scatter": lambda: scatter_per_sample(acc, torch.float32),
-        },
+        }
+        | bench.compiled(
+            "torch.compile, per sample",
+            scatter,
+            (acc, ids[:tokens], dy[:tokens]),
+            lambda made: [made(acc, ids[a : a + tokens], dy[a : a + tokens]) for a in range(0, scored, tokens)],
+        ),
         bytes_moved=dy.numel() * dy.element_size() + touched * width * (8 + w.element_size()),
     )
 
 
+def prefix_window(score: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """`pkt::best_window` by a summed-area table of the quantized scores; the table's wrap-around cancels."""
+    exponent = torch.frexp(score.max().double()).exponent
+    unit = torch.ones((), dtype=torch.float64, device=score.device)
+    scale = torch.ldexp(unit, pkt.ops.window_bits(rows, cols) - exponent)
+    whole = (score.double() * scale + 0.5).floor().long().cumsum(0).cumsum(1)
+    table = torch.nn.functional.pad(whole, (1, 0, 1, 0))
+    sums = table[rows:, cols:] - table[:-rows, cols:] - table[rows:, :-cols] + table[:-rows, :-cols]
+    flat = sums.flatten()
+    total = flat.max()
+    # The first of those that share the largest sum.
+    first = torch.where(flat == total, torch.arange(len(flat), device=flat.device), len(flat)).min()
+    return torch.stack([first // sums.shape[1], first % sums.shape[1]]), total
+
+
 def bench_window(bench: Bench) -> None:
-    (n, m), (rows, cols) = ((13824, 5120), (11008, 4096)) if bench.cuda else ((2048, 768), (1408, 512))
+    (n, m), (rows, cols) = bench.sized(
+        ((13824, 5120), (11008, 4096)), ((2048, 768), (1408, 512)), ((128, 64), (100, 40))
+    )
     score = torch.rand(n, m, device=bench.device) ** 4
     found = [value.tolist() for value in pkt_ops.best_window(score, rows, cols)]
-    wanted = [value.tolist() for value in pkt.ops._best_window_torch(score, rows, cols)]
+    wanted = [value.tolist() for value in prefix_window(score, rows, cols)]
     if found != wanted:
         raise SystemExit(f"best_window: {found} where prefix sums give {wanted}; nothing is timed")
     bench.group(
@@ -290,8 +262,9 @@ def bench_window(bench: Bench) -> None:
         {
             "pkt": lambda: pkt_ops.best_window(score, rows, cols),
             "one read (amax)": lambda: score.amax(),
-            "prefix sums in torch": lambda: pkt.ops._best_window_torch(score, rows, cols),
-        },
+            "prefix sums in torch": lambda: prefix_window(score, rows, cols),
+        }
+        | bench.compiled("torch.compile", prefix_window, (score, rows, cols), lambda made: made(score, rows, cols)),
         bytes_moved=score.numel() * 4,
     )
     if not bench.cuda:
@@ -372,7 +345,7 @@ def sweep(bench: Bench) -> None:
 MODELS = {
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 
 
@@ -399,31 +372,6 @@ def bench_model(bench: Bench, size: str, samples: int, tokens: int, batch: int) 
         for i in range(0, samples, batch)
     ]
 
-    def one(label: str, run: Run) -> None:
-        if bench.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        run()
-        if bench.cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        row = {
-            "group": f"llama {size} {samples}x{tokens}",
-            "rival": label,
-            "ms": seconds * 1e3,
-            # Forward, input gradients and weight gradients.
-            "tflops": 6 * parameters * samples * tokens / seconds / 1e12,
-            "peak_bytes": torch.cuda.max_memory_allocated() if bench.cuda else None,
-            "ours_is_faster_by": 1.0,
-        }
-        row["of_product"] = row["tflops"] / bench.ceilings["product_tflops"]
-        ours = next((r for r in bench.rows if r["group"] == row["group"]), row)
-        row["ours_is_faster_by"] = row["ms"] / ours["ms"]
-        bench.rows.append(row)
-        bench.show(row)
-
     def backward(per_step: int) -> None:
         """Plain gradients, a batch at a time, each freed as soon as it is there: no scores are kept."""
 
@@ -436,70 +384,55 @@ def bench_model(bench: Bench, size: str, samples: int, tokens: int, batch: int) 
         for hook in hooks:
             hook.remove()
 
-    warm = [{key: value[:1, :64] for key, value in loader[0].items()}]
-    pkt.sensitivity(model, warm, tile=64, progress=False)
-    one("pkt, tile sums", lambda: pkt.sensitivity(model, loader, tile=64, progress=False))
-    needed = parameters * (4 + bench.dtype.itemsize) * 1.15
-    if not bench.cuda or torch.cuda.mem_get_info()[1] > needed:
-        one("pkt, elements", lambda: pkt.sensitivity(model, loader, progress=False))
-    one(f"backward only, batch {batch}", lambda: backward(batch))
-    one("backward only, per sample", lambda: backward(1))
+    rivals: dict[str, Run] = {"pkt, tile sums": lambda: pkt.sensitivity(model, loader, tile=64, progress=False)}
+    if not bench.cuda or torch.cuda.mem_get_info()[1] > parameters * (4 + bench.dtype.itemsize) * 1.15:
+        rivals["pkt, elements"] = lambda: pkt.sensitivity(model, loader, progress=False)
+    rivals[f"backward only, batch {batch}"] = lambda: backward(batch)
+    rivals["backward only, per sample"] = lambda: backward(1)
+    pkt.sensitivity(model, [{key: value[:1, :64] for key, value in loader[0].items()}], tile=64, progress=False)
+    # Forward, input gradients and weight gradients; each runs once.
+    flops = 6 * parameters * samples * tokens
+    bench.group(f"llama {size} {samples}x{tokens}", rivals, flops=flops, budget=0.0)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--groups", default=",".join(GROUPS), help="comma-separated, of " + ", ".join(GROUPS))
-    parser.add_argument("--model", choices=MODELS, help="also time a whole model of that shape")
+    parser.add_argument("--model", choices=MODELS, help="time a whole model of that shape instead")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8, help="samples a forward pass of the whole model")
-    parser.add_argument("--sweep", action="store_true", help="also time every block size of the fused product")
+    parser.add_argument("--sweep", action="store_true", help="time every block size of the fused product instead")
+    parser.add_argument("--tiny", action="store_true", help="shapes that show whether it runs, and nothing else")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "bench/results")))
-    arguments = parser.parse_args()
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds a rival may run in a group")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
 
     torch.manual_seed(0)
-    bench = Bench(arguments.device, arguments.rounds)
-    name = torch.cuda.get_device_name() if bench.cuda else platform.processor() or platform.machine()
-    bench.measure_ceilings()
-    failures = []
-    for group in filter(None, arguments.groups.split(",")):
+    if options.tiny:
+        options.samples, options.tokens, options.batch, options.rounds = 4, 16, 2, 2
+    works: dict[str, Callable[[Bench], None]] = {name: GROUPS[name] for name in filter(None, options.groups.split(","))}
+    label = options.model or ("sweep" if options.sweep else "")
+    if options.model:
+        shape = options.samples, options.tokens, options.batch
+        works = {label: lambda bench: bench_model(bench, options.model, *shape)}
+    elif options.sweep:
+        works = {label: sweep}
+    path = options.out / f"kernels_{kind_of(options.device, options.tiny)}{'_' if label else ''}{label}.json"
+    report = Report(path, options.device, rounds=options.rounds)
+    bench = Bench(report, options.device, options.rounds, options.budget, options.tiny)
+    bench.measure_ceilings(tiny=options.tiny)
+    for name, work in works.items():
         try:
-            GROUPS[group](bench)
+            work(bench)
         except (Exception, SystemExit) as error:
-            failures.append(f"{group}: {error}")
-            print(f"{group} FAILED: {error}", flush=True)
+            report.fail(name, error)
         if bench.cuda:
             torch.cuda.empty_cache()
-    extras: list[tuple[str, Run]] = []
-    if arguments.sweep:
-        extras.append(("sweep", lambda: sweep(bench)))
-    if arguments.model:
-        size = arguments.model
-        extras.append((size, lambda: bench_model(bench, size, arguments.samples, arguments.tokens, arguments.batch)))
-    for label, run in extras:
-        try:
-            run()
-        except (Exception, SystemExit) as error:
-            failures.append(f"{label}: {error}")
-            print(f"{label} FAILED: {type(error).__name__}: {error}", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "implementations": {op: pkt.ops.implementation(op, arguments.device)[0] for op in sorted(pkt.ops._TRITON)},
-        "ceilings": bench.ceilings,
-        "rows": bench.rows,
-        "failures": failures,
-    }
-    path = arguments.out / f"kernels_{bench.device.type}{'_' + arguments.model if arguments.model else ''}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {path}")
-    if failures:
-        raise SystemExit("\n".join(failures))
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,31 +1,24 @@
 """pkt::rsvd against its rivals: same matrices, one group of one run, energy checked before time.
 
-    python bench/bench_rsvd.py [--device cpu|cuda] [--shapes 4096x4096,...] [--ranks 16,64] [--full] [--student] [--out DIR]
+    python bench/bench_rsvd.py [--device cpu|cuda] [--shapes 4096x4096,...] [--ranks 16,64] [--full] [--odd] [--student]
+                               [--quality] [--tiny] [--out DIR]
 
 A matrix is bf16 with the spectrum of a trained projection (σ_i falling as i^-½ from a few outliers, plus noise), and a
-window of a larger one, so never contiguous. Rivals take their conversion from bf16 into account, as a user would pay it.
-Each row holds the median wall-clock time of interleaved rounds (`ms`) and the least (`fastest_ms`), the captured energy
-as a share of the best known, and the peak of the memory beyond the input. `--full` adds torch.linalg.svd and the exact
-energy; `--student` the 224 matrices of a 7B student, in batches and one by one; `--quality` compares block Krylov with
-plain subspace iteration for the same readings of the matrix.
-Writes DIR/rsvd_<device>.json.
+window of a larger one, so never contiguous; `--odd` adds windows that begin at an odd column, as most real ones do. Rivals take
+their conversion from bf16 into account, as a user would pay it. Each row holds the median and the least time of interleaved
+rounds, the captured energy as a share of the best known, and the peak of the memory beyond the input. `--full` adds
+torch.linalg.svd, once, and the exact energy (on a CPU of matrices up to 4096 wide); `--student` the 224 matrices of a 7B
+student, in batches and one by one; `--quality` compares block Krylov with plain subspace iteration for the same readings of
+the matrix. Writes DIR/rsvd_<device>.json (with --tiny, rsvd_tiny.json) after every group.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import os
-import platform
 import resource
-import statistics
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +26,19 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from pkt import ops, rsvd_reference  # noqa: E402
+from measuring import RESULTS, Bench, Measured, Report, kind_of  # noqa: E402
+
+from pkt import ops  # noqa: E402
+from pkt.ops import rsvd_reference  # noqa: E402
 
 Values = Callable[[], Tensor]  # the singular values a rival finds
 LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+# Of the matrix, at the default number of iterations: block Krylov's on a CPU, and subspace iteration's on a GPU, one for the
+# energy each.
+READINGS = {"cpu": 6, "cuda": 10}
 
 
-def window(n: int, m: int, device: torch.device, seed: int = 0) -> Tensor:
+def window(n: int, m: int, device: torch.device, seed: int = 0, column: int = 32) -> Tensor:
     """A bf16 [n, m] view into a larger matrix: 64 directions that fall off as i^-½, two outliers, and noise."""
     g = torch.Generator(device).manual_seed(seed)
 
@@ -54,90 +53,31 @@ def window(n: int, m: int, device: torch.device, seed: int = 0) -> Tensor:
         rows = slice(start, start + 1024)
         block = (left[rows] * values) @ right
         whole[rows] = (block + 0.02 * normal(*block.shape)).to(torch.bfloat16)
-    return whole[32 : 32 + n, 32 : 32 + m]
+    return whole[32 : 32 + n, column : column + m]
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def group(bench: Bench, name: str, rank: int, rivals: dict[str, Values], best: float | None, moved: float) -> None:
+    """Rows of one group; the first rival is ours. `best`: the optimum's energy, else the most that any rival finds is it."""
+    first = len(bench.report.rows)
+    bench.group(name, rivals, bytes_moved=moved, more=lambda found: {"energy": energy(found, rank)})
+    rows = [row for row in bench.report.rows[first:] if "energy" in row]
+    ceiling = best or max(row["energy"] for row in rows)
+    for place, row in enumerate(rows):
+        row["energy_of_best"] = row.pop("energy") / ceiling
+        if place:  # the bytes moved are ours
+            del row["gbs"], row["of_copy"]
+    shares = ", ".join(f"{row['energy_of_best']:.5f}" for row in rows)
+    print(f"{name:44} energies of the best {shares}", flush=True)
+    bench.report.save()
 
 
-class Bench:
-    def __init__(self, device: str, rounds: int) -> None:
-        self.device, self.rounds = torch.device(device), rounds
-        self.rows: list[dict[str, Any]] = []
+def energy(found: Measured, rank: int) -> float:
+    return float(found.value[:rank].double().square().sum())
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
-    def seconds(self, run: Callable[[], Any]) -> float:
-        self.synchronize()
-        if self.device.type == "cpu":
-            time.sleep(0.5)  # the threads of the rival before may still be spinning, waiting for more
-        start = time.perf_counter()
-        run()
-        self.synchronize()
-        return time.perf_counter() - start
-
-    def peak_bytes(self, run: Callable[[], Any]) -> int:
-        """Memory that a run takes beyond what was there: the allocator's on a GPU, resident and sampled on the CPU."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # else the run takes what earlier ones freed
-        before, peak, finished = resident_bytes(), 0, threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not finished.wait(0.0005):
-                peak = max(peak, resident_bytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        run()
-        finished.set()
-        watcher.join()
-        return max(0, peak - before)
-
-    def group(self, name: str, rank: int, rivals: dict[str, Values], best: float | None = None) -> None:
-        """Rows of one group; the first rival is ours. `best` is the optimum's energy, else the most that any rival finds."""
-        energies: dict[str, float] = {}
-        for rival, values in list(rivals.items()):
-            try:
-                energies[rival] = values()[:rank].double().square().sum().item()
-            except Exception as error:
-                print(f"{name:22} {rival:34} did not run: {error}", flush=True)
-                self.rows.append({"group": name, "rival": rival, "failed": str(error)[:200]})
-                del rivals[rival]
-        ceiling = best or max(energies.values())
-        ours = next(iter(rivals))
-        peaks = {rival: self.peak_bytes(values) for rival, values in rivals.items()}
-        times: dict[str, list[float]] = {rival: [] for rival in rivals}
-        for _ in range(self.rounds):
-            for rival, values in rivals.items():
-                times[rival].append(self.seconds(values))
-        medians = {rival: statistics.median(values) for rival, values in times.items()}
-        for rival in rivals:
-            row = {
-                "group": name,
-                "rival": rival,
-                "ms": medians[rival] * 1e3,
-                "fastest_ms": min(times[rival]) * 1e3,
-                "ours_is_faster_by": medians[rival] / medians[ours],
-                "energy_of_best": energies[rival] / ceiling,
-                "peak_bytes": peaks[rival],
-            }
-            self.rows.append(row)
-            print(
-                f"{name:22} {rival:34} {row['ms']:10.2f} ms (fastest {row['fastest_ms']:9.2f})"
-                f" {row['ours_is_faster_by']:8.2f}x  energy {row['energy_of_best']:.5f}"
-                f"  peak {row['peak_bytes'] / 2**20:8.1f} MiB",
-                flush=True,
-            )
+def readings_of(a: Tensor) -> float:
+    """Bytes that pkt::rsvd reads of a matrix."""
+    return READINGS[a.device.type] * a.numel() * a.element_size()
 
 
 def rivals(a: Tensor, rank: int) -> dict[str, Values]:
@@ -167,9 +107,9 @@ def rivals(a: Tensor, rank: int) -> dict[str, Values]:
     return found
 
 
-def student(bench: Bench, layers: int, rank: int = 16) -> None:
+def student(bench: Bench, layers: int, by: int = 1, rank: int = 16) -> None:
     """The windows of a 7B student, seven a layer and a layer at a time, as `pkt.extract` sends them: in a batch, or not."""
-    layer = [window(n, m, bench.device, seed=i) for i, (n, m) in enumerate(LLAMA_7B)]
+    layer = [window(n // by, m // by, bench.device, seed=i) for i, (n, m) in enumerate(LLAMA_7B)]
 
     def each_layer(values: Callable[[], list[Tensor]]) -> Values:
         def run() -> Tensor:
@@ -180,7 +120,8 @@ def student(bench: Bench, layers: int, rank: int = 16) -> None:
         return run
 
     count = len(layer)
-    bench.group(
+    group(
+        bench,
         f"7B student, {layers * count} matrices",
         rank * count,
         {
@@ -190,19 +131,20 @@ def student(bench: Bench, layers: int, rank: int = 16) -> None:
                 lambda: [torch.svd_lowrank(a.float(), q=rank + 16, niter=4)[1] for a in layer]
             ),
         },
+        None,
+        layers * sum(readings_of(a) for a in layer),
     )
 
 
-def quality(bench: Bench) -> None:
+def quality(bench: Bench, n: int, m: int, rank: int = 16) -> None:
     """Excess of ‖A − USVᵀ‖² over the optimum for the same readings: block Krylov, twice as wide, and without its basis."""
-    n, m, rank = 2048, 1024, 16
     g = torch.Generator().manual_seed(0)
-    left = torch.linalg.qr(torch.randn(n, m, generator=g)).Q
-    right = torch.linalg.qr(torch.randn(m, m, generator=g)).Q
-    i = torch.arange(1, m + 1)
+    left = torch.linalg.qr(torch.randn(n, m, generator=g)).Q.to(bench.device)
+    right = torch.linalg.qr(torch.randn(m, m, generator=g)).Q.to(bench.device)
+    i = torch.arange(1, m + 1, device=bench.device)
     spectra = {
         "Gaussian": None,
-        "flat": torch.ones(m),
+        "flat": torch.ones(m, device=bench.device),
         "1/i": 1 / i,
         "i^-1/2": i**-0.5,
         "i^-1/4": i**-0.25,
@@ -210,24 +152,28 @@ def quality(bench: Bench) -> None:
         "clustered": torch.where(i <= 10, 1.0, torch.where(i < 40, 0.99, 0.1)),
     }
     for name, values in spectra.items():
-        a = torch.randn(n, m, generator=g) if values is None else (left * values) @ right.T
+        a = torch.randn(n, m, generator=g).to(bench.device) if values is None else (left * values) @ right.T
         exact = torch.linalg.svdvals(a.double())
-        best = exact[rank:].square().sum()
+        total, best = a.double().square().sum(), exact[rank:].square().sum()
 
-        def excess(right_vectors: Tensor, a: Tensor = a, best: Tensor = best) -> float:
-            captured = (a.double() @ right_vectors.double()).square().sum()
-            return ((a.double().square().sum() - captured) / best - 1).item()
+        def captured(right_vectors: Tensor, a: Tensor = a) -> Tensor:
+            return (a.double() @ right_vectors.double()).square().sum()
+
+        def excess(right_vectors: Tensor, total: Tensor = total, best: Tensor = best) -> float:
+            return ((total - captured(right_vectors)) / best - 1).item()
 
         for readings in (3, 5, 7):
+            ours = ops.rsvd(a, rank, iters=readings - 1)[2]
             plain = torch.svd_lowrank(a, q=rank + 16, niter=readings - 1)[2][:, :rank]
             row = {
                 "group": f"quality, {readings} readings",
                 "spectrum": name,
-                "excess_block_krylov": excess(ops.rsvd(a, rank, iters=readings - 1)[2]),
+                "captured_of_best": (captured(ours) / exact[:rank].square().sum()).item(),
+                "excess_block_krylov": excess(ours),
                 "excess_block_krylov_32_wide": excess(ops.rsvd(a, rank, 32 * readings - rank, readings - 1)[2]),
                 "excess_subspace_iteration_32_wide": excess(plain),
             }
-            bench.rows.append(row)
+            bench.report.add(row)
             print(
                 f"{row['group']:22} {name:10} excess over the optimum: Krylov {row['excess_block_krylov']:.1e}, "
                 f"32 wide {row['excess_block_krylov_32_wide']:.1e}, "
@@ -236,58 +182,79 @@ def quality(bench: Bench) -> None:
             )
 
 
-def main() -> None:
+def full_svd(bench: Bench, a: Tensor) -> Tensor:
+    """All singular values, timed once: it takes seconds to minutes."""
+    n, m = a.shape
+    result: list[Tensor] = []
+    seconds = bench.clock.seconds(lambda: result.append(torch.linalg.svd(a.float(), full_matrices=False)[1]))
+    rival = "torch.linalg.svd (PEFT pissa)"
+    bench.report.add({"group": f"{n}x{m} full SVD", "rival": rival, "ms": seconds * 1e3, "runs": 1})
+    print(f"{n}x{m} torch.linalg.svd, once: {seconds:.1f} s", flush=True)
+    return result[0]
+
+
+def one_shape(bench: Bench, n: int, m: int, ranks: list[int], full: bool, odd: bool) -> None:
+    shape = f"{n}x{m}"
+    a = window(n, m, bench.device)
+    exact: Tensor | None = None
+    if full and bench.cuda:
+        # The full decomposition comes last there, for the slot may end in it.
+        exact = torch.linalg.eigvalsh(a.double().T @ a.double()).clamp_min(0).sqrt().flip(0)
+    elif full and max(n, m) <= 4096:
+        exact = full_svd(bench, a)
+    for rank in ranks:
+        best = None if exact is None else exact[:rank].double().square().sum().item()
+        group(bench, f"{shape} rank {rank}", rank, rivals(a, rank), best, readings_of(a))
+    if odd:
+        a, rank = window(n, m, bench.device, column=33), ranks[0]
+        ours = {"pkt::rsvd": lambda: ops.rsvd(a, rank)[1]}
+        group(bench, f"{shape} rank {rank} odd column", rank, ours, None, readings_of(a))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", default="4096x4096,11008x4096,32000x4096")
     parser.add_argument("--ranks", default="16,64")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds a rival may run in a group")
     parser.add_argument("--full", action="store_true", help="torch.linalg.svd too, and shares of the exact optimum")
+    parser.add_argument("--odd", action="store_true", help="also windows that begin at an odd column")
     parser.add_argument("--student", action="store_true")
     parser.add_argument("--layers", type=int, default=32, help="of the student's 32; fewer on a CPU")
     parser.add_argument("--quality", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "bench" / "results")))
+    parser.add_argument("--tiny", action="store_true", help="shapes that show whether it runs, and nothing else")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
 
-    bench = Bench(options.device, options.rounds)
+    by, core = 1, (2048, 1024)
+    if options.tiny:
+        options.shapes, options.ranks, options.rounds, options.layers = "200x160,130x200", "16", 2, 1
+        by, core = 64, (128, 100)
     print(f"pkt::rsvd on {options.device}: {ops.implementation('rsvd', options.device)}", flush=True)
-    for shape in filter(None, options.shapes.split(",")):
-        n, m = map(int, shape.split("x"))
-        a = window(n, m, bench.device)
-        exact: Tensor | None = None
-        if options.full and max(n, m) <= 4096:
-            result: list[Tensor] = []
-            seconds = bench.seconds(lambda a=a, result=result: result.append(torch.linalg.svd(a.float())[1]))
-            exact = result[0]
-            bench.rows.append(
-                {"group": f"{shape} full SVD", "rival": "torch.linalg.svd (PEFT pissa)", "ms": seconds * 1e3}
-            )
-            print(f"{shape:22} torch.linalg.svd, once: {seconds:.1f} s", flush=True)
-        for rank in map(int, options.ranks.split(",")):
-            best = None if exact is None else exact[:rank].double().square().sum().item()
-            bench.group(f"{shape} rank {rank}", rank, rivals(a, rank), best)
+    path = options.out / f"rsvd_{kind_of(options.device, options.tiny)}.json"
+    report = Report(path, options.device, rounds=options.rounds)
+    bench = Bench(report, options.device, options.rounds, options.budget)
+    bench.measure_ceilings(tiny=options.tiny)
+    ranks = [int(rank) for rank in options.ranks.split(",")]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in filter(None, options.shapes.split(","))]
+    works: dict[str, Callable[[], object]] = {}
+    for n, m in shapes:
+        works[f"{n}x{m}"] = lambda n=n, m=m: one_shape(bench, n, m, ranks, options.full, options.odd)
     if options.quality:
-        quality(bench)
+        works["quality"] = lambda: quality(bench, *core)
     if options.student:
-        student(bench, options.layers)
-
-    facts = {
-        "device": torch.cuda.get_device_name()
-        if bench.device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "implementation": ops.implementation("rsvd", options.device),
-        "rounds": options.rounds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "load_average": os.getloadavg(),
-        "rows": bench.rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"rsvd_{bench.device.type}.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"wrote {path}")
+        works["student"] = lambda: student(bench, options.layers, by)
+    if options.full and bench.cuda:
+        works["full SVD"] = lambda: [full_svd(bench, window(*shape, bench.device)) for shape in shapes]
+    for name, work in works.items():
+        try:
+            work()
+        except Exception as error:
+            report.fail(name, error)
+    report.save(peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,119 +12,51 @@ Correctness comes first: on a small teacher of the same architecture the streame
 in-memory path. Then, in one process of its own, so that its memory can be told: the peak of anonymous memory above the bare
 import (mapped files are not counted), the time of the whole transfer against that of its matrix products alone, measured
 after it in the same process on the same operands' shapes and types, and the bytes read against the checkpoint's size.
+
+Predicted for the GPU's rows before any was run (never a measured figure): 8·P·T flops at 800 TFLOP/s and the weights twice at
+25 GB/s give 13B 2.1 s of products and, streamed, 52 GB in 2.1 s; 34B 5.5 s, and 134 GB in 5.4 s. What a run takes beyond that is
+launches, attention, windows and factors, or waiting, and `seconds_by_phase` and `waiting_share` say where.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import RESULTS, Clock, Peak, Report, kind_of, machine, measure
+from synthetic import LARGE, SMALLER, VOCABULARY, config, llama, random_model, seeds, write_teacher
 
-OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 RANK, SEEDS, TOKENS, MICRO_BATCH = 16, 8, 128, 8
 TEACHER = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 24}
 STUDENT = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_hidden_layers": 12}
-VOCAB = 16384
 MEMORY = "1500MB"
 GOALS = {"peak_gb": 1.5, "time_ratio": 1.3, "read_ratio": 2.05}
-
-
-def config(shape: dict[str, int], vocab: int = VOCAB) -> Any:
-    from transformers import LlamaConfig
-
-    heads = shape["num_attention_heads"]
-    return LlamaConfig(
-        **shape, vocab_size=vocab, num_key_value_heads=heads, max_position_embeddings=2048, dtype="bfloat16"
-    )
-
-
-def write_teacher(folder: Path, shape: dict[str, int]) -> int:
-    """A checkpoint of random bf16 weights, one shard a layer; never whole in memory. Its bytes."""
-    from safetensors.torch import save_file
-
-    from pkt.models import skeleton
-
-    config(shape).save_pretrained(folder)
-    groups: dict[str, list[str]] = {}
-    model = skeleton(config(shape))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name in shapes:
-        parts = name.split(".")
-        groups.setdefault(parts[2] if "layers" in parts else "outside", []).append(name)
-    weight_map, size = {}, 0
-    generator = torch.Generator().manual_seed(0)
-    for number, (_, names) in enumerate(groups.items()):
-        tensors = {}
-        for name in names:
-            noise = torch.randn(shapes[name], generator=generator)
-            tensors[name] = (1 + 0.1 * noise if noise.ndim == 1 else noise.mul_(0.02)).to(torch.bfloat16)
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-        size += sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
-
-
-def seeds(vocab: int = VOCAB, count: int = SEEDS, length: int = TOKENS) -> Any:
-    from pkt.seeds import Example, Seeds
-
-    rows = torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
-    return Seeds([Example(ids, list(ids), [], "", line) for line, ids in enumerate(rows, 1)], "bench", 0)
-
-
-def anonymous() -> int:
-    """Bytes of anonymous resident memory of this process (RssAnon): what is resident and not shared with a file."""
-    # Of the files that tell, the one of a few bytes: looking must not show in the bytes read.
-    _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_so_far() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
-class Peak:
-    """The largest anonymous memory while it is open, looked at every few milliseconds."""
-
-    def __enter__(self) -> Peak:
-        self.value, self.stop = anonymous(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.value = max(self.value, anonymous())
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.value = max(self.value, anonymous())
-
-
 def same_answer(folder: Path) -> bool:
     """On a small teacher: the windows and layers of the in-memory path."""
     import pkt
     from pkt.models import load_model
-    from pkt.transferring import score_seeds
+    from pkt.scoring import score_seeds
 
     small = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 4}
     student = config({"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 2, "num_hidden_layers": 2})
     write_teacher(folder, small)
-    rows = seeds(count=4, length=32)
+    rows = seeds(4, 32)
     sens = score_seeds(load_model(folder), rows, batch_size=MICRO_BATCH, progress=False)
     plan = pkt.plan(sens, folder, student)
     ext = pkt.transfer(folder, student, rows, rank=4, batch_size=MICRO_BATCH, device_memory="200MB", progress=False)
@@ -141,7 +73,7 @@ def products(shape: dict[str, int]) -> dict[str, float]:
         for kind, seconds in _products(rows, cols, SEEDS * TOKENS, SEEDS).items():
             total[kind] += count * seconds * (2 if kind == "forward" else 1)
 
-    total["head"] = SEEDS * sum(_products(VOCAB, hidden, TOKENS, 1).values())
+    total["head"] = SEEDS * sum(_products(VOCABULARY, hidden, TOKENS, 1).values())
     return total
 
 
@@ -158,17 +90,16 @@ def _products(rows: int, cols: int, tokens: int, samples: int) -> dict[str, floa
             b.t() @ a
 
     calls = {"forward": lambda: F.linear(x, w), "dX": lambda: dy @ w, "dW": weight_gradients}
-    return {kind: _seconds(call) for kind, call in calls.items()}
-
-
-def _seconds(call: Any) -> float:
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
     # The first call chooses a kernel and packs weights; the run pays that once, not per layer.
-    return sorted(times[1:])[1]
+    return {kind: found.median for kind, found in measure(Clock("cpu"), calls, rounds=3, budget=60.0)[0].items()}
+
+
+def by_phase(ticks: list[Any]) -> dict[str, float]:
+    """Seconds that each phase of a transfer took."""
+    found: dict[str, float] = {}
+    for earlier, now in zip([None, *ticks], ticks, strict=False):
+        found[now.phase] = found.get(now.phase, 0.0) + now.seconds - (earlier.seconds if earlier else 0.0)
+    return found
 
 
 def child(folder: Path, layers: int) -> dict[str, Any]:
@@ -179,21 +110,21 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
     import pkt.transferring
 
     shape, student = {**TEACHER, "num_hidden_layers": layers}, {**STUDENT, "num_hidden_layers": layers // 2}
-    rows = seeds()
+    rows = seeds(SEEDS, TOKENS)
     ticks: list[Any] = []
     memory: list[Any] = []
     selecting = [0.0]
-    take = pkt.transferring.Harvest.take
+    take = pkt.transferring.run.Harvest.take
 
     def timed_take(*args: Any) -> None:
         begin = time.perf_counter()
         take(*args)
         selecting[0] += time.perf_counter() - begin
 
-    pkt.transferring.Harvest.take = timed_take
-    bare, before = anonymous(), read_so_far()
-    begin, cpu = time.perf_counter(), time.process_time()
+    pkt.transferring.run.Harvest.take = timed_take
+    before = read_so_far()
     with Peak() as peak:
+        begin, cpu = time.perf_counter(), time.process_time()
         ext = pkt.transfer(
             folder,
             config(student),
@@ -206,21 +137,18 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
             on_memory=memory.append,
             on_tick=ticks.append,
         )
-    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     read, load = read_so_far() - before, os.getloadavg()[0]
     alone = products(shape)
     checkpoint = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    by_phase: dict[str, float] = {}
-    for earlier, now in zip([None, *ticks], ticks, strict=False):
-        by_phase[now.phase] = by_phase.get(now.phase, 0.0) + now.seconds - (earlier.seconds if earlier else 0.0)
     return {
         "seconds": seconds,
-        "seconds_by_phase": by_phase,
+        "seconds_by_phase": by_phase(ticks),
         "windows_and_factors_seconds": selecting[0],
         "products_seconds": sum(alone.values()),
         "products_by_kind": alone,
         "time_ratio": seconds / sum(alone.values()),
-        "peak_gb": (peak.value - bare) / 1e9,
+        "peak_gb": peak.bytes / 1e9,
         "planned_gb": memory[0].device_total / 1e9,
         "read_bytes": read,
         "read_ratio": read / checkpoint,
@@ -234,34 +162,10 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
     }
 
 
-LARGE = {
-    "13B": (13824, 5120, 40, 40, 40, 32000),
-    "34B": (22016, 8192, 48, 64, 8, 32000),
-    "70B": (28672, 8192, 80, 64, 8, 128256),
-    "405B": (53248, 16384, 126, 128, 8, 128256),
-}
-
-
-def llama(shape: tuple[int, ...], tiny: bool = False) -> Any:
-    from transformers import LlamaConfig
-
-    ffn, hidden, layers, heads, kv, vocab = shape
-    by = 64 if tiny else 1
-    return LlamaConfig(
-        vocab_size=vocab // by,
-        hidden_size=hidden // by,
-        intermediate_size=ffn // by,
-        num_hidden_layers=max(2, layers // by) if tiny else layers,
-        num_attention_heads=heads // 8 if tiny else heads,
-        num_key_value_heads=max(1, kv // 8) if tiny else kv,
-    )
-
-
 def scaling(samples: int = 32, tokens: int = 512) -> None:
     """Memory, bytes and flops of large teachers, from the planner and the shapes alone."""
-    from pkt.budgeting import plan_memory, sizes_of
-    from pkt.loading import Teacher
     from pkt.models import hollow_model
+    from pkt.streaming import Teacher, plan_memory, sizes_of
 
     print("| teacher | parameters | one layer | its S | micro-batch | device | boundaries | read | flops |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -282,7 +186,8 @@ def scaling(samples: int = 32, tokens: int = 512) -> None:
         )
         boundaries = (layers + 1) * samples * tokens * hidden * 2
         parameters = sum(p.numel() for p in teacher.model.parameters())
-        used = plan.device_total - plan.device["activations"]
+        rounding = plan.device["allocator's rounding"] / plan.device_total
+        used = int(plan.device_total - plan.device["activations"] / (1 - rounding))
         print(
             f"| {name} | {parameters / 1e9:.1f}B | {sizes.layer * 2 / 1e9:.2f} GB | {sizes.layer * 4 / 1e9:.2f} GB | "
             f"{plan.micro_batch} | {used / 1e9:.1f} GB | {boundaries / 1e9:.1f} GB | {plan.read / 1e9:.0f} GB | "
@@ -290,74 +195,132 @@ def scaling(samples: int = 32, tokens: int = 512) -> None:
         )
 
 
-# Name, teacher, student, memory the transfer may use (None: what is free), goals of DESIGN's table (seconds, bytes).
-SMALLER = {"7B": (11008, 4096, 32, 32, 32, 32000), "8B": (14336, 4096, 32, 32, 8, 32000)}
+# Name, teacher, student, device memory and host memory the transfer may use (None: resident, in what is free).
 GPU_ROWS = (
-    ("13B resident", "13B", "7B", None, 10.0, None),
-    ("13B streamed", "13B", "7B", 10_000_000_000, 10.0, 10_000_000_000),
-    ("34B from host memory", "34B", "8B", 16_000_000_000, 60.0, 16_000_000_000),
+    ("13B resident", "13B", "7B", None, 32_000_000_000),
+    ("13B streamed", "13B", "7B", 10_000_000_000, 32_000_000_000),
+    ("34B from host memory", "34B", "8B", 16_000_000_000, 32_000_000_000),
 )
 
 
-def random_model(shape: Any, device: torch.device) -> Any:
-    """bf16 weights from one random block: a large model's own random numbers would take longer than the transfer."""
-    from pkt.models import hollow_model
-
-    model = hollow_model(shape, torch.bfloat16, device)
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[key] = torch.nn.Parameter(torch.empty_like(parameter, device=device))
-    block = (torch.randn(1 << 24) * 0.02).to(torch.bfloat16).to(device)
-    for index, parameter in enumerate(model.parameters()):
-        flat = parameter.data.view(-1)
-        for start in range(0, flat.numel(), block.numel()):
-            part = flat[start : start + block.numel()]
-            part.copy_(block.roll(7919 * (index + 1))[: part.numel()])
-        if parameter.ndim == 1:
-            parameter.data += 1
-    return model
+def regions_of(ext: Any) -> list[Any]:
+    return [ext.plan.layer_map, *((e.source, e.target, e.region) for e in ext.plan.entries)]
 
 
-def on_device(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
-    """One transfer a row: 32 samples of 512 tokens, end to end after loading."""
+def regions_that_differ(device: torch.device, folder: Path) -> int:
+    """On a small teacher in fp32: how many regions and layers the device chooses otherwise than the CPU, either way."""
+    import pkt
+    from pkt.models import load_model
+
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_hidden_layers": 4}
+    student = config({"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 2, "num_hidden_layers": 2})
+    write_teacher(folder, shape)
+    rows = seeds(4, 32)
+    options: dict[str, Any] = {"rank": 4, "batch_size": 2, "dtype": torch.float32, "progress": False}
+    wanted = regions_of(pkt.transfer(folder, student, rows, device="cpu", **options))
+    resident = regions_of(pkt.transfer(folder, student, rows, device=device, **options))
+    on_host = load_model(folder, dtype=torch.float32)
+    streamed = regions_of(pkt.transfer(on_host, student, rows, device=device, device_memory="1GB", **options))
+    return sum(a != b for found in (resident, streamed) for a, b in zip(found, wanted, strict=True))
+
+
+class _PlannedError(Exception):
+    """Carries a transfer's memory plan out of it, before any weight is read."""
+
+
+def planned(**inputs: Any) -> dict[str, Any]:
+    """What the transfer says that it will take; `predicted_seconds` is its flops at the rate this device shows in a trial."""
     import pkt
 
-    found = []
-    for name, teacher, student, memory, seconds_goal, bytes_goal in GPU_ROWS:
-        resident = memory is None
-        model = random_model(llama(LARGE[teacher], tiny), device if resident else torch.device("cpu"))
-        rows = seeds(vocab=model.config.vocab_size, count=4 if tiny else 32, length=32 if tiny else 512)
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        ticks: list[Any] = []
+    def stop(plan: Any) -> None:
+        raise _PlannedError(plan)
+
+    try:
+        pkt.transfer(**inputs, on_memory=stop)
+    except _PlannedError as told:
+        plan = told.args[0]
+    return {
+        "planned_bytes": plan.device_total,
+        "predicted_seconds": plan.seconds,
+        "micro_batch": plan.micro_batch,
+        "places": {place: plan.places.count(place) for place in sorted(set(plan.places))},
+        "resident": plan.resident,
+    }
+
+
+def one_transfer(row: tuple[Any, ...], device: torch.device, tiny: bool) -> dict[str, Any]:
+    """32 samples of 512 tokens, end to end after loading, after the same on two layers has made every kernel."""
+    import pkt
+
+    name, teacher, student, device_memory, host_memory = row
+    home = device if device_memory is None else torch.device("cpu")
+    shapes = llama(LARGE[teacher], tiny), llama(SMALLER[student], tiny)
+    rows = seeds(4 if tiny else 32, 32 if tiny else 512, shapes[0].vocab_size)
+    options: dict[str, Any] = {
+        "seeds": rows,
+        "rank": 2 if tiny else RANK,
+        "batch_size": 8,
+        "device": device,
+        "device_memory": None if tiny else device_memory,
+        "host_memory": None if tiny else host_memory,
+        "progress": False,
+    }
+    two = copy.deepcopy(shapes)
+    for shape in two:
+        shape.num_hidden_layers = 2
+    begin = time.perf_counter()
+    pkt.transfer(random_model(two[0], home, layers_share=False), two[1], **options)
+    warm_up = time.perf_counter() - begin
+
+    model = random_model(shapes[0], home, layers_share=device_memory is not None)
+    found = {"row": name, "warm_up_seconds": warm_up, **planned(teacher=model, student=shapes[1], **options)}
+    ticks: list[Any] = []
+    with Peak(device) as peak:
         begin = time.perf_counter()
-        pkt.transfer(
-            *(model, llama(SMALLER[student], tiny), rows),
-            rank=RANK if not tiny else 2,
-            batch_size=8,
-            device=device,
-            device_memory=None if tiny else memory,
-            progress=False,
-            on_tick=ticks.append,
+        pkt.transfer(model, shapes[1], **options, on_tick=ticks.append)
+        seconds = time.perf_counter() - begin
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    text = shapes[0]
+    return {
+        **found,
+        "seconds": seconds,
+        "seconds_by_phase": by_phase(ticks),
+        "waiting_share": ticks[-1].waiting,
+        "tokens": rows.tokens,
+        "tokens_per_s": rows.tokens / seconds,
+        # All that the device holds: a resident teacher was there before.
+        "peak_bytes": peak.most if device.type == "cuda" else peak.bytes,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+        "weights_bytes": weights,
+        "boundaries_bytes": (text.num_hidden_layers + 1) * rows.tokens * text.hidden_size * 2,
+    }
+
+
+def on_device(device: torch.device, tiny: bool, out: Path) -> int:
+    """The rows of a GPU, each written as soon as it is there."""
+    report = Report(out / f"stream_{kind_of(device, tiny)}.json", device, rank=2 if tiny else RANK)
+    with tempfile.TemporaryDirectory(prefix="pkt-bench-") as scratch:
+        try:
+            different = regions_that_differ(device, Path(scratch) / "small")
+            report.save(regions_that_differ=different)
+            if different:
+                raise ValueError(f"{different} regions or layers are not those that the CPU chooses")
+        except Exception as error:
+            report.fail("same regions", error)
+    for row in GPU_ROWS:
+        try:
+            found = one_transfer(row, device, tiny)
+        except Exception as error:
+            report.fail(row[0], error)
+            continue
+        report.add(found)
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in found["seconds_by_phase"].items())
+        print(
+            f"stream {found['row']:22} {found['seconds']:8.2f} s ({phases}; waiting {found['waiting_share']:.0%})  "
+            f"peak {found['peak_bytes'] / 1e9:6.2f} GB of {found['planned_bytes'] / 1e9:6.2f} planned",
+            flush=True,
         )
-        row = {
-            "row": name,
-            "seconds": time.perf_counter() - begin,
-            "seconds_goal": seconds_goal,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            "bytes_goal": bytes_goal,
-            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "waiting_share": ticks[-1].waiting,
-        }
-        found.append(row)
-        print(f"stream {name:22} {row['seconds']:8.2f} s  peak {(row['peak_bytes'] or 0) / 1e9:6.2f} GB", flush=True)
-        del model
-        if cuda:
-            torch.cuda.empty_cache()
-    return found
+    return report.finish()
 
 
 def main() -> int:
@@ -367,16 +330,14 @@ def main() -> int:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scaling", action="store_true", help="print the calculated tables and leave")
     parser.add_argument("--device", default="", help="cuda: the rows of a GPU")
-    parser.add_argument("--tiny", action="store_true", help="with --device: tiny shapes, written nowhere")
+    parser.add_argument("--tiny", action="store_true", help="with --device: shapes that show whether it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.device:
         device = torch.device(options.device)
-        rows = on_device(device, options.tiny)
-        if not options.tiny:
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-            value = {"device": name, "torch": torch.__version__, "samples": 32, "tokens": 512, "rows": rows}
-            (OUT / f"stream_{device.type}.json").write_text(json.dumps(value, indent=1) + "\n")
-        return 0
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return on_device(device, options.tiny, options.out)
     if options.scaling:
         scaling()
         return 0
@@ -401,12 +362,14 @@ def main() -> int:
             print(done.stderr, file=sys.stderr)
             return done.returncode
         found = json.loads(done.stdout.splitlines()[-1])
+    facts = machine("cpu")["machine"]
     result = {
         "what": f"streamed transfer, {size / 2e9:.2f}B bf16 teacher on disk, {SEEDS} seeds x {TOKENS} tokens, rank {RANK}",
-        "teacher": {**TEACHER, "num_hidden_layers": options.layers, "vocab_size": VOCAB, "bytes": size},
+        "teacher": {**TEACHER, "num_hidden_layers": options.layers, "vocab_size": VOCABULARY, "bytes": size},
         "student": {**STUDENT, "num_hidden_layers": options.layers // 2},
         "machine": {
-            "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            **facts,
+            "cpu": f"{facts['cpu']}, {facts['instructions']}",
             "threads": options.threads,
             "computed_in": str(working_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch."),
         },
@@ -417,8 +380,8 @@ def main() -> int:
     }
     print(json.dumps(result, indent=2))
     if options.layers == TEACHER["num_hidden_layers"]:
-        OUT.mkdir(parents=True, exist_ok=True)
-        (OUT / "stream_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "stream_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

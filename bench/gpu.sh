@@ -1,58 +1,120 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under nine minutes: the extension, the GPU tests, the benchmarks; a short table last.
-# Every step runs whatever became of the ones before it; the exit status is 1 if any failed.
-# Logs and JSON go to $OUT, or to bench/results. PYTHON names the interpreter; SWEEP=1 adds the block-size sweep.
+# All that needs a GPU, in one slot of $DEADLINE seconds (530): what each op runs on, whether it is right, how fast it is.
+#
+#   OUT=folder bench/gpu.sh                                  # everything, the most important first
+#   OUT=folder STEPS="build assert smoke stream" bench/gpu.sh    # some of it, so that it can be two calls on one machine
+#   OUT=folder DEVICE=cpu bench/gpu.sh                       # a rehearsal: each step's twin on a CPU, in tiny shapes
+#
+# Steps, always in this order: build assert smoke stream kernels rsvd model tests sanitizer (and sweep, when it is named).
+# A failed build or assertion stops the rest: figures of torch's own operations would be no figures of pkt. Otherwise every step
+# runs whatever became of those before it. $OUT (bench/results) then holds JSON files, written after every group of a bench, and
+# logs.tar.gz: at most eight files. The last lines are a table of the design's goals. The exit status is 1 if a step failed.
+# PYTHON names the interpreter. STAND_IN_<step> is a command that runs in a step's place: tests/test_bench.py's.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
 results=${OUT:-bench/results}
+deadline=${DEADLINE:-530}
+steps=${STEPS:-build assert smoke stream kernels rsvd model tests sanitizer}
 mkdir -p "$results"
-export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+results=$(cd "$results" && pwd)
+logs=$(mktemp -d)
+rm -f "$results/steps.jsonl"
+export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-deadline=$((SECONDS + 530))
-failed=()
+# A step's share of the deadline. What it does not use is the next one's, so it may run until all shares up to its own are over.
+declare -A share=([build]=90 [assert]=15 [smoke]=45 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
+    [sweep]=120)
+total=0 reached=0 stopped="" failed=()
+for name in $steps; do
+    [[ -n ${share[$name]:-} ]] || { echo "there is no step $name; there are ${!share[*]}" >&2; exit 2; }
+    ((total += share[$name]))
+done
 
-# step NAME SECONDS COMMAND...: runs it for that long at most, and never past the deadline.
-step() {
-    local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status=0
-    shift 2
-    if ((left < 5)); then
-        echo "== $name: no time left"
+tiny=() rehearsal=() size=13b
+[[ $device == cpu ]] && tiny=(--tiny) rehearsal=(--rehearsal) size=tiny
+
+# command_of NAME: sets `command`, or `missing` to the reason why there is none.
+command_of() {
+    local stand_in=STAND_IN_$1 gpu_tests
+    missing=""
+    if [[ -n ${!stand_in:-} ]]; then
+        command=(bash -c "${!stand_in}")
+        return
+    fi
+    case $1 in
+        build) command=("$python" bench/build_extension.py --device "$device") ;;
+        assert) command=("$python" bench/smoke.py --device "$device" --implementations) ;;
+        smoke) command=("$python" bench/smoke.py --device "$device") ;;
+        stream) command=("$python" bench/bench_stream.py --device "$device" "${tiny[@]}") ;;
+        kernels) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}") ;;
+        rsvd) command=("$python" bench/bench_rsvd.py --device "$device" "${tiny[@]}" --shapes 11008x4096,4096x4096 --ranks 16
+            --full --odd --quality --student --layers 8) ;;
+        model) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --model "$size" --batch 4) ;;
+        sweep) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --sweep) ;;
+        tests)
+            mapfile -t gpu_tests < <(grep -rl --include="test_*.py" "pytest.mark.gpu" tests)
+            command=("$python" -m pytest -m gpu -v --durations=10 "${gpu_tests[@]}")
+            [[ $device == cpu ]] && command+=(--collect-only)
+            ;;
+        sanitizer)
+            # Without the caching allocator, so that each tensor's end is a border that is watched.
+            command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --report-api-errors no
+                "$python" bench/smoke.py --device "$device" --out "$logs/sanitizer")
+            command -v compute-sanitizer >/dev/null || missing="there is no compute-sanitizer"
+            [[ $device == cpu ]] && missing="there is no GPU"
+            ;;
+    esac
+}
+
+# said NAME TEXT SECONDS: keeps what became of a step.
+said() {
+    echo "== $1: $2 after $3 s"
+    printf '{"step": "%s", "said": "%s", "seconds": %d}\n' "$1" "$2" "$3" >>"$results/steps.jsonl"
+    tar -czf "$results/logs.tar.gz" -C "$logs" .
+}
+
+run() {
+    local name=$1 start=$SECONDS status=0 left log=$logs/$1.log outcome=passed
+    ((reached += share[$name]))
+    left=$((reached * deadline / total - start))
+    command_of "$name"
+    echo "== $name: until second $((start + left)) of $deadline"
+    if [[ -n $stopped ]]; then
+        said "$name" "not run: $stopped" 0
+        return
+    elif [[ -n $missing ]]; then
+        said "$name" "not run: $missing" 0
+        return
+    elif ((left < 8)); then
+        said "$name" "not run: no time left" 0
         failed+=("$name (not run)")
         return
     fi
-    echo "== $name"
-    timeout --kill-after=10 "$((limit < left ? limit : left))" "$@" 2>&1 | tee "$results/$name.log" || status=$?
-    echo "== $name: status $status after $((SECONDS - start)) s"
-    ((status == 0)) || failed+=("$name ($status)")
+    # Interrupted as by Ctrl-C, so that pytest sums up; killed with all it started if that does not help. Not into a pipe: what a
+    # step leaves running would hold it open.
+    timeout --signal=INT --kill-after=3 "$((left - 4))" "${command[@]}" >"$log" 2>&1 </dev/null || status=$?
+    case $status in
+        0) ;;
+        124 | 137) outcome="killed at its limit of $((left - 4)) s" ;;
+        *) outcome="failed with status $status" ;;
+    esac
+    tail -c 3000000 "$log" >"$log.end" && mv "$log.end" "$log"
+    tail -n 15 "$log" | cut -c 1-200
+    said "$name" "$outcome" "$((SECONDS - start))"
+    ((status == 0)) && return
+    failed+=("$name ($outcome)")
+    [[ $name == build || $name == assert ]] && stopped="$name failed"
 }
 
-if [[ -d csrc ]]; then
-    step build 120 env PKT_BUILD_EXT=1 "$python" setup.py --quiet build_ext --inplace
-fi
-step tests 240 "$python" -m pytest -m gpu -q --durations=5
-if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -m gpu -q tests/test_kernels_gpu.py \
-        -k small_case
-fi
-step kernels 150 "$python" bench/bench_kernels.py --device cuda
-step model 120 "$python" bench/bench_kernels.py --device cuda --groups "" --model 13b
-if [[ -n ${SWEEP:-} ]]; then
-    step sweep 120 "$python" bench/bench_kernels.py --device cuda --groups "" --sweep --out "$results/sweep"
-fi
-if [[ -f bench/bench_rsvd.py ]]; then
-    step rsvd 110 "$python" bench/bench_rsvd.py --device cuda --student --layers 8
-fi
-step stream 150 "$python" bench/bench_stream.py --device cuda
+for name in build assert smoke stream kernels rsvd model tests sanitizer sweep; do
+    [[ " $steps " == *" $name "* ]] && run "$name"
+done
+rm -rf "$logs"
 
 echo
-echo "== summary"
-tail -qn 1 "$results/tests.log" 2>/dev/null
-grep -hE '^(ceilings|linear_sens|abs_acc|embedding|best_window|axis|block|llama|stream)' \
-    "$results/kernels.log" "$results/model.log" "$results/stream.log" 2>/dev/null | cut -c 1-140
-if ((${#failed[@]})); then
-    printf 'FAILED: %s\n' "${failed[@]}"
-    exit 1
-fi
-echo "all steps passed"
+((${#failed[@]})) && printf 'FAILED: %s\n' "${failed[@]}"
+"$python" bench/goals.py --device cuda "${rehearsal[@]}" "$results"
+((${#failed[@]} == 0))

@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
@@ -21,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_stream import Peak, anonymous
+from measuring import RESULTS, Peak
 
 import pkt
 from pkt.models import Weights, load_model, load_tokenizer, quiet
-
-OUT = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
 def gguf_from_package() -> Path:
@@ -116,10 +113,9 @@ def transfer(teacher: Path, student: Path, arguments: argparse.Namespace, out: P
     from pkt import transferring  # noqa: F401
 
     seeds = pkt.load_seeds(arguments.seeds, load_tokenizer(teacher), limit=arguments.count)
-    before = anonymous()
     with Peak() as peak:
         pkt.transfer(teacher, student, seeds, out=out, rank=16, device_memory=arguments.device_memory)
-    return peak.value - before
+    return peak.bytes
 
 
 def main() -> None:
@@ -180,8 +176,8 @@ def main() -> None:
             raise pkt.PktError(f"step 0 of the injected model differs from the student by {gap}")
         figures["step0_gap"] = gap
     figures["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "real_cpu.json").write_text(json.dumps(figures, indent=2) + "\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "real_cpu.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(
         f"transfer {figures['transfer_s']:.0f} s within --device-memory {arguments.device_memory} (it took "
         f"{figures['transfer_peak_bytes'] / 1e6:.0f} MB), PEFT losses {losses}"

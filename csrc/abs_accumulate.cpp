@@ -43,7 +43,7 @@ class Layout {
   int64_t total() const { return total_; }
 
   // Entries [begin, end) in the order of the dimensions.
-  void add(int64_t begin, int64_t end, const CpuKernels& kernels) const {
+  void add(const Measure& measure, int64_t begin, int64_t end, const CpuKernels& kernels) const {
     const Dimension& inner = dimensions_.back();
     while (begin < end) {
       const int64_t count = std::min(inner.size - begin % inner.size, end - begin);
@@ -52,7 +52,7 @@ class Layout {
         for (int t = 0; t < kTensors; ++t) offset[t] += rest % d->size * d->stride[t];
         rest /= d->size;
       }
-      add_abs(count, {further(a_.acc, a_.acc_dtype, offset[0]), a_.acc_dtype, inner.stride[0]},
+      add_abs(measure, count, {further(a_.acc, a_.acc_dtype, offset[0]), a_.acc_dtype, inner.stride[0]},
               {further(a_.theta, a_.theta_dtype, offset[1]), a_.theta_dtype, inner.stride[1]},
               {further(a_.grad, a_.grad_dtype, offset[2]), a_.grad_dtype, inner.stride[2]}, kernels);
       begin += count;
@@ -73,34 +73,37 @@ class Layout {
 };
 
 template <class A, class T, class G>
-void add_strided(int64_t count, A* acc, int64_t acc_stride, const T* theta, int64_t theta_stride, const G* grad,
-                 int64_t grad_stride) {
+void add_strided(const Measure& measure, int64_t count, A* acc, int64_t acc_stride, const T* theta,
+                 int64_t theta_stride, const G* grad, int64_t grad_stride) {
+  using W = decltype(widened(*theta) * widened(*grad));
   for (int64_t i = 0; i < count; ++i) {
-    const auto product = widened(theta[i * theta_stride]) * widened(grad[i * grad_stride]);
-    acc[i * acc_stride] = static_cast<A>(acc[i * acc_stride] + std::fabs(product));
+    W x = widened(grad[i * grad_stride]);
+    if (measure.weighted) x *= widened(theta[i * theta_stride]);
+    acc[i * acc_stride] = static_cast<A>(acc[i * acc_stride] + (measure.power == 1 ? std::fabs(x) : x * x));
   }
 }
 
 }  // namespace
 
-void add_abs(int64_t count, const Scores& acc, const Entries& theta, const Entries& grad, const CpuKernels& kernels) {
-  const bool wide = acc.dtype == Dtype::fp64 || theta.dtype == Dtype::fp64 || grad.dtype == Dtype::fp64;
-  if (!wide && acc.stride == 1 && theta.stride == 1 && grad.stride == 1) {
-    return kernels.abs_accumulate(count, static_cast<float*>(acc.data), theta.data, theta.dtype,
-                                  grad.data, grad.dtype);
+void add_abs(const Measure& measure, int64_t count, const Scores& acc, const Entries& theta, const Entries& grad,
+             const CpuKernels& kernels) {
+  const bool direct = !measure.weighted || (theta.dtype != Dtype::fp64 && theta.stride == 1);
+  if (direct && acc.dtype == Dtype::fp32 && acc.stride == 1 && grad.dtype != Dtype::fp64 && grad.stride == 1) {
+    return kernels.abs_accumulate(measure, count, static_cast<float*>(acc.data), theta.data, theta.dtype, grad.data,
+                                  grad.dtype);
   }
   typed(theta.data, theta.dtype, [&](const auto* t) {
     typed(grad.data, grad.dtype, [&](const auto* g) {
       if (acc.dtype == Dtype::fp64) {
-        add_strided(count, static_cast<double*>(acc.data), acc.stride, t, theta.stride, g, grad.stride);
+        add_strided(measure, count, static_cast<double*>(acc.data), acc.stride, t, theta.stride, g, grad.stride);
       } else {
-        add_strided(count, static_cast<float*>(acc.data), acc.stride, t, theta.stride, g, grad.stride);
+        add_strided(measure, count, static_cast<float*>(acc.data), acc.stride, t, theta.stride, g, grad.stride);
       }
     });
   });
 }
 
-void accumulate_abs(const Accumulation* all, int64_t count, const Threads& threads, const CpuKernels& kernels) {
+void accumulate_abs(const Measure& measure, const Accumulation* all, int64_t count, const Threads& threads, const CpuKernels& kernels) {
   std::vector<Layout> layouts(all, all + count);
   std::vector<int64_t> begins{0};
   for (const Layout& layout : layouts) begins.push_back(begins.back() + layout.total());
@@ -109,7 +112,8 @@ void accumulate_abs(const Accumulation* all, int64_t count, const Threads& threa
   const auto add = [&](int64_t share) {
     const int64_t first = begin_of(share), last = begin_of(share + 1);
     for (int64_t i = 0; i < count; ++i) {
-      layouts[i].add(std::max(first, begins[i]) - begins[i], std::min(last, begins[i + 1]) - begins[i], kernels);
+      const int64_t begin = std::max(first, begins[i]), end = std::min(last, begins[i + 1]);
+      layouts[i].add(measure, begin - begins[i], end - begins[i], kernels);
     }
   };
   shares == 1 ? add(0) : threads.run(shares, add);

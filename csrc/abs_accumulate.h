@@ -1,4 +1,4 @@
-// acc += |theta ⊙ grad| on the CPU, without torch. Every entry is one thread's, so the bits do not depend on how many there
+// acc += |theta ⊙ grad|, or what another measure makes of them, on the CPU, without torch. Every entry is one thread's, so the bits do not depend on how many there
 // are.
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace pkt {
 
 // On one thread. The product is in fp64 if either factor is, else in fp32.
-void add_abs(int64_t count, const Scores& acc, const Entries& theta, const Entries& grad, const CpuKernels& kernels);
+void add_abs(const Measure& measure, int64_t count, const Scores& acc, const Entries& theta, const Entries& grad, const CpuKernels& kernels);
 
 // Three tensors of one shape [size[0], …, size[dims − 1]], strides in entries.
 struct Accumulation {
@@ -21,7 +21,7 @@ struct Accumulation {
 };
 
 // add_abs of each, all at once.
-void accumulate_abs(const Accumulation* all, int64_t count, const Threads& threads,
+void accumulate_abs(const Measure& measure, const Accumulation* all, int64_t count, const Threads& threads,
                     const CpuKernels& kernels = cpu_kernels());
 
 }  // namespace pkt

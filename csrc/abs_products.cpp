@@ -42,19 +42,32 @@ void pack(const Strided& m, const std::vector<int64_t>& rows, int64_t begin, int
   });
 }
 
-// The scores of [top, top + rows) x [left, left + cols) += |W| ⊙ total, whose rows are `width` apart.
-template <class A, class T>
-void add_weighted(const Scored& s, int64_t top, int64_t left, int64_t rows, int64_t cols, const T* total, int64_t width) {
-  typed(s.w.data, s.w.dtype, [&](const auto* data) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto* w = data + (top + i) * s.w.row_stride + left * s.w.col_stride;
-      A* acc = static_cast<A*>(s.acc) + (top + i) * s.acc_row + left * s.acc_col;
-      for (int64_t c = 0; c < cols; ++c) {
-        const A size = static_cast<A>(std::fabs(widened(w[c * s.w.col_stride])));
-        acc[c * s.acc_col] += size * static_cast<A>(total[i * width + c]);
-      }
+// |w|^power of each entry of a row of W; ones where the measure does not read it.
+template <class A, class F>
+void with_weights(const Scored& s, int64_t row, int64_t left, const F& f) {
+  if (!s.measure.weighted) return f([](int64_t) { return A{1}; });
+  const Entries w = row_of(s.w, row);
+  typed(further(w.data, w.dtype, left * w.stride), w.dtype, [&](const auto* data) {
+    if (s.measure.power == 1) {
+      f([&](int64_t c) { return static_cast<A>(std::fabs(widened(data[c * w.stride]))); });
+    } else {
+      f([&](int64_t c) {
+        const auto x = static_cast<A>(widened(data[c * w.stride]));
+        return x * x;
+      });
     }
   });
+}
+
+// The scores of [top, top + rows) x [left, left + cols) += |W|^power ⊙ total, whose rows are `width` apart.
+template <class A, class T>
+void add_weighted(const Scored& s, int64_t top, int64_t left, int64_t rows, int64_t cols, const T* total, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) {
+    A* acc = static_cast<A*>(s.acc) + (top + i) * s.acc_row + left * s.acc_col;
+    with_weights<A>(s, top + i, left, [&](const auto& weight) {
+      for (int64_t c = 0; c < cols; ++c) acc[c * s.acc_col] += weight(c) * static_cast<A>(total[i * width + c]);
+    });
+  }
 }
 
 // The tile sums of one task's rows [top, top + rows) in fp64. The first and the last row of tiles may be others' too.
@@ -68,23 +81,20 @@ class TileSums {
         first_(top / s.tile),
         sums_((bottom_ - 1) / s.tile + 1 - first_, (s.w.cols + s.tile - 1) / s.tile) {}
 
-  // Takes in |W| ⊙ total for columns [left, left + cols), at most `width`.
+  // Takes in |W|^power ⊙ total for columns [left, left + cols), at most `width`.
   void add(int64_t left, int64_t cols, const T* total, int64_t width) const {
-    typed(s_.w.data, s_.w.dtype, [&](const auto* data) {
-      const Aligned<T> line(1, width, false);
-      for (int64_t row = top_; row < bottom_;) {
-        const int64_t tile_row = row / s_.tile, end = std::min((tile_row + 1) * s_.tile, bottom_);
-        line.clear();
-        for (; row < end; ++row) {
-          const auto* w = data + row * s_.w.row_stride + left * s_.w.col_stride;
-          const T* from = total + (row - top_) * width;
-          for (int64_t c = 0; c < cols; ++c) {
-            line(0, c) += static_cast<T>(std::fabs(widened(w[c * s_.w.col_stride]))) * from[c];
-          }
-        }
-        for (int64_t c = 0; c < cols; ++c) sums_(tile_row - first_, (left + c) / s_.tile) += line(0, c);
+    const Aligned<T> line(1, width, false);
+    for (int64_t row = top_; row < bottom_;) {
+      const int64_t tile_row = row / s_.tile, end = std::min((tile_row + 1) * s_.tile, bottom_);
+      line.clear();
+      for (; row < end; ++row) {
+        const T* from = total + (row - top_) * width;
+        with_weights<T>(s_, row, left, [&](const auto& weight) {
+          for (int64_t c = 0; c < cols; ++c) line(0, c) += weight(c) * from[c];
+        });
       }
-    });
+      for (int64_t c = 0; c < cols; ++c) sums_(tile_row - first_, (left + c) / s_.tile) += line(0, c);
+    }
   }
 
   // Whether the task holds row i of its tiles whole.
@@ -140,8 +150,8 @@ void accumulate(const Scored& s, const std::vector<int64_t>& rows, const std::ve
     auto tiles = s.tile > 0 ? std::make_unique<TileSums<T>>(s, top, count) : nullptr;
     pack(s.dy, rows, 0, depth, top, count, height, left.row(0));
     for (int64_t p = 0; p < columns; ++p) {
-      product_of(kernels, T{})(panels, static_cast<int64_t>(ends.size()), ends.data(), left.row(0), right.row(p * depth),
-                               total.row(0));
+      product_of(kernels, T{})(s.measure.power, panels, static_cast<int64_t>(ends.size()), ends.data(), left.row(0),
+                               right.row(p * depth), total.row(0));
       const int64_t cols = std::min(width, m - p * width);
       if (tiles) {
         tiles->add(p * width, cols, total.row(0), width);

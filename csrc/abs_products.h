@@ -1,4 +1,4 @@
-// acc += |W| ⊙ Σ_j |dY_jᵀ X_j|, or its tile sums, on the CPU, without torch.
+// acc += |W| ⊙ Σ_j |dY_jᵀ X_j|, or what another measure makes of them, or its tile sums, on the CPU, without torch.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@ struct Scored {
   Strided w, x, dy;
   const int64_t *starts, *lens;
   int64_t samples, tile;
+  Measure measure;
 };
 
 void add_abs_products(const Scored& scored, const Threads& threads, const CpuKernels& kernels = cpu_kernels());

@@ -1,4 +1,4 @@
-// The randomized SVD on the CPU, without torch: pkt/rsvd_reference.py says what it computes.
+// The randomized SVD on the CPU, without torch: pkt/ops/rsvd_reference.py says what it computes.
 #pragma once
 
 #include "cpu_kernels.h"

@@ -46,8 +46,8 @@ class Tokens {
       gradient = {sum_.row(0), sizeof(T) == 8 ? Dtype::fp64 : Dtype::fp32, 1};
     }
     const Dtype dtype = e_.acc_is_fp64 ? Dtype::fp64 : Dtype::fp32;
-    add_abs(e_.dy.cols, {further(e_.acc, dtype, begin->id * e_.acc_row), dtype, e_.acc_col}, row_of(e_.w, begin->id),
-            gradient, kernels_);
+    add_abs(e_.measure, e_.dy.cols, {further(e_.acc, dtype, begin->id * e_.acc_row), dtype, e_.acc_col},
+            row_of(e_.w, begin->id), gradient, kernels_);
   }
 
  private:

@@ -1,4 +1,5 @@
-// acc += |E| ⊙ Σ_j |scatter_j(dY)| on the CPU, without torch: the positions of a token are summed within their sample first.
+// acc += |E| ⊙ Σ_j |scatter_j(dY)|, or what another measure makes of them, on the CPU, without torch: the positions of a
+// token are summed within their sample first.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -16,6 +17,7 @@ struct Embedded {
   Strided w, dy;
   const int64_t *ids, *starts, *lens;
   int64_t samples;
+  Measure measure;
 };
 
 void add_abs_embedding(const Embedded& embedded, const Threads& threads, const CpuKernels& kernels = cpu_kernels());

@@ -1,4 +1,4 @@
-// Philox-4x32-10 (Salmon et al., 2011) for host and device, the same stream as pkt/rsvd_reference.py: key = seed,
+// Philox-4x32-10 (Salmon et al., 2011) for host and device, the same stream as pkt/ops/rsvd_reference.py: key = seed,
 // counter = (row, row >> 32, stream, group).
 #pragma once
 

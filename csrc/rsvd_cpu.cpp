@@ -1,4 +1,4 @@
-// pkt::rsvd and pkt::rsvd_batch for CPU tensors. The schemas are pkt/ops.py's.
+// pkt::rsvd and pkt::rsvd_batch for CPU tensors. The schemas are in pkt/ops.
 
 #include <algorithm>
 #include <tuple>

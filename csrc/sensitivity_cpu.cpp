@@ -27,6 +27,11 @@ pkt::Dtype scores_dtype(const Tensor& acc) {
   return dtype;
 }
 
+pkt::Measure measure_of(int64_t power, bool weighted) {
+  STD_TORCH_CHECK(power == 1 || power == 2, "pkt: a power of ", power, "; it must be 1 or 2");
+  return {power, weighted};
+}
+
 // The samples of a batch of `rows`.
 struct Samples {
   const int64_t *starts, *lens;
@@ -44,7 +49,7 @@ struct Samples {
 
 // Of elements where `tile` is 0.
 void add_linear(const Tensor& acc, const Tensor& w, const Tensor& x, const Tensor& dy, const Tensor& seq_starts,
-                const Tensor& seq_lens, int64_t tile) {
+                const Tensor& seq_lens, int64_t tile, const pkt::Measure& measure) {
   const auto scores = [&](int64_t size) { return tile > 0 ? (size + tile - 1) / tile : size; };
   STD_TORCH_CHECK(acc.dim() == 2 && w.dim() == 2 && x.dim() == 2 && dy.dim() == 2 && x.size(0) == dy.size(0) &&
                       w.size(0) == dy.size(1) && w.size(1) == x.size(1) && acc.size(0) == scores(w.size(0)) &&
@@ -53,23 +58,23 @@ void add_linear(const Tensor& acc, const Tensor& w, const Tensor& x, const Tenso
   const Samples samples(seq_starts, seq_lens, x.size(0));
   const bool wide = scores_dtype(acc) == pkt::Dtype::fp64;
   pkt::add_abs_products({acc.mutable_data_ptr(), wide, acc.stride(0), acc.stride(1), strided(w), strided(x), strided(dy),
-                         samples.starts, samples.lens, samples.count, tile},
+                         samples.starts, samples.lens, samples.count, tile, measure},
                         pkt::torch_threads());
 }
 
 void linear_sensitivity(Tensor acc, const Tensor& w, const Tensor& x, const Tensor& dy, const Tensor& seq_starts,
-                        const Tensor& seq_lens) {
-  add_linear(acc, w, x, dy, seq_starts, seq_lens, 0);
+                        const Tensor& seq_lens, int64_t power, bool weighted) {
+  add_linear(acc, w, x, dy, seq_starts, seq_lens, 0, measure_of(power, weighted));
 }
 
 void linear_sensitivity_tiles(Tensor tiles, const Tensor& w, const Tensor& x, const Tensor& dy, const Tensor& seq_starts,
-                              const Tensor& seq_lens, int64_t tile) {
+                              const Tensor& seq_lens, int64_t tile, int64_t power, bool weighted) {
   STD_TORCH_CHECK(tile >= 1, "pkt::linear_sensitivity_tiles_: a tile of ", tile);
-  add_linear(tiles, w, x, dy, seq_starts, seq_lens, tile);
+  add_linear(tiles, w, x, dy, seq_starts, seq_lens, tile, measure_of(power, weighted));
 }
 
 void embedding_sensitivity(Tensor acc, const Tensor& w, const Tensor& ids, const Tensor& dy, const Tensor& seq_starts,
-                           const Tensor& seq_lens) {
+                           const Tensor& seq_lens, int64_t power, bool weighted) {
   STD_TORCH_CHECK(acc.dim() == 2 && w.dim() == 2 && dy.dim() == 2 && ids.dim() == 1 && acc.size(0) == w.size(0) &&
                       acc.size(1) == w.size(1) && dy.size(1) == w.size(1) && ids.size(0) == dy.size(0) &&
                       ids.scalar_type() == ScalarType::Long,
@@ -84,12 +89,12 @@ void embedding_sensitivity(Tensor acc, const Tensor& w, const Tensor& ids, const
   }
   const bool wide = scores_dtype(acc) == pkt::Dtype::fp64;
   pkt::add_abs_embedding({acc.mutable_data_ptr(), wide, acc.stride(0), acc.stride(1), strided(w), strided(dy),
-                          tokens.data(), samples.starts, samples.lens, samples.count},
+                          tokens.data(), samples.starts, samples.lens, samples.count, measure_of(power, weighted)},
                          pkt::torch_threads());
 }
 
 void abs_accumulate_many(const std::vector<Tensor>& acc, const std::vector<Tensor>& theta,
-                         const std::vector<Tensor>& grad) {
+                         const std::vector<Tensor>& grad, int64_t power, bool weighted) {
   STD_TORCH_CHECK(acc.size() == theta.size() && acc.size() == grad.size(), "pkt::abs_accumulate_: lists that differ");
   std::vector<pkt::Accumulation> all;
   std::deque<std::vector<int64_t>> shapes;
@@ -106,10 +111,12 @@ void abs_accumulate_many(const std::vector<Tensor>& acc, const std::vector<Tenso
     all.push_back({a.mutable_data_ptr(), t.const_data_ptr(), g.const_data_ptr(), scores_dtype(a), pkt::dtype_of(t),
                    pkt::dtype_of(g), a.dim(), shape(a, false), shape(a, true), shape(t, true), shape(g, true)});
   }
-  pkt::accumulate_abs(all.data(), static_cast<int64_t>(all.size()), pkt::torch_threads());
+  pkt::accumulate_abs(measure_of(power, weighted), all.data(), static_cast<int64_t>(all.size()), pkt::torch_threads());
 }
 
-void abs_accumulate(Tensor acc, const Tensor& theta, const Tensor& grad) { abs_accumulate_many({acc}, {theta}, {grad}); }
+void abs_accumulate(Tensor acc, const Tensor& theta, const Tensor& grad, int64_t power, bool weighted) {
+  abs_accumulate_many({acc}, {theta}, {grad}, power, weighted);
+}
 
 }  // namespace
 

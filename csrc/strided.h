@@ -1,4 +1,4 @@
-// Views of memory that torch owns.
+// Views of memory that torch owns, and what is made of them.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,12 @@ struct Scores {  // fp32 or fp64
   void* data;
   Dtype dtype;
   int64_t stride;
+};
+
+// What is summed: |θ^weighted · g|^power, power 1 or 2. Unweighted, θ is not read.
+struct Measure {
+  int64_t power = 1;
+  bool weighted = true;
 };
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }

@@ -1,6 +1,6 @@
 // pkt::best_window for CPU tensors: the window of a score matrix with the largest sum, in exact integers.
 //
-// The scores are quantized as pkt/ops.py says. Sums of `rows` entries of each column follow the window's top down the
+// The scores are quantized as pkt/ops says. Sums of `rows` entries of each column follow the window's top down the
 // matrix, the sum of `cols` of them follows its left side: each score is read twice, and only one row of sums exists.
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 """Make the models and the data of ``pkt demo`` from nothing: text, tokenizer, teacher, student.
 
-    python examples/make_demo_models.py --out pkt/demo_assets        # what the package ships; half an hour, 2 cores
+    python examples/make_demo_models.py --out pkt/demo/assets        # what the package ships; half an hour, 2 cores
     python examples/make_demo_models.py --out /tmp/assets --quick    # the same path in seconds; the models are useless
 
 Both models learn a general text (people, places, things, counting, small stories, short questions about what

@@ -19,12 +19,15 @@ from pkt.version import __version__
 
 if TYPE_CHECKING:
     from pkt.extraction import Extraction as Extraction
+    from pkt.extraction import Start as Start
     from pkt.extraction import extract as extract
-    from pkt.factorization import factorize as factorize
-    from pkt.finalization import finalize as finalize
-    from pkt.injection import initialize_lora_weights as initialize_lora_weights
-    from pkt.injection import initialize_pissa_weights as initialize_pissa_weights
-    from pkt.injection import inject as inject
+    from pkt.extraction.factorization import factorize as factorize
+    from pkt.lora import finalize as finalize
+    from pkt.lora import initialize_lora_weights as initialize_lora_weights
+    from pkt.lora import initialize_pissa_weights as initialize_pissa_weights
+    from pkt.lora import inject as inject
+    from pkt.matching import Lineage as Lineage
+    from pkt.matching import lineage as lineage
     from pkt.planning import TransferPlan as TransferPlan
     from pkt.planning import plan as plan
     from pkt.scoring import Sensitivity as Sensitivity
@@ -32,23 +35,28 @@ if TYPE_CHECKING:
     from pkt.seeds import Seeds as Seeds
     from pkt.seeds import load_seeds as load_seeds
     from pkt.transferring import transfer as transfer
+    from pkt.transplanting import transplant as transplant
 
 # Modules are named after activities and functions after verbs, so no name here is also a submodule's.
 _HOME = {
     "Extraction": "extraction",
+    "Lineage": "matching",
     "Seeds": "seeds",
     "Sensitivity": "scoring",
+    "Start": "extraction",
     "TransferPlan": "planning",
     "extract": "extraction",
-    "factorize": "factorization",
-    "finalize": "finalization",
-    "initialize_lora_weights": "injection",
-    "initialize_pissa_weights": "injection",
-    "inject": "injection",
+    "factorize": "extraction.factorization",
+    "finalize": "lora",
+    "initialize_lora_weights": "lora",
+    "initialize_pissa_weights": "lora",
+    "inject": "lora",
+    "lineage": "matching",
     "load_seeds": "seeds",
     "plan": "planning",
     "sensitivity": "scoring",
     "transfer": "transferring",
+    "transplant": "transplanting",
 }
 
 __all__ = ["PktError", "PktWarning", "__version__", *_HOME]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError
+from pkt.files import read_json, safetensors_header, sha256, write_json, write_tensors
 from pkt.models import EXPERT_PARAMETERS, PEFT_EMBEDDINGS, Kind, ModelSpec
-from pkt.storage import read_json, safetensors_header, sha256, write_json, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -10,8 +10,8 @@ DELAY = 2.0
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int, *, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """Yield `advance(done)`. The bar appears after `DELAY` seconds, so quick work prints nothing."""
+def bar(what: str, total: int, *, unit: str = "", shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(done)`. The bar appears after `DELAY` seconds, so quick work prints nothing; `shown=False`: never."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -33,17 +33,17 @@ def bar(what: str, total: int, *, unit: str = "") -> Iterator[Callable[[int], No
         console=Console(stderr=True),
     )
     task = progress.add_task(what, total=total)
-    begin, shown = time.perf_counter(), False
+    begin, started = time.perf_counter(), False
 
     def advance(done: int) -> None:
-        nonlocal shown
-        if not shown and done < total and time.perf_counter() - begin > DELAY:
+        nonlocal started
+        if shown and not started and done < total and time.perf_counter() - begin > DELAY:
             progress.start()
-            shown = True
+            started = True
         progress.update(task, completed=done)
 
     try:
         yield advance
     finally:
-        if shown:
+        if started:
             progress.stop()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pkt.errors import PktError
-from pkt.models import quiet
-from pkt.storage import os_errors, sha256
+from pkt.files import os_errors, sha256
+from pkt.models import load_tokenizer, quiet
+from pkt.options import Loss
+from pkt.templates import FORMS, Piece, Template, pieces_of
 
 IGNORE = -100
-FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Example:
 class Seeds(Sequence[Example]):
     """Tokenized examples with the fingerprint of what the model will see."""
 
-    def __init__(self, examples: list[Example], source: str, pad_id: int) -> None:
+    def __init__(self, examples: list[Example], source: str, pad_id: int, today: datetime.date | None = None) -> None:
         self.examples, self.source, self.pad_id = examples, source, pad_id
+        self.today = today  # what a chat template that prints the date was told
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -49,6 +52,14 @@ class Seeds(Sequence[Example]):
     @property
     def tokens(self) -> int:
         return sum(len(e.input_ids) for e in self.examples)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result records of the seeds it was made from."""
+        return {"source": self.source, "count": len(self), "tokens": self.tokens, "fingerprint": self.fingerprint}
+
+    def where(self, index: int) -> str:
+        """File and line of an example."""
+        return f"{self.source}:{self.examples[index].line}"
 
     def check_vocabulary(self, vocab_size: int | None, model: str) -> None:
         """Raises `PktError` when a token id has no row in the model's embedding, naming the line."""
@@ -110,18 +121,22 @@ def load_seeds(
     path: str | Path,
     tokenizer: Any,
     *,
-    loss: Literal["answer", "all"] = "answer",
+    loss: Loss = "answer",
     max_length: int = 2048,
     limit: int | None = None,
+    today: datetime.date | None = None,
 ) -> Seeds:
-    """Read and tokenize a JSONL file of examples (METHOD, sections 1 and 6).
+    """Read and tokenize a JSONL file of examples (docs/method.md §1, §6).
 
-    Rows are {"messages"}, {"prompt", "completion"} or {"text"}. Messages go through the tokenizer's chat template when it
-    has one and the paper's template otherwise; prompt and completion are joined as they are. `loss="answer"` puts labels on
-    the assistant's turns (or the completion) only, "all" on every token; a {"text"} row always counts as a whole.
+    tokenizer: a tokenizer, or the folder of a model that has one. Rows are {"messages"} (with "tools" where the chat template
+    knows them), {"prompt", "completion"} (both strings or both lists of messages) or {"text"}. Messages go through the
+    tokenizer's chat template when it has one and the paper's template otherwise, which strips the ends of every content; prompt
+    and completion are joined as they are. A text that has its beginning or its end token already gets no second one.
+    `loss="answer"` puts labels on the assistant's turns (or the completion) only, "all" on every token; a {"text"} row always
+    counts as a whole. today: the date for chat templates that print it; `Seeds.today` is the one that was used.
 
-    Raises `PktError` naming file and line for malformed JSON or rows, a row left without a target token (also by
-    truncation to `max_length` tokens), and an empty file.
+    Raises `PktError` naming file and line for malformed JSON or rows, a template that does not end, a row left without a
+    target token (also by truncation to `max_length` tokens), and an empty file.
     """
     if loss not in ("answer", "all"):
         raise PktError(f"loss={loss!r} is unknown; choose 'answer' or 'all'")
@@ -129,96 +144,27 @@ def load_seeds(
         raise PktError(f"max_length={max_length} leaves no token to predict; use at least 2")
     if limit is not None and limit < 1:
         raise PktError(f"limit={limit} leaves no rows; use at least 1")
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer)
+    template = Template(tokenizer, today or datetime.date.today(), most=max_length * _longest_token(tokenizer))
     examples: list[Example] = []
     with quiet():  # tokenizers warn of rows longer than the model, before they are truncated
         for number, row in read_rows(path):
             if limit is not None and len(examples) == limit:
                 break
             where = f"{path}:{number}"
-            pieces, special = _pieces(row, tokenizer, where)
+            pieces, special = pieces_of(row, template, where)
             examples.append(_encode(pieces, special, tokenizer, loss, max_length, where, number))
     if not examples:
         raise PktError(f"{path} has no rows; add some of the form {FORMS}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Seeds(examples, str(path), pad)
+    return Seeds(examples, str(path), pad, template.today if template.dated else None)
 
 
-Piece = tuple[str, bool]  # text, whether it is the model's to say
-
-
-def _pieces(row: dict[str, Any], tokenizer: Any, where: str) -> tuple[list[Piece], bool]:
-    """The row as text pieces, and whether the tokenizer still has to add its special tokens."""
-    eos = tokenizer.eos_token or ""
-    if "messages" in row:
-        messages = _check_messages(row["messages"], where)
-        if getattr(tokenizer, "chat_template", None):
-            return _chat(messages, tokenizer, where), False
-        return _paper_chat(messages, eos), True
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise PktError(f'{where}: "prompt" and "completion" must be strings')
-        if not completion.strip():
-            raise PktError(f'{where}: "completion" is empty, so there is nothing to learn from this row')
-        return [(prompt, False), (completion + eos, True)], True
-    if "text" in row:
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise PktError(f'{where}: "text" must be a string that is not empty')
-        return [(row["text"] + eos, True)], True
-    raise PktError(f"{where}: the row has keys {sorted(row)}; it must be one of {FORMS}")
-
-
-def _check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise PktError(f'{where}: "messages" must be a list of {{"role", "content"}} objects')
-    for index, message in enumerate(messages):
-        good = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not good or not isinstance(message.get("content"), str):
-            raise PktError(f'{where}: message {index} must have a "role" and a "content", both strings')
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise PktError(f"{where}: no assistant message with content, so there is nothing to learn from this row")
-    return messages
-
-
-def _paper_chat(messages: list[dict[str, str]], eos: str) -> list[Piece]:
-    pieces: list[Piece] = []
-    for message in messages:
-        if message["role"] == "assistant":
-            pieces += [("<|assistant|>\n", False), (message["content"] + eos, True)]
-        else:
-            pieces.append((f"<|{message['role']}|>\n{message['content']}\n\n", False))
-    return pieces
-
-
-def _chat(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[Piece]:
-    """Cut the rendered chat where each assistant turn begins and ends; the renderings must extend one another."""
-
-    def render(count: int, prompt: bool) -> str:
-        try:
-            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates raise what their authors chose
-            raise PktError(f"{where}: the tokenizer's chat template refuses this row: {error}") from error
-        return str(text)
-
-    whole = render(len(messages), False)
-    pieces: list[Piece] = []
-    done = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, True) if index else "", render(index + 1, False)
-        if index + 1 == len(messages):
-            after = whole
-        if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
-            raise PktError(
-                f"{where}: the chat template rewrites earlier turns, so the answer cannot be told from the prompt; "
-                'use one user and one assistant message, {"prompt", "completion"} rows, or loss="all" on {"text"} rows'
-            )
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-        done = len(after)
-    if done < len(whole):
-        pieces.append((whole[done:], False))
-    return pieces
+def _longest_token(tokenizer: Any) -> int:
+    """Characters of the longest token: no more than this many times `max_length` of a text can be kept."""
+    known: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return max((len(token) for token in known), default=1) + 1
 
 
 def _encode(
@@ -253,6 +199,9 @@ def _encode(
                 ids, counts = list(front), [False] * len(front)
             ids += part
             counts += [answer] * len(part)
+    while len(ids) > 1 and ids[-1] == ids[-2] == tokenizer.eos_token_id and not counts[-1] and counts[-2]:
+        # A tokenizer that ends every text itself, after the end token that ends the answer.
+        ids, counts = ids[:-1], counts[:-1]
     start = counts.index(True) if True in counts else len(ids)
     last = len(counts)
     while last and not counts[last - 1]:

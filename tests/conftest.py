@@ -19,7 +19,7 @@ import oracle
 import pytest
 import torch
 
-ASSETS = Path(__file__).parents[1] / "pkt" / "demo_assets"
+ASSETS = Path(__file__).parents[1] / "pkt" / "demo" / "assets"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""The formulas of METHOD in plain torch and fp64, and the tiny models that tests run them on."""
+"""The formulas of docs/method.md in plain torch and fp64, and the tiny models that tests run them on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Floors of the relative Frobenius error by dtype of the weights (DESIGN, section 9).
+# Floors of the relative Frobenius error by dtype of the weights (docs/design.md §7).
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-def sensitivity(model: nn.Module, batches: list[Any], loss_fn: Any = None) -> dict[str, Tensor]:
-    """Σ_j |θ·g_j| with one backward pass per sample, in fp64."""
+def sensitivity(
+    model: nn.Module, batches: list[Any], loss_fn: Any = None, measure: str = "theta_grad"
+) -> dict[str, Tensor]:
+    """Σ_j |θ·g_j|, or another measure, with one backward pass per sample, in fp64."""
     model = copy.deepcopy(model).double().eval()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -28,7 +30,13 @@ def sensitivity(model: nn.Module, batches: list[Any], loss_fn: Any = None) -> di
             loss.backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    scores[name] += (parameter.detach() * parameter.grad).abs()
+                    weight, grad = parameter.detach(), parameter.grad
+                    scores[name] += {
+                        "theta_grad": (weight * grad).abs(),
+                        "grad": grad.abs(),
+                        "fisher": grad**2,
+                        "theta_grad_squared": (weight * grad) ** 2,
+                    }[measure]
     return scores
 
 

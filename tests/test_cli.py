@@ -10,20 +10,20 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import oracle
+import processes
 import pytest
 import torch
 from conftest import ASSETS, save, write_rows
 from safetensors.torch import load_file, save_file
 
 import pkt
-from pkt.evaluation import evaluate
-from pkt.storage import MANIFEST, atomic_file, atomic_folder, safetensors_header
+from pkt.files import MANIFEST, atomic_file, atomic_folder, safetensors_header
+from pkt.training.evaluation import evaluate
 
 PKT = [sys.executable, "-m", "pkt"]
 
@@ -193,12 +193,12 @@ def test_help_version_and_env() -> None:
 
 def test_errors_are_one_line_and_the_traceback_comes_with_debug(tmp_path: Path) -> None:
     for extra, traceback in ((), False), (("--debug",), True):
-        done = subprocess.run([*PKT, *extra, "inspect", str(tmp_path / "no")], capture_output=True, text=True)
+        done = processes.run([*PKT, *extra, "inspect", tmp_path / "no"])
         assert done.returncode == 1
         assert "is not a folder" in done.stderr
         assert ("Traceback" in done.stderr) == traceback
         assert done.stdout == ""
-    assert subprocess.run([*PKT, "inspect"], capture_output=True).returncode == 2
+    assert processes.run([*PKT, "inspect"]).returncode == 2
 
 
 def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
@@ -212,7 +212,7 @@ def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
 
 
 def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
-    from pkt import finalization, training, transferring
+    from pkt import lora, training, transferring
 
     monkeypatch.chdir(tmp_path)
 
@@ -222,7 +222,7 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, t
     def terminate(*args: Any, **options: Any) -> None:
         raise SystemExit(143)
 
-    for module, name in ((training, "train"), (transferring, "transfer"), (finalization, "finalize")):
+    for module, name in ((training, "train"), (transferring, "transfer"), (lora, "finalize")):
         monkeypatch.setattr(module, name, stop)
     three = ("a", "b", "c", "--out", "d")
     goes_on, nothing = "stopped; the same command continues", "stopped before anything was saved"
@@ -319,8 +319,8 @@ def test_what_to_type_next_can_be_typed(
 
 def test_import_is_light() -> None:
     code = "import sys, pkt; print([m for m in ('transformers', 'peft', 'triton', 'typer', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = processes.run([sys.executable, "-c", code])
+    assert done.stdout.strip() == "[]", done.stderr
     for name in pkt.__all__:
         assert getattr(pkt, name) is getattr(pkt, name)
 
@@ -491,7 +491,7 @@ class TestBadInput:
         )
         run(*command)
         assert "finished run" in fails(*command)
-        assert "another run (different: lr)" in fails(*command, "--lr", 1)
+        assert "another run (lr: 0.0003 there, 1.0 here)" in fails(*command, "--lr", 1)
 
     def test_a_full_disk_leaves_nothing(
         self, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
@@ -501,9 +501,7 @@ class TestBadInput:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
         command = [*PKT, "transfer", str(teacher_dir), str(student_dir), str(seed_file), "--rank", "4"]
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=small_files
-        )
+        done = processes.run([*command, "--out", tmp_path / "out"], preexec_fn=small_files)
         assert done.returncode == 1
         assert "writing" in done.stderr
         assert "limit" in done.stderr
@@ -525,3 +523,33 @@ class TestBadInput:
         with pytest.raises(pkt.PktError, match="No space left"), atomic_file(tmp_path / "file"):
             full()
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_plan_replaces_nothing_but_a_plan(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+) -> None:
+    scores, out = tmp_path / "s.safetensors", tmp_path / "p.json"
+    run("sensitivity", teacher_dir, seed_file, "--out", scores)
+    run("plan", scores, teacher_dir, student_dir, "--out", out)
+    before = out.read_bytes()
+    assert "is there already" in fails("plan", scores, teacher_dir, student_dir, "--out", out)
+    run("plan", scores, teacher_dir, student_dir, "--out", out, "--force", "--select", "random")
+    assert out.read_bytes() != before
+    for name in ("model.safetensors", "config.json"):
+        kept = (teacher_dir / name).read_bytes()
+        refused = fails("plan", scores, teacher_dir, student_dir, "--out", teacher_dir / name, "--force")
+        assert "holds something else" in refused
+        assert (teacher_dir / name).read_bytes() == kept
+
+
+def test_lineage_and_transplant_of_strangers_in_words(tmp_path: Path) -> None:
+    from conftest import ASSETS
+
+    pair = (ASSETS / "teacher", ASSETS / "student")
+    shown = run("lineage", *pair, "--out", tmp_path / "l.json")
+    assert "no lineage: " in shown
+    assert "next: pkt transfer " in shown
+    assert (tmp_path / "l.json").is_file()
+    refused = fails("transplant", *pair, ASSETS / "data" / "seeds.jsonl", "--out", tmp_path / "t")
+    assert "there is nothing to transplant between these models" in refused
+    assert empty_beside(tmp_path / "t")

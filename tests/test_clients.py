@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from lifecycle import IDS, extraction, logits, no_warnings, save_quietly, steps, student
 
 import pkt
 from pkt.adapters import read_adapter
-from pkt.finalization import INITIAL
-from pkt.injection import load_with_adapter
+from pkt.lora import INITIAL, load_with_adapter
 from pkt.models import load_model
 from pkt.training import write_injected
 
@@ -108,22 +107,32 @@ import torch
 from accelerate import Accelerator
 sys.path.insert(0, sys.argv[1])
 import lifecycle, pkt
+
+def train(accelerator):
+    assert accelerator.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+    model = pkt.inject(sys.argv[2], sys.argv[3])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rows = lifecycle.IDS.chunk(2)[accelerator.process_index]
+    for _ in range(3):
+        accelerator.backward(model(input_ids=rows, labels=rows).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = accelerator.unwrap_model(model)
+    if accelerator.is_main_process:
+        lifecycle.save_quietly(plain, sys.argv[4])
+        pkt.finalize(model, sys.argv[4] + "-memory")
+    sums = accelerator.gather(sum(p.double().sum() for n, p in plain.named_parameters() if ".lora_" in n)[None])
+    assert sums[0] == sums[1]
+
 accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2 and torch.distributed.get_backend() == "gloo"
-model = pkt.inject(sys.argv[2], sys.argv[3])
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-model, optimizer = accelerator.prepare(model, optimizer)
-rows = lifecycle.IDS.chunk(2)[accelerator.process_index]
-for _ in range(3):
-    accelerator.backward(model(input_ids=rows, labels=rows).loss)
-    optimizer.step()
-    optimizer.zero_grad()
-plain = accelerator.unwrap_model(model)
-if accelerator.is_main_process:
-    lifecycle.save_quietly(plain, sys.argv[4])
-    pkt.finalize(model, sys.argv[4] + "-memory")
-sums = accelerator.gather(sum(p.double().sum() for n, p in plain.named_parameters() if ".lora_" in n)[None])
-assert sums[0] == sums[1]
+try:
+    train(accelerator)
+    accelerator.wait_for_everyone()
+finally:
+    # A process that exits with its group alive may abort: gloo's threads are still running.
+    accelerator.free_memory()
+    accelerator.end_training()
 """
 
 
@@ -132,19 +141,9 @@ def test_accelerate_with_two_processes(folder: Path, ext: Any, tmp_path: Path) -
     ext.save(tmp_path / "ext")
     (tmp_path / "script.py").write_text(DISTRIBUTED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [
-            *launch,
-            str(tmp_path / "script.py"),
-            str(Path(__file__).parent),
-            str(folder),
-            str(tmp_path / "ext"),
-            str(tmp_path / "trained"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
+    given = [Path(__file__).parent, folder, tmp_path / "ext", tmp_path / "trained"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = processes.run([*launch, tmp_path / "script.py", *given], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     model = pkt.inject(folder, ext)
     frozen = second_halves(model)

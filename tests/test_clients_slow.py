@@ -12,7 +12,7 @@ import torch
 from conftest import ASSETS
 
 import pkt
-from pkt.injection import load_with_adapter
+from pkt.lora import load_with_adapter
 from pkt.models import load_model
 
 pytestmark = pytest.mark.slow

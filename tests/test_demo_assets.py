@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT / "pkt" / "demo_assets"
+ASSETS = ROOT / "pkt" / "demo" / "assets"
 SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32}
 
 
@@ -130,12 +130,7 @@ def test_the_teacher_knows_the_task_and_the_student_does_not() -> None:
 def test_the_script_runs(tmp_path: Path) -> None:
     script = ROOT / "examples" / "make_demo_models.py"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, script, "--out", tmp_path, "--quick", "--threads", "1"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    run = processes.run([sys.executable, script, "--out", tmp_path, "--quick", "--threads", "1"], env=env)
     assert run.returncode == 0, run.stderr
     assert "| student |" in run.stdout
     here, there = ({str(p.relative_to(d)) for p in d.rglob("*") if p.is_file()} for d in (ASSETS, tmp_path))
@@ -145,8 +140,9 @@ def test_the_script_runs(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pkt import PktError, demonstration
-    from pkt.storage import MANIFEST
+    from pkt import PktError
+    from pkt.demo import runner as demonstration
+    from pkt.files import MANIFEST
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -165,21 +161,21 @@ def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_demos_training_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    from pkt import demonstration
+    from pkt.demo.measuring import train_quietly
     from pkt.models import load_model
     from pkt.seeds import load_seeds
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     rows = load_seeds(ASSETS / "data" / "seeds.jsonl", tokenizer, limit=2)
-    demonstration._fit(load_model(ASSETS / "student"), rows, 1e-3, 0, epochs=1.0)
+    train_quietly(load_model(ASSETS / "student"), rows, 1e-3, 0, epochs=1.0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demos_pictures_say_what_they_show() -> None:
     from pkt.planning import Entry, TransferPlan
+    from pkt.planning.regions import Region
     from pkt.reporting import new_figure, plot_methods, plot_window
-    from pkt.selection import Region
 
     _, (match, window) = new_figure(6, 3, 2)
     plot_methods(match, {"PKT": [2.0, 4.0], "noise": [1.0, 3.0]}, 0.0, "exact match", guess=5.5)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ def test_the_pages_commands_run(page: str, tmp_path: Path) -> None:
     assert len(found) > 5
     for language, text in found:
         script.append(text if language == "bash" else f"python - <<'END'\n{text}END")
-    done = subprocess.run(["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(["bash", "-c", "\n".join(script)], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -35,6 +35,24 @@ def test_links_in_the_pages_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_cited_sections_exist() -> None:
+    sources = [p for folder in ("pkt", "kernels", "csrc", "tests", "bench") for p in (ROOT / folder).rglob("*.*")]
+    cited: set[tuple[str, str]] = set()
+    for source in (
+        p for p in sources if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".md") and "assets" not in p.parts
+    ):
+        text = source.read_text(encoding="utf-8")
+        assert not re.search(r"\b(METHOD|DESIGN)[,\s]+(section|§)", text), (
+            f"{source}: cites a page that is not in docs/"
+        )
+        for page, numbers in re.findall(r"docs/(\w+\.md)((?:,? §\d+)+)", text):
+            cited |= {(page, number) for number in re.findall(r"\d+", numbers)}
+    assert {page for page, _ in cited} == {"method.md", "design.md"}
+    for page, number in sorted(cited):
+        headings = re.findall(r"^## (\d+)\.", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+        assert number in headings, f"docs/{page} has no section {number}"
+
+
 def test_names_of_modules_are_known_in_one_file_only() -> None:
     import ast
 
@@ -42,17 +60,15 @@ def test_names_of_modules_are_known_in_one_file_only() -> None:
 
     names = {*ROLES, *FUSED, *PEFT_EMBEDDINGS} - {"qkv", "gate_up"}
     known = re.compile(r"\b(" + "|".join(sorted(re.escape(n) for n in names)) + r")\b")
-    for file in sorted((ROOT / "pkt").glob("*.py")):
+    for file in sorted((ROOT / "pkt").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             # A name has no spaces; prose may speak of them.
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
-                assert file.name == "models.py" or not known.search(node.value), (
+                assert file.parent.name == "models" or not known.search(node.value), (
                     f"{file.name}:{node.lineno}: {node.value}"
                 )
 
 
 def test_the_readmes_tables_come_from_committed_results() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "readme_tables.py"), "--check"], capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, ROOT / "bench" / "readme_tables.py", "--check"])
     assert done.returncode == 0, done.stdout + done.stderr

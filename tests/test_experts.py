@@ -21,12 +21,14 @@ from torch import Tensor, nn
 import pkt
 from pkt import ops, training
 from pkt.adapters import CONFIG, WEIGHTS, read_adapter
-from pkt.finalization import looks_paired
-from pkt.injection import load_with_adapter
+from pkt.extraction import assemble
+from pkt.files import MANIFEST, read_json
+from pkt.lora import load_with_adapter
+from pkt.lora.recognition import looks_paired
+from pkt.lora.record import subtract
 from pkt.models import load_model, spec_of
-from pkt.planning import assemble, by_expert
+from pkt.planning import by_expert
 from pkt.seeds import load_seeds
-from pkt.storage import MANIFEST, read_json
 
 EXPERTS = "model.layers.{}.mlp.experts.{}"
 BOTH = [EXPERTS.format(layer, name) for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
@@ -506,7 +508,7 @@ class TestRefusals:
         before = packed.get_parameter(BOTH[0]).detach().clone()
         nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
         with pytest.raises(pkt.PktError, match=r"quantized here \(model\.layers\.1\.mlp\.experts\.down_proj\)"):
-            pkt.injection.subtract(packed, extraction().pairs)
+            subtract(packed, extraction().pairs)
         assert torch.equal(packed.get_parameter(BOTH[0]), before)
 
     def test_a_student_with_other_experts(self) -> None:

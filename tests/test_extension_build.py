@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pkt
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc")
@@ -71,6 +73,12 @@ def said(run: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in run.stderr.splitlines() if line.startswith("pkt:")]
     assert len(lines) == 1, run.stderr
     return lines[0]
+
+
+def test_the_version_is_stated_once(tree: Path) -> None:
+    run = setup(tree, "--version", before=NO_TORCH, PKT_BUILD_EXT="0")
+    assert run.stdout.split()[-1:] == [pkt.__version__], run.stderr
+    assert '"' + pkt.__version__ not in (tree / "pyproject.toml").read_text()
 
 
 def test_without_torch_nothing_is_built_and_nothing_fails(tree: Path) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 import pkt
 from pkt import ops
 from pkt.adapters import WEIGHTS, read_adapter
-from pkt.factorization import factorize_all
+from pkt.extraction.factorization import factorize_all
+from pkt.files import MANIFEST
 from pkt.models import load_model
-from pkt.storage import MANIFEST
+from pkt.options import Factorization
 
 
 def spectrum(name: str, n: int = 160, m: int = 120) -> Tensor:
@@ -99,7 +100,7 @@ def test_bad_matrices_are_named() -> None:
 @pytest.mark.parametrize("options", [{"rank": 5}, {"energy": 0.9, "max_rank": 40}])
 def test_all_at_once_are_the_bytes_of_one_by_one(options: Any) -> None:
     matrices = [spectrum("flat", 90, 70), spectrum("exponential", 30, 8).bfloat16().t(), spectrum("decaying").t()]
-    found = factorize_all(matrices, ["x", "y", "z"], **options)
+    found = factorize_all(matrices, ["x", "y", "z"], Factorization(**options))
     for matrix, factors in zip(matrices, found, strict=True):
         alone = pkt.factorize(matrix, **options)
         assert torch.equal(factors.A, alone.A)
@@ -109,7 +110,7 @@ def test_all_at_once_are_the_bytes_of_one_by_one(options: Any) -> None:
         assert len({f.rank for f in found}) == 3
     matrices[2][4, 5] = float("-inf")
     with pytest.raises(pkt.PktError, match="z contains NaN or Inf"):
-        factorize_all(matrices, ["x", "y", "z"], **options)
+        factorize_all(matrices, ["x", "y", "z"], Factorization(**options))
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import pkt
-from pkt.injection import load_with_adapter
-from pkt.loading import open_teacher
+from pkt.extraction import assemble
+from pkt.lora import load_with_adapter
 from pkt.models import load_model, shared_vocabulary, spec_of
-from pkt.planning import assemble
+from pkt.planning.regions import Region
 from pkt.seeds import Example, Seeds
-from pkt.selection import Region
+from pkt.streaming import open_teacher
 
 SAMPLES = oracle.token_samples(3, longest=12)
 BATCHES = oracle.batched(SAMPLES, 2)

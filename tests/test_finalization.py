@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import lifecycle
+import processes
 import pytest
 import torch
 from lifecycle import IDS, contents, extraction, logits, save_quietly, steps, student
@@ -20,11 +20,11 @@ from torch import Tensor
 
 import pkt
 from pkt.adapters import CONFIG, WEIGHTS, Adapter, Pair, read_adapter
-from pkt.finalization import INITIAL, refactor
-from pkt.injection import load_with_adapter
+from pkt.files import MANIFEST
+from pkt.lora import INITIAL, load_with_adapter
+from pkt.lora.finalization import refactor
 from pkt.models import load_model
 from pkt.reporting import inspect_folder
-from pkt.storage import MANIFEST
 
 MODES = ("paired", "residual", "add")
 KINDS = [(arch, tied) for arch in ("llama", "gpt2") for tied in (False, True)]
@@ -97,12 +97,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                     "final": root / "final" / name,
                     "before": before,
                 }
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(root), str(Path(__file__).parent)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", FRESH, root, Path(__file__).parent]
+    done = processes.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for name, case in cases.items():
         case["fresh"] = torch.load(root / "final" / f"{name}.pt")

@@ -14,7 +14,7 @@ from lifecycle import IDS, contents, extraction, logits, no_warnings, save_quiet
 
 import pkt
 from pkt.adapters import CONFIG
-from pkt.injection import load_with_adapter
+from pkt.lora import load_with_adapter
 from pkt.models import load_model
 from pkt.training import write_injected
 

@@ -249,7 +249,7 @@ def test_sums() -> None:
 
 
 def test_small_case_of_each_kernel() -> None:
-    """Small enough for compute-sanitizer (bench/gpu.sh runs it there)."""
+    """Small enough for compute-sanitizer."""
     starts, lengths, (x, dy) = packed([30, 0, 70], 3, 72, 136, dtype=BF16)
     w = torch.randn(136, 72, dtype=BF16)
     acc, tiles = torch.zeros(136, 72), torch.zeros(9, 5)

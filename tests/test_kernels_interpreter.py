@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ NAN = float("nan")
 FLOOR = 1e-6
 
 CASES: dict[str, Callable[[], None]] = {}
+
+# (power, weighted): Σ|g|, Σg², Σ(θg)²; every other case is the default, Σ|θg|.
+MEASURES = [(1, False), (2, False), (2, True)]
 
 
 def cases(*rows: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -50,6 +53,11 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
+def summand(theta: Tensor, grad: Tensor, power: int = 1, weighted: bool = True) -> Tensor:
+    """|θ^weighted · g|^power, the definition."""
+    return (theta * grad if weighted else grad).abs() ** power
+
+
 # --- linear sensitivity ---------------------------------------------------------------------------------------------
 
 
@@ -66,28 +74,32 @@ def packed(lens: list[int], gap: int, *widths: int, dtype: torch.dtype = FP32) -
     return torch.tensor(starts, dtype=torch.int64), torch.tensor(lens, dtype=torch.int64), matrices
 
 
-def linear_reference(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor, work: torch.dtype) -> Tensor:
+def linear_reference(
+    w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor, work: torch.dtype, *measure: Any
+) -> Tensor:
     total = torch.zeros_like(w, dtype=torch.promote_types(work, FP32))
     for start, length in zip(starts.tolist(), lens.tolist(), strict=True):
         x_j, dy_j = x[start : start + length].to(work), dy[start : start + length].to(work)
-        total += (dy_j.T @ x_j).abs()
-    return total * w.to(total.dtype).abs()
+        total += summand(w.to(total.dtype), (dy_j.T @ x_j).to(total.dtype), *measure)
+    return total
 
 
-def check_linear(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor, acc: Tensor | None = None) -> None:
+def check_linear(
+    w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor, acc: Tensor | None = None, measure: Any = ()
+) -> None:
     from pkt_kernels.linear_sensitivity import linear_sensitivity
 
     work = torch.promote_types(x.dtype, dy.dtype)
-    truth = linear_reference(w, x, dy, starts, lens, torch.float64)
-    plain = relative(linear_reference(w, x, dy, starts, lens, work), truth)
+    truth = linear_reference(w, x, dy, starts, lens, torch.float64, *measure)
+    plain = relative(linear_reference(w, x, dy, starts, lens, work, *measure), truth)
     acc = torch.empty_like(w, dtype=FP32) if acc is None else acc
     acc.fill_(0.0)
-    linear_sensitivity(acc, w, x, dy, starts, lens)
+    linear_sensitivity(acc, w, x, dy, starts, lens, *measure)
     error = relative(acc, truth)
     assert error <= 2 * plain + FLOOR, (error, plain)
     first = acc.clone()
     acc.fill_(1.0)
-    linear_sensitivity(acc, w, x, dy, starts, lens)
+    linear_sensitivity(acc, w, x, dy, starts, lens, *measure)
     assert torch.equal(acc, 1.0 + first), "it adds, and twice the same"
 
 
@@ -119,6 +131,17 @@ def linear(n: int, m: int, lens: list[int], dtype: torch.dtype, blocks: int, cap
     use(capability, blocks)
     starts, lens_, (x, dy) = packed(lens, 3, m, n, dtype=dtype)
     check_linear(torch.randn(n, m).to(dtype), x, dy, starts, lens_)
+
+
+@cases(*((capability, dtype, *measure) for (capability, dtype), measure in itertools.product(
+           [(DESCRIPTORS, BF16), (DESCRIPTORS, FP32), (POINTERS, FP16)], MEASURES)))  # fmt: skip
+def linear_measures(capability: tuple[int, int], dtype: torch.dtype, *measure: Any) -> None:
+    use(capability)
+    starts, lens, (x, dy) = packed([7, 0, 33], 3, 257, 129, dtype=dtype)
+    w = torch.randn(129, 257).to(dtype)
+    if not measure[1]:  # the weight must not be read
+        w.fill_(NAN)
+    check_linear(w, x, dy, starts, lens, measure=measure)
 
 
 @cases((DESCRIPTORS,), (POINTERS,))
@@ -177,9 +200,11 @@ def linear_edges(what: str) -> None:
 
 
 @cases(*itertools.product([1, 16, 64], [(70, 200), (1, 1)], [DESCRIPTORS], [BF16]), (32, (70, 200), POINTERS, FP32),
-       *itertools.product([128, 48, 192], [(130, 129)], [DESCRIPTORS], [BF16, FP32]),
-       (64, (0, 8), DESCRIPTORS, BF16))  # fmt: skip
-def linear_tiles(tile: int, shape: tuple[int, int], capability: tuple[int, int], dtype: torch.dtype) -> None:
+       *itertools.product([128, 48, 192], [(130, 129)], [DESCRIPTORS], [BF16, FP32]), (64, (0, 8), DESCRIPTORS, BF16),
+       *((tile, (130, 129), DESCRIPTORS, BF16, *measure) for tile, measure in itertools.product([16, 48], MEASURES)))  # fmt: skip
+def linear_tiles(
+    tile: int, shape: tuple[int, int], capability: tuple[int, int], dtype: torch.dtype, *measure: Any
+) -> None:
     from pkt_kernels.linear_sensitivity import linear_sensitivity_tiles
 
     use(capability)
@@ -187,19 +212,20 @@ def linear_tiles(tile: int, shape: tuple[int, int], capability: tuple[int, int],
     starts, lens, (x, dy) = packed([9, 0, 70], 2, m, n, dtype=dtype)
     w = torch.randn(n, m).to(dtype)
     whole = torch.zeros(-(-n // tile) * tile, -(-m // tile) * tile, dtype=torch.float64)
-    whole[:n, :m] = linear_reference(w, x, dy, starts, lens, torch.float64)
+    whole[:n, :m] = linear_reference(w, x, dy, starts, lens, torch.float64, *measure)
     truth = whole.view(-(-n // tile), tile, -(-m // tile), tile).sum((1, 3))
     tiles = torch.zeros(truth.shape)
-    linear_sensitivity_tiles(tiles, w, x, dy, starts, lens, tile)
+    linear_sensitivity_tiles(tiles, w, x, dy, starts, lens, tile, *measure)
     assert relative(tiles, truth) <= FLOOR
 
 
 @cases(0, -16, 7, 72)
 def linear_tiles_refused(tile: int) -> None:
+    from pkt_kernels.launch import NoFormError
     from pkt_kernels.linear_sensitivity import linear_sensitivity_tiles
 
     empty = torch.empty(0, dtype=torch.int64)
-    with pytest.raises(ValueError, match="powers of two up to 128 and multiples of 16"):
+    with pytest.raises(NoFormError, match="powers of two up to 128 and multiples of 16"):
         linear_sensitivity_tiles(*[torch.empty(8, 8)] * 4, empty, empty, tile)
 
 
@@ -218,17 +244,24 @@ def linear_blocks(major: int, itemsize: int, multiprocessors: int) -> None:
 # --- |theta * grad| -------------------------------------------------------------------------------------------------
 
 
-def check_abs_accumulate(acc: Tensor, theta: Tensor, grad: Tensor) -> None:
+def check_abs_accumulate(acc: Tensor, theta: Tensor, grad: Tensor, *measure: Any) -> None:
     from pkt_kernels.abs_accumulate import abs_accumulate
 
-    truth = acc.double() + (theta.double() * grad.double()).abs()
-    abs_accumulate(acc, theta, grad)
+    truth = acc.double() + summand(theta.double(), grad.double(), *measure)
+    abs_accumulate(acc, theta, grad, *measure)
     assert relative(acc, truth) <= FLOOR
 
 
 @cases(*itertools.product([(), (1,), (4095,), (4097,), (3, 5, 7), (0, 4)], [(BF16, BF16), (FP32, BF16), (FP16, FP32)]))
 def accumulate(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check_abs_accumulate(torch.rand(shape), torch.randn(shape).to(dtypes[0]), torch.randn(shape).to(dtypes[1]))
+
+
+@cases(*MEASURES)
+def accumulate_measures(*measure: Any) -> None:
+    for theta, grad in ((torch.randn(4097), torch.randn(4097)), (torch.randn(33, 17).to(BF16), torch.randn(17, 33).T)):
+        unread = theta if measure[1] else torch.full_like(theta, NAN)
+        check_abs_accumulate(torch.rand(theta.shape), unread, grad, *measure)
 
 
 @cases("transposed", "shifted", "expanded", "channels last", "steps", "six dimensions")
@@ -257,8 +290,8 @@ def accumulate_strided(layout: str) -> None:
         check_abs_accumulate(torch.rand(shape), theta, torch.randn(shape))
 
 
-@cases("aligned", "unaligned", "mixed", "none")
-def accumulate_many(kind: str) -> None:
+@cases("aligned", "unaligned", "mixed", "none", *(("mixed", *measure) for measure in MEASURES))
+def accumulate_many(kind: str, *measure: Any) -> None:
     from pkt_kernels.abs_accumulate import abs_accumulate_many
 
     shapes = [] if kind == "none" else [(5,), (64, 130), (0,), (1,), (7, 3)]
@@ -269,8 +302,9 @@ def accumulate_many(kind: str) -> None:
     grads = [torch.randn(shape).to(BF16) for shape in shapes]
     if kind == "mixed":
         grads[1] = torch.randn(130, 64).to(BF16).T
-    truths = [a.double() + (t.double() * g.double()).abs() for a, t, g in zip(accs, thetas, grads, strict=True)]
-    abs_accumulate_many(accs, thetas, grads)
+    wide = zip(accs, thetas, grads, strict=True)
+    truths = [a.double() + summand(t.double(), g.double(), *measure) for a, t, g in wide]
+    abs_accumulate_many(accs, thetas, grads, *measure)
     for acc, truth in zip(accs, truths, strict=True):
         torch.testing.assert_close(acc.double(), truth, rtol=1e-6, atol=1e-6)
 
@@ -279,8 +313,9 @@ def accumulate_many(kind: str) -> None:
 
 
 @cases(*itertools.product([(11, 37), (1, 1)], [[8, 0, 30], [1], [140, 3]], [FP32, BF16]),
-       ((300, 1025), [8, 0, 30], BF16), ((300, 1025), [1], FP32))  # fmt: skip
-def embedding(shape: tuple[int, int], lens: list[int], dtype: torch.dtype) -> None:
+       ((300, 1025), [8, 0, 30], BF16), ((300, 1025), [1], FP32),
+       *(((11, 37), [8, 0, 30], dtype, *measure) for dtype, measure in itertools.product([BF16, FP32], MEASURES)))  # fmt: skip
+def embedding(shape: tuple[int, int], lens: list[int], dtype: torch.dtype, *measure: Any) -> None:
     from pkt_kernels.embedding_sensitivity import embedding_sensitivity
 
     vocabulary, width = shape
@@ -293,12 +328,12 @@ def embedding(shape: tuple[int, int], lens: list[int], dtype: torch.dtype) -> No
     for start, length in zip(starts.tolist(), lens, strict=True):
         rows = slice(start, start + length)
         gradient = torch.zeros_like(truth).index_add_(0, ids[rows], dy[rows].double())
-        truth += (w.double() * gradient).abs()
+        truth += summand(w.double(), gradient, *measure)
     first = torch.zeros(vocabulary, width)
-    embedding_sensitivity(first, w, ids, dy, starts, lens_)
+    embedding_sensitivity(first, w, ids, dy, starts, lens_, *measure)
     assert relative(first, truth) <= FLOOR
     acc = torch.ones(width, vocabulary).T
-    embedding_sensitivity(acc, w, ids, dy, starts, lens_)
+    embedding_sensitivity(acc, w, ids, dy, starts, lens_, *measure)
     assert torch.equal(acc, 1.0 + first)
 
 
@@ -319,7 +354,7 @@ def embedding_edges(what: str) -> None:
 
 
 def quantized(score: Tensor, count: int) -> Tensor:
-    """METHOD's integers, in Python's own arithmetic."""
+    """The window search's integers, in Python's own arithmetic."""
     import math
 
     exponent = math.frexp(float(score.max()))[1]
@@ -442,9 +477,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     results = tmp_path_factory.mktemp("interpreter") / "results.jsonl"
     path = [str(Path(__file__).parents[1] / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
-    ran = subprocess.run(
-        [sys.executable, __file__, str(results), *names], env=environment, capture_output=True, text=True, check=False
-    )
+    ran = processes.run([sys.executable, __file__, results, *names], env=environment)
     said = dict(json.loads(line) for line in results.read_text().splitlines()) if results.exists() else {}
     for name in names:
         said.setdefault(name, f"not reached: the process ended with {ran.returncode}\n{ran.stderr}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,16 @@ def case(
     )
 
 
-def truth(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor) -> Tensor:
+def summand(theta: Tensor, grad: Tensor, power: int = 1, weighted: bool = True) -> Tensor:
+    """|θ^weighted · g|^power in fp64, the definition."""
+    return (theta.double() * grad.double() if weighted else grad.double()).abs() ** power
+
+
+def truth(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor, *measure: Any) -> Tensor:
     total = torch.zeros(w.shape, dtype=torch.float64)
     for s, n in zip(starts.tolist(), lens.tolist(), strict=True):
-        total += (dy[s : s + n].double().t() @ x[s : s + n].double()).abs()
-    return total * w.double().abs()
+        total += summand(w, dy[s : s + n].double().t() @ x[s : s + n].double(), *measure)
+    return total
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,7 +61,7 @@ def truth(w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor) -> Ten
 def test_linear_sensitivity(dtype: torch.dtype, lengths: list[int], n: int, m: int, gap: int) -> None:
     args = case(lengths, n, m, dtype, gap=gap)
     expected = truth(*args)
-    for add in (ops.linear_sensitivity_, ops._linear_sensitivity_torch):
+    for add in (ops.linear_sensitivity_, ops.reference.linear_sensitivity_):
         acc = torch.ones(n, m)
         add(acc, *args)
         assert oracle.relative_error(acc, expected + 1) < 1e-6
@@ -64,11 +71,49 @@ def test_linear_sensitivity(dtype: torch.dtype, lengths: list[int], n: int, m: i
         assert oracle.relative_error(tiles, ops.tile_sums(expected, tile)) < 1e-6
 
 
+def test_the_measures_are_what_the_literature_sums() -> None:
+    assert ops.MEASURES == {
+        "theta_grad": (1, True),
+        "grad": (1, False),
+        "fisher": (2, False),
+        "theta_grad_squared": (2, True),
+    }
+
+
+@pytest.mark.parametrize("measure", ops.MEASURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_measure_of_a_linear_layer(dtype: torch.dtype, measure: str) -> None:
+    args = case([5, 0, 9], 61, 43, dtype, gap=2)
+    expected = truth(*args, *ops.MEASURES[measure])
+    for add in (ops.linear_sensitivity_, ops.reference.linear_sensitivity_):
+        acc = torch.ones(61, 43)
+        add(acc, *args, *ops.MEASURES[measure])
+        assert oracle.relative_error(acc, expected + 1) < 1e-6
+    for tile in (1, 16):
+        tiles = torch.zeros(-(-61 // tile), -(-43 // tile))
+        ops.linear_sensitivity_tiles_(tiles, *args, tile, *ops.MEASURES[measure])
+        assert oracle.relative_error(tiles, ops.tile_sums(expected, tile)) < 1e-6
+
+
+def test_unweighted_measures_do_not_read_the_weight() -> None:
+    w, x, dy, starts, lens = case([5, 4], 6, 8, torch.float32)
+    unread, ids = torch.full_like(w, float("nan")), torch.tensor([0, 1, 1, 5, 2, 3, 3, 3, 0])
+    for power in (1, 2):
+        acc, tiles = torch.zeros(6, 8), torch.zeros(3, 4)
+        ops.linear_sensitivity_(acc, unread, x, dy, starts, lens, power, False)
+        ops.linear_sensitivity_tiles_(tiles, unread, x, dy, starts, lens, 2, power, False)
+        ops.embedding_sensitivity_(acc, unread, ids, x, starts, lens, power, False)
+        ops.abs_accumulate_(acc, unread, w, power, False)
+        ops.abs_accumulate_many_([acc], [unread], [w], power, False)
+        assert acc.isfinite().all()
+        assert tiles.isfinite().all()
+
+
 def test_linear_sensitivity_of_strided_views() -> None:
     w, x, dy, starts, lens = case([7, 5], 20, 24, torch.float32)
     wide_x = torch.full((12, 50), float("nan"))
     wide_x[:, 1:49:2] = x
-    for add in (ops.linear_sensitivity_, ops._linear_sensitivity_torch):
+    for add in (ops.linear_sensitivity_, ops.reference.linear_sensitivity_):
         acc = torch.zeros(24, 20).t()
         add(acc, w.t().contiguous().t(), wide_x[:, 1:49:2], dy, starts, lens)
         assert oracle.relative_error(acc, truth(w, x, dy, starts, lens)) < 1e-6
@@ -86,38 +131,51 @@ def test_linear_sensitivity_in_fp64_and_of_mixed_types() -> None:
 
 
 @pytest.mark.skipif(ops.implementation("linear_sensitivity_", "cpu")[0] != "C++", reason="pkt._C is not built")
-def test_linear_sensitivity_does_not_depend_on_the_threads() -> None:
-    args = case([40, 33], 301, 77, torch.bfloat16)
-    found = []
+@pytest.mark.parametrize("measure", ops.MEASURES)
+def test_sensitivities_do_not_depend_on_the_threads(measure: str) -> None:
+    args = case([40, 33], 301, 177, torch.bfloat16)
+    w, x, _, starts, lens = args
+    ids, grad = torch.randint(0, 301, (73,)), torch.randn(301, 177)
+    how, found = ops.MEASURES[measure], []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(torch.zeros(301, 77))
-            ops.linear_sensitivity_(found[-1], *args)
+            linear, embedding, elements = (torch.zeros(301, 177) for _ in range(3))
+            tiles = torch.zeros(5, 3)
+            ops.linear_sensitivity_(linear, *args, *how)
+            ops.linear_sensitivity_tiles_(tiles, *args, 64, *how)
+            ops.embedding_sensitivity_(embedding, w, ids, x, starts, lens, *how)
+            ops.abs_accumulate_many_([elements], [w], [grad], *how)
+            found.append((linear, tiles, embedding, elements))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (37,), (129, 65), (3, 5, 7)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_abs_accumulate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("measure", ops.MEASURES)
+def test_abs_accumulate(shape: tuple[int, ...], dtype: torch.dtype, measure: str) -> None:
     theta, grad, acc = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.rand(shape)
-    expected = acc.double() + (theta.double() * grad.double()).abs()
-    ops.abs_accumulate_(acc, theta, grad)
+    given = theta.clone(), grad.clone()
+    expected = acc.double() + summand(theta, grad, *ops.MEASURES[measure])
+    ops.abs_accumulate_(acc, theta, grad, *ops.MEASURES[measure])
     assert oracle.relative_error(acc, expected) < 1e-6
+    assert torch.equal(theta, given[0])
+    assert torch.equal(grad, given[1])
 
 
-def test_abs_accumulate_many_is_abs_accumulate_of_each() -> None:
+@pytest.mark.parametrize("measure", ops.MEASURES)
+def test_abs_accumulate_many_is_abs_accumulate_of_each(measure: str) -> None:
     thetas = [torch.randn(s).to(d) for s, d in [((7,), torch.float32), ((3, 5), torch.bfloat16), ((0,), torch.float32)]]
     grads = [torch.randn(t.shape) for t in thetas]
     accs, expected = [torch.rand(t.shape) for t in thetas], []
     for acc, theta, grad in zip(accs, thetas, grads, strict=True):
         expected.append(acc.clone())
-        ops.abs_accumulate_(expected[-1], theta, grad)
-    ops.abs_accumulate_many_(accs, thetas, grads)
+        ops.abs_accumulate_(expected[-1], theta, grad, *ops.MEASURES[measure])
+    ops.abs_accumulate_many_(accs, thetas, grads, *ops.MEASURES[measure])
     assert all(map(torch.equal, accs, expected))
     ops.abs_accumulate_many_([], [], [])
     with pytest.raises(pkt.PktError, match="lists of 3, 3 and 2 tensors differ"):
@@ -127,16 +185,17 @@ def test_abs_accumulate_many_is_abs_accumulate_of_each() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding_sensitivity_sums_duplicates_within_a_sample_first(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("measure", ops.MEASURES)
+def test_embedding_sensitivity_sums_duplicates_within_a_sample_first(dtype: torch.dtype, measure: str) -> None:
     ids = torch.tensor([4, 4, 2, 0, 4, 2, 9])
     dy, w = torch.randn(7, 6).to(dtype), torch.randn(11, 6).to(dtype)
     starts, lens = torch.tensor([0, 3]), torch.tensor([3, 4])
     expected = torch.zeros(11, 6, dtype=torch.float64)
     for s, n in ((0, 3), (3, 4)):
-        expected += torch.zeros(11, 6, dtype=torch.float64).index_add_(0, ids[s : s + n], dy[s : s + n].double()).abs()
-    expected *= w.double().abs()
+        grad = torch.zeros(11, 6, dtype=torch.float64).index_add_(0, ids[s : s + n], dy[s : s + n].double())
+        expected += summand(w, grad, *ops.MEASURES[measure])
     acc = torch.zeros(11, 6)
-    ops.embedding_sensitivity_(acc, w, ids, dy, starts, lens)
+    ops.embedding_sensitivity_(acc, w, ids, dy, starts, lens, *ops.MEASURES[measure])
     assert oracle.relative_error(acc, expected) < 1e-6
 
 
@@ -148,6 +207,7 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
         torch.ops.pkt.abs_accumulate_many_.default, ([torch.zeros(6, 5), torch.zeros(3)], [w, w[0, :3]], [w, w[1, :3]])
     )
     check(torch.ops.pkt.linear_sensitivity_.default, (torch.zeros(6, 5), w, x, dy, starts, lens))
+    check(torch.ops.pkt.abs_accumulate_.default, (torch.zeros(6, 5), w, w, 2, False))
     check(torch.ops.pkt.linear_sensitivity_tiles_.default, (torch.zeros(3, 3), w, x, dy, starts, lens, 2))
     check(
         torch.ops.pkt.embedding_sensitivity_.default,
@@ -159,7 +219,9 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
 
 
 def test_every_op_says_what_it_uses_and_why() -> None:
-    for op in ("abs_accumulate_", "linear_sensitivity_", "best_window", "rsvd", "rsvd_batch"):
+    declared = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("pkt::")}
+    assert {f"pkt::{op}" for op in ops.names()} == declared
+    for op in ops.names():
         used, why = ops.implementation(op, "cpu")
         assert used in ("torch", "C++")
         assert why
@@ -226,6 +288,22 @@ def test_bad_arguments_name_the_argument(change: dict[str, Any], message: str) -
         ops.linear_sensitivity_(*given.values())
 
 
+def test_powers_other_than_1_and_2_are_refused() -> None:
+    w, x, dy, starts, lens = case([3, 4], 6, 5, torch.float32)
+    acc, ids = torch.zeros(6, 5), torch.zeros(7, dtype=torch.int64)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.abs_accumulate_, (acc, w, w)),
+        (ops.abs_accumulate_many_, ([acc], [w], [w])),
+        (ops.linear_sensitivity_, (acc, w, x, dy, starts, lens)),
+        (ops.linear_sensitivity_tiles_, (torch.zeros(3, 3), w, x, dy, starts, lens, 2)),
+        (ops.embedding_sensitivity_, (acc, w, ids, x, starts, lens)),
+    ]
+    for op, arguments in calls:
+        for power in (0, 3, -1):
+            with pytest.raises(pkt.PktError, match=f"pkt::{op.__name__}: power is {power}; it must be 1 or 2"):
+                op(*arguments, power)
+
+
 def test_other_ops_refuse_bad_arguments() -> None:
     with pytest.raises(pkt.PktError, match="shapes differ"):
         ops.abs_accumulate_(torch.zeros(3), torch.zeros(3), torch.zeros(4))
@@ -273,3 +351,69 @@ def test_rsvd_refuses_bad_options_and_mixed_devices() -> None:
     with pytest.raises(pkt.PktError, match=r"a\[1\] is on meta, a\[0\] on cpu"):
         ops.rsvd_batch([torch.zeros(3, 5), torch.zeros(3, 5, device="meta")], 1)
     assert [len(x) for x in ops.rsvd_batch([], 1)] == [0, 0, 0, 0]
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiles' op as CUDA dispatches it, with a stand-in for its kernel: set `raises` on what is returned."""
+    launch = pytest.importorskip("pkt_kernels.launch")
+    stand_in = types.ModuleType("pkt_kernels.linear_sensitivity")
+    found = types.SimpleNamespace(raises=None, NoFormError=launch.NoFormError, calls=0)
+
+    def linear_sensitivity_tiles(*_: Any) -> None:
+        found.calls += 1
+        if found.raises is not None:
+            raise found.raises
+
+    stand_in.linear_sensitivity_tiles = linear_sensitivity_tiles
+    monkeypatch.setitem(sys.modules, "pkt_kernels.linear_sensitivity", stand_in)
+    monkeypatch.setattr(ops.dispatch, "no_triton", lambda _: None)
+    ops.dispatch._warn_once.cache_clear()
+    found.run = ops.dispatch.triton_or_torch("linear_sensitivity_tiles_")
+    return found
+
+
+def test_a_kernel_s_refusal_falls_back_to_torch_and_says_so_once(kernel: Any) -> None:
+    args = case([3, 4], 6, 5, torch.float32)
+    expected = ops.tile_sums(truth(*args), 2)
+    kernel.raises = kernel.NoFormError("tile=2: not this one")
+    once = torch.zeros(3, 3)
+    with pytest.warns(pkt.PktWarning, match="linear_sensitivity_tiles_ runs in torch.*tile=2: not this one"):
+        kernel.run(once, *args, 2)
+    # Warnings of pkt are errors in the tests: a second one would end this.
+    twice = once.clone()
+    kernel.run(twice, *args, 2)
+    assert oracle.relative_error(once, expected) < 1e-6
+    assert oracle.relative_error(twice, 2 * expected) < 1e-6
+    assert kernel.calls == 2
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), RuntimeError("Triton Error [CUDA]: a bug")])
+def test_any_other_error_of_a_kernel_is_not_swallowed(kernel: Any, error: Exception) -> None:
+    tiles, args = torch.zeros(3, 3), case([3, 4], 6, 5, torch.float32)
+    kernel.raises = error
+    with pytest.raises(type(error), match="a bug"):
+        kernel.run(tiles, *args, 2)
+    assert not tiles.any()
+
+
+def test_fp64_never_reaches_a_kernel(kernel: Any) -> None:
+    tiles, args = torch.zeros(3, 3, dtype=torch.float64), case([3, 4], 6, 5, torch.float32)
+    kernel.run(tiles, *args, 2)
+    assert kernel.calls == 0
+    assert tiles.any()
+
+
+def test_cuda_without_an_index_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 0), (9, 0))[index])
+    ops.dispatch.no_triton.cache_clear()
+    try:
+        assert ops.implementation("abs_accumulate_", "cuda")[0] == "Triton"
+        assert ops.implementation("abs_accumulate_", "cuda:0") == (
+            "torch",
+            "the GPU's compute capability is 7.0, below 8.0",
+        )
+    finally:
+        ops.dispatch.no_triton.cache_clear()

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pkt import ops, rsvd_reference
+from pkt import ops
+from pkt.ops import rsvd_reference
 
 Rsvd = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 IMPLEMENTATIONS: dict[str, Rsvd] = {"registered": ops.rsvd, "torch": rsvd_reference.rsvd}

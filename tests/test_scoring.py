@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pkt
-from pkt import head_loss, ops
+from pkt import ops
+from pkt.errors import SampleError
 from pkt.ops import tile_sums
-from pkt.scoring import default_loss
+from pkt.scoring import Findings, default_loss
+from pkt.scoring import head as head_loss
 
 SAMPLES = oracle.token_samples(32)
 MODELS = {
@@ -102,6 +104,53 @@ def test_tile_sums_are_the_sums_of_the_elements(scored: Any, tile: int) -> None:
     torch.testing.assert_close(sens.layer_scores(), elements.layer_scores(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_other_measures_agree_with_autograd_in_fp64(scored: Any, measure: str, batch: int) -> None:
+    model, _ = scored
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES, 1), measure=measure)
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES, batch), measure=measure, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    if batch == 3:
+        tiles = pkt.sensitivity(model, oracle.batched(SAMPLES, batch), measure=measure, tile=7, progress=False)
+        for name in truth:
+            assert oracle.relative_error(tiles[name], tile_sums(truth[name], 7)) < 1e-5, name
+
+
+@pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
+def test_other_measures_of_an_mlp_and_of_what_needs_one_sample_at_a_time(measure: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(9, 10, generator=generator), "labels": torch.randint(0, 5, (9,), generator=generator)}
+
+    def loss_fn(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b["x"]), b["labels"], reduction="none")
+
+    mlp = oracle.MLP()
+    truth = oracle.sensitivity(mlp, [batch], loss_fn, measure)
+    sens = pkt.sensitivity(mlp, [batch], loss_fn=loss_fn, measure=measure, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+    torch.manual_seed(1)
+    odd = Odd()
+    truth = oracle.sensitivity(odd, oracle.batched(SAMPLES[:8], 1), plain_loss, measure)
+    sens = pkt.sensitivity(odd, oracle.batched(SAMPLES[:8], 4), measure=measure, progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+
+
+def test_a_measure_is_kept_in_the_file_and_refused_by_a_plan(tmp_path: Any) -> None:
+    model = oracle.llama()
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 2), measure="fisher", progress=False)
+    sens.save(tmp_path / "fisher.safetensors")
+    again = pkt.Sensitivity.load(tmp_path / "fisher.safetensors")
+    assert again.measure == "fisher"
+    with pytest.raises(pkt.PktError, match='measure="fisher"'):
+        pkt.plan(again, model, model)
+    with pytest.raises(pkt.PktError, match="measure='sum' is unknown"):
+        pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 2), measure="sum", progress=False)
+
+
 def test_a_plain_mlp_with_and_without_a_loss_function() -> None:
     model = oracle.MLP()
     generator = torch.Generator().manual_seed(0)
@@ -160,6 +209,24 @@ class Odd(nn.Module):
         return logits
 
 
+def reading_its_head(tied: bool) -> Any:
+    """A Llama whose last hidden states go through the head's weight once more before the head."""
+    from transformers import LlamaModel
+
+    class Reading(LlamaModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            weight = self.reads[0].weight  # type: ignore[index,union-attr]
+            hidden = out.last_hidden_state
+            out.last_hidden_state = hidden + torch.tanh(hidden @ weight.t()) @ weight
+            return out
+
+    model = oracle.llama(tied)
+    model.model.__class__ = Reading
+    model.model.reads = (model.lm_head,)
+    return model
+
+
 def plain_loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["input_ids"])[0, :-1], batch["labels"][0, 1:])[None]
 
@@ -176,6 +243,24 @@ def test_what_cannot_be_batched_is_found_out_and_still_exact(make: Any, batch: i
     for name in truth:
         assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
     assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_read_elsewhere_too_is_not_scored_apart_from_it(tied: bool) -> None:
+    model = reading_its_head(tied)
+    truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:5], 1))
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:5], 5), progress=False)
+    for name in truth:
+        assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
+
+
+def test_findings_are_agreed_on_and_hold_in_every_layer() -> None:
+    mine = Findings(frozenset({"a"}), fused="head").untapping("layers.0.b")
+    both = mine.joined(Findings(fused="head").sharing("c"))
+    assert both == Findings(frozenset({"a", "c"}), frozenset({"layers.0.b"}), fused="head")
+    assert mine.joined(Findings().alone()) == Findings(mine.shared, mine.untapped, one_by_one=True)
+    assert mine.sharing("head").fused is None
+    assert mine.alike(["layers.3.b", "layers.3.c"]).untapped == {"layers.3.b"}
 
 
 def test_mixture_of_experts_is_exact() -> None:
@@ -306,7 +391,7 @@ def test_no_gradient_and_no_logits_are_ever_stored(monkeypatch: pytest.MonkeyPat
     model = oracle.llama(hidden=512, layers=2, heads=8, kv=8, ffn=2048, vocab=6000)
     batches = [oracle.padded([(ids[:12], 2) for ids, _ in oracle.token_samples(8, vocab=6000, longest=12)])]
     monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 1 << 18})
-    monkeypatch.setattr(ops, "GRADIENT_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(ops.reference, "GRADIENT_ELEMENTS", 1 << 18)
     threshold = 2 << 20
     assert batches[0]["input_ids"].numel() * 6000 * 4 > threshold - (1 << 19)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -381,6 +466,17 @@ class TestBadInput:
             name = "model.layers.1.mlp.gate_proj.weight"
         with pytest.raises(pkt.PktError, match=rf"gradient of {name} is not finite for sample 2"):
             pkt.sensitivity(model, oracle.batched(SAMPLES[:4], batch), progress=False)
+
+    def test_a_fault_of_a_sample_carries_its_number_and_is_said_by_place(self) -> None:
+        batch = oracle.padded(SAMPLES[:4])
+        batch["labels"][2] = -100
+        with pytest.raises(SampleError) as caught:
+            pkt.sensitivity(oracle.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
+        assert caught.value.samples == (5,)
+        assert str(caught.value.placed("seeds.jsonl:{}".format)).startswith("seeds.jsonl:5 has no target token")
+        several = SampleError("{samples}: {not a field}", range(2)).shifted(3)
+        assert str(several) == "one of sample 3, sample 4: {not a field}"
+        assert str(several.placed(lambda i: f"line {i + 1}")) == "one of line 4, line 5: {not a field}"
 
     def test_an_empty_loader(self) -> None:
         with pytest.raises(pkt.PktError, match="no batches"):

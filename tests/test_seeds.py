@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,182 @@ def test_a_token_the_model_does_not_have_names_the_line(tokenizer: Any, seed_fil
     seeds = pkt.load_seeds(seed_file, tokenizer)
     with pytest.raises(pkt.PktError, match=r"seeds\.jsonl:1: token id \d+ does not exist in the model \(5 tokens\)"):
         seeds.check_vocabulary(5, "the model")
+
+
+# --- chat templates as they are found in the wild -------------------------------------------------------------------
+
+USER, ANSWER = {"role": "user", "content": "2 plus 3?"}, {"role": "assistant", "content": "It is 5."}
+MORE, LAST = {"role": "user", "content": "And 1?"}, {"role": "assistant", "content": "6."}
+ROLES = "{{ '<|user|>\n' + m.content + '\n' }}"
+ASKS = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def said(tokenizer: Any, example: Any) -> list[str]:
+    """The runs of tokens that are the model's to say."""
+    runs: list[list[int]] = [[]]
+    for label in example.labels:
+        if label != IGNORE:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def a_turn(assistant: str, asks: str = ASKS) -> str:
+    each = f"{{% if m.role == 'assistant' %}}{assistant}{{% else %}}{ROLES}{{% endif %}}"
+    return f"{{% for m in messages %}}{each}{{% endfor %}}{asks}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        # The question opens a thought that a finished answer does not show (DeepSeek-R1-Distill).
+        (
+            a_turn(
+                "{{ '<|assistant|>' + m.content.split('</think>')[-1] + '<|eos|>' }}",
+                "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}",
+            ),
+            [USER, ANSWER],
+            ["It is 5.<|eos|>"],
+        ),
+        # Only the last turn shows an empty thought (Qwen3).
+        (
+            a_turn(
+                "{{ '<|assistant|>\n' + ('<think>\n\n</think>\n\n' if loop.last else '') + m.content + '<|eos|>' }}"
+            ),
+            [USER, ANSWER, MORE, LAST],
+            ["It is 5.<|eos|>", "<think>\n\n</think>\n\n6.<|eos|>"],
+        ),
+        # The last turn is closed by another token than the ones before it (GPT-OSS).
+        (
+            a_turn("{{ '<|assistant|>\n' + m.content + ('<|eos|>' if loop.last else '<|unk|>') }}"),
+            [USER, ANSWER, MORE, LAST],
+            ["It is 5.<|unk|>", "6.<|eos|>"],
+        ),
+    ],
+    ids=["R1", "Qwen3", "GPT-OSS"],
+)
+def test_turns_that_are_rendered_otherwise_when_they_are_not_the_last(
+    tokenizer: Any, tmp_path: Path, template: str, messages: list[Any], expected: list[str]
+) -> None:
+    chosen = with_template(tokenizer, template)
+    example = pkt.load_seeds(write_rows(tmp_path / "s.jsonl", {"messages": messages}), chosen)[0]
+    assert said(chosen, example) == expected
+    assert chosen.decode(example.input_ids) == chosen.apply_chat_template(messages, tokenize=False)
+
+
+TOOLS = [{"type": "function", "function": {"name": "addnumbers", "parameters": {}}}]
+
+
+def test_tools_are_shown_to_the_model_or_refused(tokenizer: Any, tmp_path: Path) -> None:
+    shows = "{% if tools %}{{ 'TOOLS ' + tools[0].function.name + '\n' }}{% endif %}"
+    chosen = with_template(tokenizer, shows + tokenizer.chat_template)
+    path = write_rows(tmp_path / "s.jsonl", {"messages": [USER, ANSWER], "tools": TOOLS})
+    example = pkt.load_seeds(path, chosen)[0]
+    assert chosen.decode(example.input_ids).startswith("TOOLS addnumbers\n")
+    assert said(chosen, example) == ["It is 5.<|eos|>"]
+    with pytest.raises(pkt.PktError, match=r's\.jsonl:1: .*does not show the row\'s "tools"'):
+        pkt.load_seeds(path, tokenizer)
+    with pytest.raises(pkt.PktError, match=r"need a tokenizer with a chat template"):
+        pkt.load_seeds(path, Plain(True))
+    for nothing in (None, []):
+        pkt.load_seeds(write_rows(tmp_path / "n.jsonl", {"messages": [USER, ANSWER], "tools": nothing}), tokenizer)
+
+
+def test_tool_calls_as_the_api_writes_them(tokenizer: Any, tmp_path: Path) -> None:
+    called = "{{ 'CALL ' + m.tool_calls[0].function.arguments.a + '<|eos|>' }}"
+    calls = f"{{% if m.tool_calls %}}{called}{{% else %}}{{{{ m.content + '<|eos|>' }}}}{{% endif %}}"
+    chosen = with_template(tokenizer, a_turn("{{ '<|assistant|>\n' }}" + calls))
+    call = {"function": {"name": "f", "arguments": json.dumps({"a": "7"})}}
+    row = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "5"}, LAST]
+    example = pkt.load_seeds(write_rows(tmp_path / "s.jsonl", {"messages": row}), chosen)[0]
+    assert said(chosen, example) == ["CALL 7<|eos|>", "6.<|eos|>"]
+
+
+def test_contents_in_parts_and_rows_of_messages(tokenizer: Any, tmp_path: Path) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "2 plus"}, {"type": "text", "text": " 3?"}]}
+    path = write_rows(
+        tmp_path / "s.jsonl",
+        {"messages": [USER, ANSWER]},
+        {"messages": [parts, ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER]},
+    )
+    first, second, third = pkt.load_seeds(path, tokenizer)
+    assert first.input_ids == second.input_ids == third.input_ids
+    assert first.labels == second.labels == third.labels
+    path = write_rows(tmp_path / "t.jsonl", {"prompt": [USER, ANSWER, MORE], "completion": [LAST]})
+    assert said(tokenizer, pkt.load_seeds(path, tokenizer)[0]) == ["6.<|eos|>"]
+    image = {"role": "user", "content": [{"type": "image", "url": "x"}]}
+    with pytest.raises(pkt.PktError, match=r'message 0 must have a "role"'):
+        pkt.load_seeds(write_rows(tmp_path / "u.jsonl", {"messages": [image, ANSWER]}), tokenizer)
+
+
+class Begins(Plain):
+    bos_token = "\x01"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_rendered_text_gets_no_second_end_or_beginning(tmp_path: Path, fast: bool) -> None:
+    rows = ({"text": "\x01ab\x03"}, {"text": "ab"}, {"prompt": "\x01a", "completion": "b\x03"})
+    seeds = pkt.load_seeds(write_rows(tmp_path / "s.jsonl", *rows), Begins(fast))
+    assert [e.input_ids for e in seeds] == [[1, 97, 98, 3]] * 3
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_papers_template_strips_contents(tmp_path: Path, fast: bool) -> None:
+    row = {"messages": [{"role": "user", "content": " 2+2? \n"}, {"role": "assistant", "content": "4 \n"}]}
+    found, plain = (pkt.load_seeds(write_rows(tmp_path / "s.jsonl", r), Plain(fast))[0] for r in (row, CHAT))
+    assert (found.input_ids, found.labels) == (plain.input_ids, plain.labels)
+
+
+def test_the_date_of_a_template_is_bound(tokenizer: Any, tmp_path: Path) -> None:
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y') + '\n' }}" + tokenizer.chat_template)
+    path = write_rows(tmp_path / "s.jsonl", CHAT)
+    day = datetime.date(2026, 1, 2)
+    seeds = pkt.load_seeds(path, dated, today=day)
+    assert dated.decode(seeds[0].input_ids).startswith("02 Jan 2026\n")
+    assert seeds.today == day
+    assert pkt.load_seeds(path, tokenizer, today=day).today is None
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x", "takes more than 1 s"),
+        ("{{ 'x' * 10**10 }}", "more text than memory allows"),
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(tokenizer: Any, tmp_path: Path, template: str, message: str) -> None:
+    path = write_rows(tmp_path / "s.jsonl", CHAT)
+    begin = time.process_time()
+    with pytest.raises(pkt.PktError, match=rf"s\.jsonl:1: the chat template .*{message}"):
+        pkt.load_seeds(path, with_template(tokenizer, template))
+    assert time.process_time() - begin < 3
+
+
+@pytest.mark.parametrize("form", ["text", "prompt", "messages"])
+def test_no_more_of_a_huge_row_is_read_than_can_be_kept(tokenizer: Any, tmp_path: Path, form: str) -> None:
+    huge = "word " * 10_000_000
+    row = {
+        "text": {"text": huge},
+        "prompt": {"prompt": "a", "completion": huge},
+        "messages": {"messages": [USER, {"role": "assistant", "content": huge}]},
+    }[form]
+    small = json.loads(json.dumps(row).replace(huge, "word " * 4000))
+    begin = time.process_time()
+    found = pkt.load_seeds(write_rows(tmp_path / "s.jsonl", row), tokenizer, max_length=512)[0]
+    assert time.process_time() - begin < 5
+    expected = pkt.load_seeds(write_rows(tmp_path / "t.jsonl", small), tokenizer, max_length=512)[0]
+    assert (found.input_ids, found.labels) == (expected.input_ids, expected.labels)
+
+
+def test_a_folder_serves_as_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "tok")
+    path = write_rows(tmp_path / "s.jsonl", CHAT)
+    assert pkt.load_seeds(path, tmp_path / "tok")[0].input_ids == pkt.load_seeds(path, tokenizer)[0].input_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import oracle
@@ -15,7 +15,8 @@ from torch import Tensor
 import pkt
 from pkt import ops
 from pkt.models import spec_of
-from pkt.selection import Region, select_layers, select_region, window
+from pkt.options import Select
+from pkt.planning.regions import STRATEGIES, Region, Wanted, select_layers, select_region, window
 
 
 def brute_force(score: np.ndarray, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[int, int]:
@@ -88,18 +89,18 @@ def test_window_search_survives_zeros_and_wide_ranges() -> None:
 def test_rows_cols_and_weights_take_the_highest() -> None:
     score = torch.rand(12, 17, generator=torch.Generator().manual_seed(0))
     matrix = torch.arange(12 * 17.0).view(12, 17)
-    region = select_region(score, (12, 17), (5, 9), "rows_cols")
+    region = select_region(score, "rows_cols", Wanted((12, 17), (5, 9)))
     rows = score.double().sum(1).topk(5).indices.sort().values
     cols = score.double().sum(0).topk(9).indices.sort().values
     assert torch.equal(region.cut(matrix), matrix[rows][:, cols])
-    region = select_region(score, (12, 17), (5, 9), "weights")
+    region = select_region(score, "weights", Wanted((12, 17), (5, 9)))
     kept = score.flatten().topk(45).indices.sort().values
     assert torch.equal(region.cut(matrix), matrix.flatten()[kept].view(5, 9))
 
 
 def test_blocks_take_the_best_row_and_column_blocks() -> None:
     score = torch.rand(24, 32, generator=torch.Generator().manual_seed(3))
-    region = select_region(score, (24, 32), (16, 8), "blocks")
+    region = select_region(score, "blocks", Wanted((24, 32), (16, 8)))
     row_sums, col_sums = score.double().view(3, 8, 32).sum((1, 2)), score.double().view(24, 4, 8).sum((0, 2))
     rows = torch.cat([torch.arange(8) + 8 * i for i in row_sums.topk(2).indices.sort().values])
     cols = torch.arange(8) + 8 * int(col_sums.argmax())
@@ -110,13 +111,14 @@ def test_a_window_is_a_view_and_equal_shapes_are_the_identity() -> None:
     matrix = torch.rand(10, 12)
     part = window(2, 3, 4, 5).cut(matrix)
     assert part.data_ptr() == matrix[2:, 3:].data_ptr()
-    for strategy in ("window", "rows_cols", "weights", "blocks", "random"):
-        assert select_region(matrix, (10, 12), (10, 12), strategy) == window(0, 0, 10, 12)
+    assert tuple(STRATEGIES) == get_args(Select)
+    for strategy in STRATEGIES:
+        assert select_region(matrix, strategy, Wanted((10, 12), (10, 12))) == window(0, 0, 10, 12)
 
 
 def test_random_windows_depend_on_seed_and_name_only() -> None:
     score = torch.rand(50, 60)
-    make = lambda seed, name: select_region(score, (50, 60), (20, 20), "random", seed=seed, name=name)  # noqa: E731
+    make = lambda seed, name: select_region(score, "random", Wanted((50, 60), (20, 20), seed=seed, name=name))  # noqa: E731
     assert make(0, "a") == make(0, "a")
     assert len({make(s, n) for s in range(3) for n in "abc"}) > 5
 
@@ -125,13 +127,15 @@ def test_tile_sums_find_the_window_on_the_tile_grid() -> None:
     score = torch.rand(48, 64, generator=torch.Generator().manual_seed(0))
     score[16:40, 24:56] += 1
     tiles = ops.tile_sums(score, 8)
-    region = select_region(tiles, (48, 64), (24, 32), "window", tile=8)
+    region = select_region(tiles, "window", Wanted((48, 64), (24, 32), tile=8))
     assert region == window(16, 24, 24, 32)
-    assert select_region(tiles, (48, 64), (24, 32), "blocks", tile=8) == Region((24, 32), ((16, 40),), ((24, 56),))
+    assert select_region(tiles, "blocks", Wanted((48, 64), (24, 32), tile=8)) == Region(
+        (24, 32), ((16, 40),), ((24, 56),)
+    )
     with pytest.raises(pkt.PktError, match="needs the scores' elements"):
-        select_region(tiles, (48, 64), (24, 32), "weights", tile=8)
+        select_region(tiles, "weights", Wanted((48, 64), (24, 32), tile=8))
     with pytest.raises(pkt.PktError, match="cannot be cut"):
-        select_region(tiles, (48, 64), (20, 32), "window", tile=8)
+        select_region(tiles, "window", Wanted((48, 64), (20, 32), tile=8))
 
 
 def test_layers_by_every_choice() -> None:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import oracle
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pkt
 from pkt import ops
-from pkt.budgeting import Place, parse_size, plan_memory, sizes_of
-from pkt.loading import NotLayeredError, open_teacher
 from pkt.models import decoder_layers, load_model, spec_of
+from pkt.ops import dispatch
+from pkt.scoring import score_seeds
 from pkt.seeds import Example, Seeds
-from pkt.streaming import Boundaries, Engine, _halved, samples_of
-from pkt.transferring import score_seeds
+from pkt.streaming import (
+    Boundaries,
+    Engine,
+    NotLayeredError,
+    Teacher,
+    open_teacher,
+    parse_size,
+    plan_memory,
+    samples_of,
+    sizes_of,
+)
+from pkt.streaming.memory import Place
+from pkt.streaming.microbatches import halved
+from pkt.streaming.parts import LayeredModel
 
 CPU = torch.device("cpu")
 
@@ -164,9 +176,20 @@ class TestScores:
         for parameter in truth:
             assert oracle.relative_error(found[parameter], truth[parameter]) < 1e-5, parameter
 
+    @pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_other_measures_agree_with_autograd_in_fp64(self, measure: str, tied: bool, tmp_path: Path) -> None:
+        model, batches = oracle.llama(tied), oracle.batched(oracle.token_samples(7), 3)
+        truth, found = (
+            oracle.sensitivity(model, batches, measure=measure),
+            streamed(model, batches, tmp_path, measure=measure),
+        )
+        for parameter in truth:
+            assert oracle.relative_error(found[parameter], truth[parameter]) < 1e-5, parameter
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
         model = oracle.llama().to(dtype)
         batches = oracle.batched(oracle.token_samples(5), 5)
         whole = pkt.sensitivity(model, batches, progress=False)
@@ -180,7 +203,7 @@ class TestScores:
     def test_half_types_that_a_cpu_cannot_multiply_are_widened(
         self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops, "native_halves", frozenset)
+        monkeypatch.setattr(dispatch, "native_halves", frozenset)
         oracle.llama().to(dtype).save_pretrained(tmp_path / "teacher")
         model = load_model(tmp_path / "teacher")
         batches = oracle.batched(oracle.token_samples(5), 5)
@@ -202,16 +225,17 @@ class TestScores:
     def test_what_transformers_keeps_in_fp32_stays_there(
         self, family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops, "native_halves", lambda: {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
         families.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
         loaded, teacher = load_model(tmp_path / "teacher"), open_teacher(tmp_path / "teacher", CPU)
         wanted = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
         assert torch.float32 in wanted.values() or (family == "GPT-OSS" and dtype == torch.bfloat16)
         assert {name: tensor.dtype for name, tensor in teacher.model.state_dict().items()} == wanted
         engine = Engine(teacher, device=CPU, num_layers=3, layers="model.layers", on_part=lambda *part: None)
-        with engine.loaded(engine.layer_names[1]):
-            for name in engine.layer_names[1]:
-                module, key, _ = engine.places[name][0]
+        parts = engine.parts
+        with parts.loaded(parts.layer_names[1]):
+            for name in parts.layer_names[1]:
+                module, key, _ = parts.places[name][0]
                 assert torch.equal(getattr(module, key), loaded.state_dict()[name])
                 assert getattr(module, key).dtype == wanted[name]
         engine.close()
@@ -397,10 +421,10 @@ class TestTransfer:
     ) -> None:
         oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
         student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
-        plain = Engine._call
+        plain = LayeredModel.call
         runs: list[Any] = []
 
-        def call(self: Engine, index: int, hidden: Tensor, recorded: Any) -> Tensor:
+        def call(self: LayeredModel, index: int, hidden: Tensor, recorded: Any) -> Tensor:
             if hidden.requires_grad and index == 1 and hidden.shape[0] > 2:
                 runs.append(hidden.shape)
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -408,7 +432,7 @@ class TestTransfer:
 
         rows = seeds()
         calm = pkt.transfer(tmp_path / "teacher", student, rows, rank=4, batch_size=7, progress=False)
-        monkeypatch.setattr(Engine, "_call", call)
+        monkeypatch.setattr(LayeredModel, "call", call)
         ext = pkt.transfer(
             tmp_path / "teacher", student, rows, rank=4, batch_size=7, progress=False, out=tmp_path / "out"
         )
@@ -416,10 +440,10 @@ class TestTransfer:
         assert [shape[0] for shape in runs] == [7, 4]
         assert not (tmp_path / ".out.run").exists()
 
-        def never(self: Engine, index: int, hidden: Tensor, recorded: Any) -> Tensor:
+        def never(self: LayeredModel, index: int, hidden: Tensor, recorded: Any) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(Engine, "_call", never)
+        monkeypatch.setattr(LayeredModel, "call", never)
         with pytest.raises(pkt.PktError, match="one sample at a time"):
             pkt.transfer(tmp_path / "teacher", student, rows, rank=4, progress=False)
 
@@ -441,6 +465,16 @@ class TestTransfer:
         ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
         plans_equal(ext.plan, calm.plan)
         assert len(calls) > 2
+
+    def test_a_scratch_folder_is_made_where_there_is_none(self, tmp_path: Path) -> None:
+        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        options: Any = {"rank": 4, "progress": False, "host_memory": "2MB"}
+        pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "new" / "folder", **options)
+        assert list((tmp_path / "new" / "folder").iterdir()) == []
+        (tmp_path / "file").touch()
+        with pytest.raises(pkt.PktError, match="making the folder"):
+            pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "file", **options)
 
     def test_a_model_scored_whole_says_so(self) -> None:
         model = oracle.llama()
@@ -481,6 +515,33 @@ class TestMemoryPlan:
         with pytest.raises(pkt.PktError, match="--scratch"):
             self.plan(model, device_memory=limit + plenty.device_total // 30, scratch_free=10)
 
+    def test_a_gpu_plan_names_what_its_libraries_and_allocator_take(self) -> None:
+        """A teacher of 13B in bf16 within 10 GB: what tensors take leaves 8% of the limit, the rest is named."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape: Any = {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824}
+        config = LlamaConfig(**shape, num_hidden_layers=40, num_attention_heads=40)
+        with torch.device("meta"):
+            teacher = Teacher(LlamaForCausalLM(config).to(torch.bfloat16), None, torch.bfloat16)
+        options: Any = {"device": torch.device("cuda"), "batch_size": 8, "in_memory": False}
+        plan = plan_memory(
+            sizes_of(teacher, "model.layers", 40),
+            [[512] * 32],
+            device_memory=10 * 10**9,
+            host_memory=64 * 10**9,
+            **options,
+        )
+        assert plan.device_total <= 10 * 10**9
+        assert plan.places.count("device") > 0
+        assert plan.places.count("host") > 0
+        named = plan.device["libraries"] + plan.device["allocator's rounding"]
+        assert plan.device_total - named <= 0.92 * 10 * 10**9
+        # Two buffers, as the loader has: a third would be a third of this again.
+        assert plan.device["weights"] == 2 * 2 * sum(p.numel() for p in teacher.model.model.layers[0].parameters())
+        # A pinned buffer takes the next power of two: 64 MiB for a micro-batch of 40 MB.
+        each = 4 * (1 << 26)
+        assert plan.host >= plan.places.count("host") * each
+
     def test_the_plan_in_words(self) -> None:
         lines = self.plan(oracle.llama()).lines()
         assert "on the device" in lines[0]
@@ -499,43 +560,32 @@ class TestMemoryPlan:
             parse_size(text)
 
     def test_halving(self) -> None:
-        assert _halved([8, 3, 1]) == [4, 4, 2, 1, 1]
+        assert halved([8, 3, 1]) == [4, 4, 2, 1, 1]
 
 
 CHILD = """
-import ctypes, sys, threading, time
-from pathlib import Path
+import sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
-import pkt, pkt.transferring, test_streaming
+import pkt, pkt.streaming.allocator, pkt.transferring.run, test_streaming
+from measuring import Peak
 from pkt.models import load_model
-from pkt.transferring import score_seeds
-
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0]) * 1024
+from pkt.scoring import score_seeds
 
 rows = test_streaming.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
-with pkt.budgeting.exact_memory():
+with pkt.streaming.allocator.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)
-ctypes.CDLL(None).malloc_trim(0)
-bare, peak, stop, planned = anonymous(), [0], threading.Event(), []
-
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-
-thread = threading.Thread(target=watch, daemon=True); thread.start()
-if {streamed!r}:
-    pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
-                 on_memory=lambda plan: planned.append(plan.device_total))
-else:
-    score_seeds(load_model({teacher!r}), rows, progress=False)
-stop.set(); thread.join()
-print(peak[0] - bare, *map(round, planned))
+planned = []
+with Peak() as peak:
+    if {streamed!r}:
+        pkt.transfer({teacher!r}, {student!r}, rows, rank=4, progress=False, device_memory={limit!r}, dtype={dtype!r},
+                     on_memory=lambda plan: planned.append(plan.device_total))
+    else:
+        score_seeds(load_model({teacher!r}), rows, progress=False)
+print(peak.bytes, *map(round, planned))
 """
 
 
@@ -551,7 +601,7 @@ def peak_of(
 ) -> list[int]:
     """Bytes of anonymous memory a run took at its peak, and what was planned."""
     code = CHILD.format(
-        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
+        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parents[1])],
         tiny=str(tiny),
         student=str(student),
         teacher=str(teacher),
@@ -561,7 +611,7 @@ def peak_of(
         **{"count": 4, "longest": 20, **rows},
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [int(word) for word in done.stdout.splitlines()[-1].split()]
 

@@ -23,25 +23,35 @@ from test_streaming import seeds
 import pkt
 from pkt import streaming
 from pkt.streaming import Engine
+from pkt.streaming.parts import LayeredModel
 
 # Processes are forked from one that has imported everything and computed nothing: they start at once.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "test_streaming"])
 
 
-def work(folder: Path, out: str, slow: float, limit: int, tell: Any) -> None:
-    """A transfer in a process of its own: tells of every finished part, slow enough to be hit in between."""
+def work(folder: Path, out: str, slow: float, limit: int, hold: str, tell: Any) -> None:
+    """A transfer in a process of its own: tells of every finished part, and at `hold` waits for what will end it."""
     torch.set_num_threads(1)
-    plain = Engine._call
+    # What a shell starts in the background ignores Ctrl-C, and so does all that starts from there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    plain = LayeredModel.call
 
-    def call(self: Engine, *args: Any) -> Any:
+    def call(self: LayeredModel, *args: Any) -> Any:
         time.sleep(slow)
         return plain(self, *args)
 
-    Engine._call = call  # type: ignore[method-assign]
+    LayeredModel.call = call  # type: ignore[method-assign]
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    def tick(now: Any) -> None:
+        line = f"{now.phase} {now.layer}"
+        tell.send(line)
+        if hold and line.startswith(hold):
+            time.sleep(600)
+
     tell.send("ready")
     try:
         pkt.transfer(
@@ -54,7 +64,7 @@ def work(folder: Path, out: str, slow: float, limit: int, tell: Any) -> None:
             progress=False,
             host_memory="1100kB",
             keep_scores="full",
-            on_tick=lambda tick: tell.send(f"{tick.phase} {tick.layer}"),
+            on_tick=tick,
         )
     except pkt.PktError as error:
         tell.send(f"refused: {error}")
@@ -62,9 +72,10 @@ def work(folder: Path, out: str, slow: float, limit: int, tell: Any) -> None:
 
 
 class Run:
-    def __init__(self, folder: Path, out: str, slow: float, limit: int) -> None:
+    def __init__(self, folder: Path, out: str, slow: float, limit: int, hold: str) -> None:
         self.ear, tell = SERVER.Pipe(duplex=False)
-        self.process = SERVER.Process(target=work, args=(folder, out, slow, limit, tell))
+        # A test that fails halfway leaves a run that ends with pytest.
+        self.process = SERVER.Process(target=work, args=(folder, out, slow, limit, hold, tell), daemon=True)
         self.process.start()
         tell.close()
         self.heard: list[str] = []
@@ -78,6 +89,7 @@ class Run:
         with contextlib.suppress(EOFError):
             while True:
                 self.heard.append(self.ear.recv())
+        self.ear.close()
         self.process.join()
         assert self.process.exitcode is not None
         return self.process.exitcode
@@ -98,8 +110,8 @@ class Case:
         assert self.start("calm").end() == 0
         self.bytes = self.read("calm")
 
-    def start(self, out: str, slow: float = 0.0, limit: int = 0) -> Run:
-        return Run(self.folder, out, slow, limit)
+    def start(self, out: str, slow: float = 0.0, limit: int = 0, hold: str = "") -> Run:
+        return Run(self.folder, out, slow, limit, hold)
 
     def read(self, out: str) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in (self.folder / out).iterdir()}
@@ -119,7 +131,7 @@ def test_kill_and_signals_leave_what_continues_to_the_same_bytes(case: Case) -> 
         (signal.SIGTERM, "backward 3", 143),
         (signal.SIGINT, "backward 1", 1),
     ):
-        run = case.start("stopped", 0.3 if number == signal.SIGINT else 0.05)  # little is left to do for the last
+        run = case.start("stopped", hold=line)
         run.until(line)
         assert run.signal(number) == code
         assert not (case.folder / "stopped").exists()
@@ -164,10 +176,8 @@ def test_many_kills_at_random_moments_end_in_the_same_bytes(case: Case) -> None:
 
 
 def test_a_second_run_on_the_same_folder_is_refused(case: Case) -> None:
-    first = case.start("shared", 1.0)
-    first.until("ready")
-    while not case.leftovers("shared"):
-        time.sleep(0.01)
+    first = case.start("shared", hold="forward")
+    first.until("forward")
     second = case.start("shared")
     assert second.end() == 3
     assert "another run is writing" in second.heard[-1]
@@ -274,14 +284,14 @@ def test_a_shard_that_changes_between_the_passes(case: Case, how: str, tmp_path:
 def test_halvings_are_recorded_and_a_resumed_run_keeps_them(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Engine._call
+    plain = LayeredModel.call
 
-    def call(self: Engine, index: int, hidden: Any, recorded: Any) -> Any:
+    def call(self: LayeredModel, index: int, hidden: Any, recorded: Any) -> Any:
         if hidden.requires_grad and index == 3 and hidden.shape[0] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, index, hidden, recorded)
 
-    monkeypatch.setattr(Engine, "_call", call)
+    monkeypatch.setattr(LayeredModel, "call", call)
     interrupted(case, tmp_path / "out")
     monkeypatch.undo()
     execution = json.loads((tmp_path / ".out.run" / "run.json").read_text())["execution"]

@@ -16,11 +16,14 @@ from conftest import ASSETS, save
 from safetensors.torch import load_file
 
 import pkt
-from pkt import training
 from pkt.adapters import WEIGHTS
+from pkt.files import MANIFEST
 from pkt.models import load_model
+from pkt.options import Training
 from pkt.seeds import Seeds, load_seeds
-from pkt.storage import MANIFEST
+from pkt.training import fit, folder
+from pkt.training import run as training
+from pkt.training.trainer import largest_divisor
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(
 
     out = tmp_path / "run"
     settings = unfinished(finished, out)
-    assert training._start_run(out, settings) == str(out / "checkpoint-6")
+    assert folder.start_run(out, settings) == str(out / "checkpoint-6")
     for name, damage, words in (
         (WEIGHTS, truncate, "truncated"),
         (WEIGHTS, Path.unlink, "is missing"),
@@ -86,7 +89,7 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(
         file = out / "checkpoint-6" / name
         whole = file.read_bytes()
         damage(file)
-        assert training._start_run(out, settings) == str(out / "checkpoint-4")
+        assert folder.start_run(out, settings) == str(out / "checkpoint-4")
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1
         assert "checkpoint-6 is incomplete" in said
@@ -98,6 +101,40 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(
     train(out)
     one, two = (load_file(folder / WEIGHTS) for folder in (finished, out))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_resumed_run_takes_the_same_steps_and_reports_the_loss_of_all(
+    train: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pkt.training.finite import FiniteTrainer
+
+    steps: list[int] = []
+    plain = FiniteTrainer.training_step
+
+    def step(self: Any, *args: Any, **options: Any) -> Any:
+        steps.append(self.state.global_step + 1)
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(FiniteTrainer, "training_step", step)
+    expected = json.loads((finished / MANIFEST).read_text())["train_loss"]
+    assert expected == pytest.approx(mean_of_the_log(finished / "checkpoint-6"), rel=1e-3)
+    for left, done in ((6, []), (4, [5, 6])):
+        out = tmp_path / f"run-{left}"
+        unfinished(finished, out)
+        for number in range(left + 2, 8, 2):
+            shutil.rmtree(out / f"checkpoint-{number}")
+        train(out)
+        assert steps == done
+        assert json.loads((out / MANIFEST).read_text())["train_loss"] == expected
+        one, two = (load_file(folder / WEIGHTS) for folder in (finished, out))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def mean_of_the_log(checkpoint: Path) -> float:
+    """The mean loss as Trainer logged it, each step."""
+    losses = [line["loss"] for line in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]]
+    assert len(losses) == 6
+    return sum(losses) / len(losses)
 
 
 def test_a_full_disk_is_one_error_and_the_same_call_continues(
@@ -125,8 +162,8 @@ def test_a_full_disk_is_one_error_and_the_same_call_continues(
 
 
 def test_the_weights_are_as_readable_as_the_rest(finished: Path) -> None:
-    for folder in (finished, finished / "checkpoint-6"):
-        modes = {stat.S_IMODE((folder / name).stat().st_mode) for name in (WEIGHTS, "adapter_config.json")}
+    for where in (finished, finished / "checkpoint-6"):
+        modes = {stat.S_IMODE((where / name).stat().st_mode) for name in (WEIGHTS, "adapter_config.json")}
         assert len(modes) == 1
 
 
@@ -146,7 +183,7 @@ def test_divergence_is_an_error_that_names_the_step(
         lambda grad: calls.append(1) or (grad * float("inf") if len(calls) == 3 else grad)
     )
     with pytest.raises(pkt.PktError, match="the norm of the gradient is inf at step 3"):
-        training.fit(model, rows, tmp_path / "fit", epochs=9, max_steps=4, batch_size=2, lr=1e-3, quietly=True)
+        fit(model, rows, tmp_path / "fit", Training(9.0, 2, max_steps=4, lr=1e-3, save_steps=None), quietly=True)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -184,11 +221,23 @@ def test_impossible_numbers_are_refused_before_anything_is_made(
 def test_the_batch_size_is_honoured(rows: Seeds, student_dir: Path, tmp_path: Path, capsys: Any) -> None:
     model, seen = load_model(student_dir), []
     model.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
-    training.fit(model, rows, tmp_path, epochs=1, batch_size=5, micro_batch=3, lr=1e-3)
+    fit(model, rows, tmp_path, Training(1.0, 5, 3, lr=1e-3, save_steps=None))
     assert seen == [1] * 10
     assert "1 rows in memory at once: the most up to 3 that divide a batch of 5" in capsys.readouterr().err
     for batch, limit, found in ((64, 8, 8), (64, 100, 64), (12, 5, 4), (7, 6, 1)):
-        assert training.largest_divisor(batch, limit) == found
+        assert largest_divisor(batch, limit) == found
+
+
+def test_a_step_has_as_many_rows_however_many_gpus_are_visible(
+    rows: Seeds, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 3))
+    model, seen = load_model(student_dir), []
+    model.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    fit(model, rows, tmp_path, Training(1.0, 4, 2, lr=1e-3, save_steps=None), quietly=True)
+    assert seen == [2] * 5  # ten rows, in steps of four, four and two
 
 
 def test_folders_of_other_kinds(

@@ -1,8 +1,9 @@
 """Sensitivity of an embedding table: the gradients of a token's uses in one sample are summed before |·|.
 
-    acc[v, d] += |w[v, d]| · Σ_j | Σ_{r in sample j, ids[r] = v} dy[r, d] |                               (METHOD §1)
+    acc[v, d] += |w[v, d]|^p · Σ_j | Σ_{r in sample j, ids[r] = v} dy[r, d] |^p        (docs/method.md §1; p = 1, or 2)
 
 ids [R] int64, dy [R, d]; sample j owns rows seq_starts[j] .. + seq_lens[j], other rows are never read.
+Unweighted, |w|^p is left out.
 
 How it runs: rows are sorted by (token, sample), stably. The program at the first row of a token walks all rows of that
 token, closes a sum at each change of sample, and is the only one to write the token's row: no atomics, one order of
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from pkt_kernels import launch
+from pkt_kernels.measure import raised
 
 # Sorts after every key: rows of no sample, and ids outside the table.
 NO_KEY = torch.iinfo(torch.int64).max
@@ -45,7 +47,7 @@ def _embedding_sensitivity_kernel(
     acc_ptr, w_ptr, dy_ptr, keys_ptr, rows_ptr,
     R, V, D, num_samples,
     stride_av, stride_ad, stride_wv, stride_wd, stride_dr, stride_dd,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    POWER: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     key = tl.load(keys_ptr + first)
@@ -65,19 +67,21 @@ def _embedding_sensitivity_kernel(
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         offs_d = offs_d.to(tl.int64)
-        running = tl.zeros((BLOCK_D,), dtype=tl.float32)  # Σ_j |g_j|
+        running = tl.zeros((BLOCK_D,), dtype=tl.float32)  # Σ_j |g_j|^POWER
         partial = tl.zeros((BLOCK_D,), dtype=tl.float32)  # g_j so far
         for i in range(first, first + count):
             row = tl.load(rows_ptr + i)
             partial += tl.load(dy_ptr + row * stride_dr + offs_d * stride_dd, mask=mask_d, other=0.0).to(tl.float32)
             following = tl.load(keys_ptr + i + 1, mask=i + 1 < R, other=-1)
             if following != tl.load(keys_ptr + i):
-                running += tl.abs(partial)
+                running += raised(partial, POWER)
                 partial = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        w = tl.load(w_ptr + token * stride_wv + offs_d * stride_wd, mask=mask_d, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            w = tl.load(w_ptr + token * stride_wv + offs_d * stride_wd, mask=mask_d, other=0.0).to(tl.float32)
+            running *= raised(w, POWER)
         acc_ptrs = acc_ptr + token * stride_av + offs_d * stride_ad
         acc = tl.load(acc_ptrs, mask=mask_d, other=0.0)
-        tl.store(acc_ptrs, acc + tl.abs(w) * running, mask=mask_d)
+        tl.store(acc_ptrs, acc + running, mask=mask_d)
 
 
 def embedding_sensitivity(
@@ -87,8 +91,10 @@ def embedding_sensitivity(
     dy: torch.Tensor,
     seq_starts: torch.Tensor,
     seq_lens: torch.Tensor,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
-    """acc [V, d] += |w| ⊙ Σ_j |scatter-add of sample j's dy at its ids|, in place; acc fp32."""
+    """acc [V, d] += |w|^power ⊙ Σ_j |scatter-add of sample j's dy at its ids|^power, in place; acc fp32."""
     rows, samples = ids.numel(), seq_starts.numel()
     if rows == 0 or samples == 0 or w.numel() == 0:
         return
@@ -103,5 +109,5 @@ def embedding_sensitivity(
             acc, w, dy, keys, order,
             rows, vocabulary, width, samples,
             *acc.stride(), *w.stride(), *dy.stride(),
-            BLOCK_D=block_d, BLOCK_R=128, num_warps=4, **launch.OPTIONS,
+            POWER=power, WEIGHTED=weighted, BLOCK_D=block_d, BLOCK_R=128, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip

@@ -15,6 +15,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 OPTIONS = {"enable_fp_fusion": True}
 
 
+class NoFormError(Exception):
+    """The kernel has no form for these arguments. Nothing was written, so the caller may compute the same otherwise."""
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; the interpreter stands in for a Hopper GPU, so that it runs the paths with descriptors."""

@@ -1,7 +1,8 @@
 """Sensitivity of a linear layer's weight, fused with the product that makes its gradient.
 
-    acc[n, m] += |w[n, m]| · Σ_j | Σ_t dy_j[t, n] · x_j[t, m] |            (METHOD §1: Σ_j |θ·g_j| with g_j = dy_jᵀ x_j)
+    acc[n, m] += |w[n, m]|^p · Σ_j | Σ_t dy_j[t, n] · x_j[t, m] |^p    (docs/method.md §1: Σ_j |θ·g_j|^p with g_j = dy_jᵀ x_j)
 
+p is 1 or 2; unweighted, |w|^p is left out.
 x [R, m] and dy [R, n] hold the rows of all samples; sample j owns rows seq_starts[j] .. + seq_lens[j]. Rows that belong
 to no sample are never read. The tile-summed twin adds up each tile × tile square of the right-hand side instead.
 
@@ -29,6 +30,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pkt_kernels import launch
+from pkt_kernels.measure import raised
 
 
 class Blocks(NamedTuple):
@@ -120,14 +122,16 @@ def _absolute(x, INTERPRETED: tl.constexpr):
 def _add_scaled(
     out_ptr, w_ptr, running, first_n, first_m, N, M,
     stride_on, stride_om, stride_wn, stride_wm,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr, POWER: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out += |w| · running for a block of the weight, or (TILE > 0) the sums of its TILE × TILE squares."""
+    """out += |w|^POWER · running for a block of the weight, or (TILE > 0) the sums of its TILE × TILE squares."""
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_m.to(tl.int64)[None, :] * stride_wm
-    value = tl.abs(tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32)) * running
+    value = running
+    if WEIGHTED:
+        w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_m.to(tl.int64)[None, :] * stride_wm
+        value *= raised(tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32), POWER)
     if TILE > 0:
         value = tl.reshape(value, [BLOCK_N // TILE, TILE, BLOCK_M // TILE, TILE])
         value = tl.sum(tl.sum(value, axis=3), axis=1)
@@ -143,7 +147,8 @@ def _linear_sensitivity_kernel(
     out_ptr, w_ptr, x, dy, seq_starts_ptr, seq_lens_ptr,
     R, N, M, width_x, width_dy, num_samples,
     stride_on, stride_om, stride_wn, stride_wm, stride_xr, stride_xm, stride_dr, stride_dn,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BAND: tl.constexpr,
+    TILE: tl.constexpr, POWER: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BAND: tl.constexpr,
     STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -161,7 +166,7 @@ def _linear_sensitivity_kernel(
         _, lengths = _sample_rows(seq_starts_ptr, seq_lens_ptr, offs_s, offs_s < num_samples, R)
         steps += tl.sum(tl.where(offs_s < num_samples, tl.maximum(tl.cdiv(lengths, BLOCK_T), 1), 0))
 
-    running = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)  # Σ_j |g_j|
+    running = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)  # Σ_j |g_j|^POWER
     partial = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)  # g_j so far
     sample = -1
     start = tl.load(seq_starts_ptr)
@@ -184,11 +189,14 @@ def _linear_sensitivity_kernel(
             dy_t = tl.trans(dy_t)
         partial = tl.dot(dy_t, x_t, partial, input_precision=PRECISION)
         if t + BLOCK_T >= length:
-            running += _absolute(partial, INTERPRETED)
+            if POWER == 1:
+                running += _absolute(partial, INTERPRETED)
+            else:
+                running += partial * partial
             partial = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
     _add_scaled(out_ptr, w_ptr, running, first_n, first_m, N, M,
-                stride_on, stride_om, stride_wn, stride_wm, TILE, BLOCK_N, BLOCK_M)  # fmt: skip
+                stride_on, stride_om, stride_wn, stride_wm, TILE, POWER, WEIGHTED, BLOCK_N, BLOCK_M)  # fmt: skip
 
 
 def choose_blocks(
@@ -237,9 +245,11 @@ def linear_sensitivity(
     dy: torch.Tensor,
     seq_starts: torch.Tensor,
     seq_lens: torch.Tensor,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
-    """acc [n, m] += |w| ⊙ Σ_j |dy_jᵀ x_j|, in place; acc fp32, w, x and dy floating point of at most 32 bits."""
-    _accumulate(acc, w, x, dy, seq_starts, seq_lens, tile=0)
+    """acc [n, m] += |w|^power ⊙ Σ_j |dy_jᵀ x_j|^power, in place; acc fp32, w, x and dy floating point of at most 32 bits."""
+    _accumulate(acc, w, x, dy, seq_starts, seq_lens, 0, power, weighted)
 
 
 def linear_sensitivity_tiles(
@@ -250,20 +260,24 @@ def linear_sensitivity_tiles(
     seq_starts: torch.Tensor,
     seq_lens: torch.Tensor,
     tile: int,
+    power: int = 1,
+    weighted: bool = True,
 ) -> None:
-    """tiles [⌈n/tile⌉, ⌈m/tile⌉] += the tile × tile sums of |w| ⊙ Σ_j |dy_jᵀ x_j|, which is never stored.
+    """tiles [⌈n/tile⌉, ⌈m/tile⌉] += the tile × tile sums of what `linear_sensitivity` adds, which is never stored.
 
-    tile: a power of two up to 128, or a multiple of 16 (summed from parts of 16 to 64); otherwise ValueError.
+    tile: a power of two up to 128, or a multiple of 16 (summed from parts of 16 to 64); otherwise NoFormError.
     """
     if tile in (1, 2, 4, 8, 16, 32, 64) or (tile == 128 and torch.promote_types(x.dtype, dy.dtype).itemsize == 2):
-        _accumulate(tiles, w, x, dy, seq_starts, seq_lens, tile)
+        _accumulate(tiles, w, x, dy, seq_starts, seq_lens, tile, power, weighted)
         return
     part = math.gcd(tile, 64)
     if part < SMALLEST_PART or tile < 1:
-        raise ValueError(f"tile={tile}: the kernel takes powers of two up to 128 and multiples of {SMALLEST_PART}")
+        raise launch.NoFormError(
+            f"tile={tile}: the kernel takes powers of two up to 128 and multiples of {SMALLEST_PART}"
+        )
     ratio = tile // part
     parts = tiles.new_zeros(tiles.shape[0] * ratio, tiles.shape[1] * ratio)
-    _accumulate(parts, w, x, dy, seq_starts, seq_lens, part)
+    _accumulate(parts, w, x, dy, seq_starts, seq_lens, part, power, weighted)
     tiles += parts.view(tiles.shape[0], ratio, tiles.shape[1], ratio).sum((1, 3))
 
 
@@ -275,6 +289,8 @@ def _accumulate(
     seq_starts: torch.Tensor,
     seq_lens: torch.Tensor,
     tile: int,
+    power: int,
+    weighted: bool,
 ) -> None:
     if w.numel() == 0 or seq_starts.numel() == 0 or len(x) == 0:
         return
@@ -296,7 +312,7 @@ def _accumulate(
             seq_starts.contiguous(), seq_lens.contiguous(),
             len(x), n, m, x.shape[1], dy.shape[1], seq_starts.numel(),
             *out.stride(), *w.stride(), *x.stride(), *dy.stride(),
-            TILE=tile, BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_T=blocks.t, BAND=BAND,
+            TILE=tile, POWER=power, WEIGHTED=weighted, BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_T=blocks.t, BAND=BAND,
             STAGES=blocks.num_stages, DESCRIPTORS=descriptors,
             PRECISION="tf32x3" if dtype == torch.float32 else "tf32", INTERPRETED=launch.INTERPRETED,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages, **launch.OPTIONS,

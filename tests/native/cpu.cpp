@@ -28,8 +28,9 @@ PKT_EXPORT void pkt_abs_products(const pkt::Scored* scored, int64_t threads, int
   pkt::add_abs_products(*scored, {threads, run_threads}, pkt::cpu_kernels(level));
 }
 
-PKT_EXPORT void pkt_abs_accumulate(const pkt::Accumulation* all, int64_t count, int64_t threads, int level) {
-  pkt::accumulate_abs(all, count, {threads, run_threads}, pkt::cpu_kernels(level));
+PKT_EXPORT void pkt_abs_accumulate(const pkt::Measure* measure, const pkt::Accumulation* all, int64_t count,
+                                   int64_t threads, int level) {
+  pkt::accumulate_abs(*measure, all, count, {threads, run_threads}, pkt::cpu_kernels(level));
 }
 
 PKT_EXPORT void pkt_abs_embedding(const pkt::Embedded* embedded, int64_t threads, int level) {

@@ -1,0 +1,68 @@
+"""README.md of the folders that pkt writes: what is in them, for a model hub and for who opens them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pkt.version import __version__
+
+EXTRACTION = """---
+library_name: peft
+base_model: {student}
+tags: [lora, peft, pkt, knowledge-transfer]
+---
+
+# Parametric knowledge of {teacher}, cut to the shape of {student}
+
+A LoRA extraction made by [pkt](https://pypi.org/project/pkt-transfer/) {version}: {summary}.
+Source of the method: *Seeking Neural Nuggets* (ICLR 2024, arXiv 2310.11451).
+
+**Loaded by plain PEFT this adapter is added to the student, which changes the student at once.** The method means it as a
+start for training with the student's function unchanged at step 0: `pkt train {quoted} DIR DATA.jsonl --out RUN`, or
+`model = pkt.inject(student, DIR)` in front of any trainer, then `pkt.finalize(model, OUT)` for a plain adapter.
+
+| | |
+|---|---|
+| teacher | {teacher} |
+| student | {student} |
+| seeds | {seeds} |
+| layers | {layers} |
+| regions | {select}, modules {modules} |
+| factorization | {factorization} |
+
+No claim of transfer is made by this card: measure against plain LoRA, PiSSA and a random window (`pkt demo` shows how).
+"""
+
+INJECTED = """---
+library_name: peft
+base_model: {base}
+tags: [lora, peft, pkt]
+---
+
+# An injected LoRA, ready to be trained
+
+Made by [pkt](https://pypi.org/project/pkt-transfer/) {version}, mode `{mode}`, for {student}. Train it with any PEFT trainer on
+`{base}` (`PeftModel.from_pretrained(model, DIR, is_trainable=True)`), then `pkt finalize OUTPUT --out ADAPTER` gives a plain
+LoRA for the original student.
+"""
+
+FINALIZED = """---
+library_name: peft
+base_model: {base}
+tags: [lora, peft, pkt]
+---
+
+# LoRA for {base}
+
+A plain LoRA adapter of rank {rank} (alpha = r, no patterns) finalized by [pkt](https://pypi.org/project/pkt-transfer/) {version}
+from a `{mode}` injection. Load it on the original model:
+`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), DIR)`.
+
+{report}
+"""
+
+
+def write_card(folder: Path, card: str, **values: object) -> None:
+    """One of the cards above as the folder's README.md; values: what it names, without the version."""
+    text = card.format(version=__version__, **values)
+    (folder / "README.md").write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,27 @@
+"""All commands in one application, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+
+from pkt.cli import extracting, training, transplanting, viewing
+from pkt.cli.application import app, err_console, state
+from pkt.errors import PktError
+
+__all__ = ["app", "extracting", "run", "training", "transplanting", "viewing"]
+
+
+def run() -> None:
+    """Run the command that was typed; a fault that the user can mend is one red line."""
+    try:
+        app()
+    except (PktError, OSError) as error:
+        if state.debug:
+            raise
+        err_console.print("error:", style="bold red", end=" ")
+        err_console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except SystemExit as done:
+        if done.code in (130, 143):  # Ctrl-C, by typer, and SIGTERM
+            err_console.print(state.stopped, style="red")
+        raise

@@ -1,0 +1,166 @@
+"""From a teacher and seeds to an extraction: in one command, or step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable
+from pkt.cli.flags import Force, JsonFlag, OutDir, SeedFile, Student, Teacher, takes
+from pkt.errors import PktError
+from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
+
+
+@app.command(rich_help_panel="The main path")
+@takes(PlanOptions, Factorization, Reading, Execution, Limits)
+def transfer(
+    teacher: Teacher,
+    student: Student,
+    out: OutDir,
+    seeds: Annotated[
+        Path | None,
+        typer.Argument(help='JSONL rows of {"messages"}, {"prompt", "completion"} or {"text"}.', show_default=False),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--seeds", help="NAME=FILE, once for each task: one extraction each, in OUT/NAME.", show_default=False
+        ),
+    ] = None,
+    keep_scores: Annotated[
+        KeepScores, typer.Option("--keep-scores", help="Keep the scores in OUT, for pkt plan with other options.")
+    ] = "none",
+    force: Force = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout, and one line per layer on stderr.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Score the teacher on the seeds, cut out what matters in the student's shape, write it as a LoRA folder.
+
+    The teacher may be larger than the memory: it is read one layer at a time. The same command continues an interrupted run.
+    """
+    import pkt
+    from pkt.transferring import run_path
+
+    shown: list[Any] = []
+
+    def show(plan: Any) -> None:
+        shown.append(plan)
+        typer.echo(str(plan))
+
+    with resumable(run_path(out).is_dir, force=force):
+        found = pkt.transfer(
+            teacher,
+            student,
+            _seed_sets(seeds, tasks),
+            out=out,
+            keep_scores=keep_scores,
+            force=force,
+            progress=not json_,
+            on_memory=None if json_ else lambda memory: err_console.print(*memory.lines(), sep="\n", highlight=False),
+            on_plan=None if json_ else show,
+            on_tick=(lambda tick: typer.echo(json.dumps(dataclasses.asdict(tick)), err=True)) if json_ else None,
+            **options,
+        )
+    results = {str(out / name): ext for name, ext in found.items()} if isinstance(found, dict) else {str(out): found}
+    if json_:
+        rows = [
+            {
+                "out": folder,
+                "pairs": len(ext.pairs),
+                "rank": ext.rank,
+                "layers": ext.plan.layer_map,
+                "energies": ext.energies,
+            }
+            for folder, ext in results.items()
+        ]
+        print_json(rows if isinstance(found, dict) else rows[0])
+        return
+    for folder, ext in results.items():
+        there = "" if shown else "the result of this command is there already: "
+        out_console.print(f"{folder}: {there}{ext}", highlight=False)
+        next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
+
+
+def _seed_sets(seeds: Path | None, tasks: list[str] | None) -> Any:
+    """The one file, or the files by task name."""
+    if (seeds is None) == (not tasks):
+        raise PktError("name the seeds once: SEEDS.jsonl, or --seeds NAME=FILE for each of several tasks")
+    if seeds is not None:
+        return seeds
+    named: dict[str, Path] = {}
+    for text in tasks or ():
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise PktError(f"--seeds {text!r}: write NAME=FILE, such as math=math.jsonl")
+        if name in named:
+            raise PktError(f"--seeds names {name!r} twice; give each task its own name")
+        named[name] = Path(file)
+    return named
+
+
+@app.command(rich_help_panel="Step by step")
+@takes(Reading, Execution)
+def sensitivity(
+    teacher: Teacher,
+    seeds: SeedFile,
+    out: Annotated[Path, typer.Option("--out", help="File to write (.safetensors).", show_default=False)],
+    tile: Annotated[int | None, typer.Option("--tile", help="Keep sums over tile x tile blocks only.")] = None,
+    measure: Annotated[
+        str, typer.Option("--measure", help="theta_grad (what pkt plan takes), grad, fisher or theta_grad_squared.")
+    ] = "theta_grad",
+    **options: Any,
+) -> None:
+    """Score every parameter of the teacher on the seeds and save the scores."""
+    from pkt.scoring import score_checkpoint
+
+    sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, **options)
+    out_console.print(f"{out}: {sens}", highlight=False)
+
+
+@app.command(rich_help_panel="Step by step")
+@takes(PlanOptions)
+def plan(
+    scores: Annotated[Path, typer.Argument(help="Scores written by pkt sensitivity.", show_default=False)],
+    teacher: Teacher,
+    student: Student,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write the plan to (.json).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a plan that is there.")] = False,
+    json_: JsonFlag = False,
+    **options: Any,
+) -> None:
+    """Choose layers and regions from saved scores, and show them."""
+    import pkt
+    from pkt.files import check_output_file
+
+    if out is not None:
+        check_output_file(out, "pkt-plan", force=force)
+    made = pkt.plan(pkt.Sensitivity.load(scores), teacher, student, **options)
+    if out is not None:
+        made.to_json(out)
+    typer.echo(made.to_json() if json_ else str(made))
+
+
+@app.command(rich_help_panel="Step by step")
+@takes(Factorization)
+def extract(
+    teacher: Teacher,
+    plan: Annotated[Path, typer.Argument(help="Plan written by pkt plan --out.", show_default=False)],
+    out: OutDir,
+    force: Force = False,
+    **options: Any,
+) -> None:
+    """Cut a plan's regions out of the teacher and factorize them into a LoRA folder."""
+    import pkt
+    from pkt.files import check_output_folder
+
+    check_output_folder(out, force=force)
+    ext = pkt.extract(teacher, pkt.TransferPlan.from_json(plan), **options)
+    ext.save(out, force=force)
+    out_console.print(f"{out}: {ext}", highlight=False)

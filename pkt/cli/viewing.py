@@ -1,0 +1,97 @@
+"""What there is to look at: folders, models, this machine; and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pkt.cli.application import app, out_console, print_json
+from pkt.cli.flags import Force, JsonFlag
+
+
+@app.command(rich_help_panel="Look")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Any folder pkt wrote, or a LoRA folder.", show_default=False)],
+    student: Annotated[str | None, typer.Option("--student", help="Also check that it fits this model.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Say what a folder is, where it came from, and what to do next."""
+    from pkt.reporting import inspect_folder
+
+    found = inspect_folder(folder, student)
+    if json_:
+        print_json(found)
+        return
+    for key, value in found.items():
+        out_console.print(f"[bold]{key}[/bold]:", end=" ")
+        out_console.print(str(value), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
+def report(
+    folder: Annotated[Path, typer.Argument(help="An extraction folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file; default: report.html in the folder.")] = None,
+) -> None:
+    """Write a page with the layers' sensitivity, the regions chosen and what they catch."""
+    from pkt.reporting import write_report
+
+    out_console.print(str(write_report(folder, out)), highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def models(
+    model: Annotated[str | None, typer.Argument(help="A model: show what pkt finds in it.", show_default=False)] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Formats and architectures that work here and why not; or each kind of matrix of a model and what it is taken for."""
+    from pkt.models import described, spec_of, supported
+
+    if model is not None:
+        spec = spec_of(model)
+        head, rows = ("matrix", "shape", "role"), [tuple(row) for row in described(spec)]
+    else:
+        head, rows = ("what", "here", "why"), [(name, "yes" if here else "no", why) for name, here, why in supported()]
+    if json_:
+        print_json([dict(zip(head, row, strict=True)) for row in rows])
+        return
+    table = Table(*head, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+    if model is not None:
+        tied = ", head tied to the embedding" if spec.tied else ""
+        out_console.print(
+            f"{spec.model_type}: {spec.num_layers} decoder layers at {spec.layers}{tied}", highlight=False
+        )
+
+
+@app.command(rich_help_panel="Look")
+def env(json_: JsonFlag = False) -> None:
+    """Versions, devices, and which implementation each op will use and why."""
+    from pkt.reporting import environment
+
+    found = environment()
+    if json_:
+        print_json(found)
+        return
+    for key, value in found["versions"].items():
+        out_console.print(f"{key:13} {value}", highlight=False)
+    table = Table("op", "device", "implementation", "why", box=None, header_style="bold")
+    for row in found["ops"]:
+        table.add_row(row["op"], row["device"], row["implementation"], row["why"])
+    out_console.print(table)
+
+
+@app.command(rich_help_panel="Start here")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for what the demo makes.")] = Path("pkt-demo"),
+    seeds: Annotated[int, typer.Option("--seeds", help="Training seeds per method.", min=1)] = 3,
+    force: Force = False,
+) -> None:
+    """Two minutes: measure a tiny teacher, cut, inject, train and compare with controls. Needs no network."""
+    from pkt.demo import run_demo
+
+    run_demo(out, seeds=seeds, force=force, console=out_console)

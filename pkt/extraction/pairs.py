@@ -1,0 +1,144 @@
+"""Regions of a plan cut out of the teacher's matrices, and factorized into LoRA pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt.adapters import Pair
+from pkt.errors import PktError
+from pkt.extraction.factorization import BATCH, Factors, enough_memory, factorize_all
+from pkt.extraction.result import Extraction
+from pkt.files import as_path
+from pkt.manifest import versions
+from pkt.models import ModelSpec, Weights, check_identity, fingerprint, spec_of
+from pkt.options import Factorization, Split
+from pkt.planning import Entry, TransferPlan, by_expert, source_names
+from pkt.progress import bar
+
+
+def assemble(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> Tensor:
+    """A matrix [out, in] of a target from all its entries; a view of the teacher's for a single window that is all of it."""
+    first = entries[0]
+    if len(entries) == 1 and first.place is None:
+        return first.region.cut(matrix_of(first))
+    whole: Tensor | None = None
+    for entry in entries:
+        piece = entry.region.cut(matrix_of(entry))
+        if whole is None:
+            whole = torch.zeros(entry.target_shape, dtype=piece.dtype, device=piece.device)
+        if entry.place is None:
+            whole.copy_(piece)
+        else:
+            entry.place.put(whole, piece)
+    assert whole is not None
+    return whole
+
+
+def lora_matrix(entries: Sequence[Entry], matrix_of: Callable[[Entry], Tensor]) -> Tensor:
+    """What B A of a target's pair stands for: its matrix; LoRA writes an embedding [vocabulary, d] as (B A)ᵀ."""
+    matrix = assemble(entries, matrix_of)
+    return matrix.t() if entries[0].kind == "embedding" else matrix
+
+
+def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorization) -> None:
+    """Everything about an extraction that can be refused without reading a weight."""
+    check_identity(plan.teacher, teacher, "the plan")
+    sources = teacher.by_module()
+    faults = []
+    for entry in plan.entries:
+        source = sources.get(entry.source)
+        if source is None or (entry.expert is None) == bool(source.experts):
+            faults.append(f"{entry.source}: the teacher has no such matrix")
+        elif options.energy is None and options.rank > min(entry.target_shape):
+            smaller = min(entry.target_shape)
+            faults.append(f"{entry.target} {list(entry.target_shape)}: rank {options.rank} is above {smaller}")
+    if faults:
+        raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(dict.fromkeys(faults)))
+
+
+def factorize_targets(
+    targets: Mapping[str, Sequence[Entry]], matrix_of: Callable[[Entry], Tensor], options: Factorization
+) -> dict[str, tuple[Pair, float]]:
+    """The pair of each target, by its name, and its energy; `factorize` says what is raised.
+
+    Every expert of a target is a factorization of its own; one that nothing feeds, or of a smaller rank, is filled up with
+    zeros.
+    """
+    pieces = [(target, slot, mine) for target in targets for slot, mine in by_expert(targets[target]).items()]
+    found: dict[str, dict[int, Factors]] = {target: {} for target in targets}
+    for first in range(0, len(pieces), BATCH):
+        some = pieces[first : first + BATCH]
+        names = [source_names(mine) for _, _, mine in some]
+        factors = factorize_all([lora_matrix(mine, matrix_of) for _, _, mine in some], names, options)
+        for (target, slot, _), made in zip(some, factors, strict=True):
+            found[target][slot] = made
+    return {target: _joined(targets[target][0], made) for target, made in found.items()}
+
+
+def _joined(entry: Entry, found: Mapping[int, Factors]) -> tuple[Pair, float]:
+    first = next(iter(found.values()))
+    if entry.target_expert is None:
+        return Pair(first.A, first.B, entry.kind), first.energy
+    experts, rank = entry.target_expert[1], max(made.rank for made in found.values())
+    a, b = first.A.new_zeros(experts, rank, first.A.shape[1]), first.B.new_zeros(experts, len(first.B), rank)
+    for slot, made in found.items():
+        a[slot, : made.rank], b[slot, :, : made.rank] = made.A, made.B
+    return Pair(a, b, entry.kind), sum(made.energy for made in found.values()) / len(found)
+
+
+def extract(
+    teacher: Any,
+    plan: TransferPlan,
+    *,
+    rank: int = 16,
+    max_rank: int = 64,
+    energy: float | None = None,
+    split: Split = "b",
+    seed: int = 0,
+    progress: bool = True,
+    provenance: dict[str, Any] | None = None,
+) -> Extraction:
+    """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (docs/method.md §4).
+
+    rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
+    max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for
+    weights that are not finite.
+    """
+    if not isinstance(plan, TransferPlan):
+        raise PktError(
+            f"a plan is needed, not {type(plan).__name__}; make one with pkt.plan, or TransferPlan.from_json"
+        )
+    if not isinstance(teacher, torch.nn.Module):
+        teacher = as_path(teacher, "a teacher (a model, or the path of its checkpoint)")
+    spec = spec_of(teacher)
+    options = Factorization(rank, max_rank, energy, split, seed)
+    check_extraction(plan, spec, options)
+    weights = Weights(teacher)
+    sources = spec.by_module()
+    pairs: dict[str, Pair] = {}
+    energies: dict[str, float] = {}
+    targets = plan.by_target()
+
+    def matrix_of(entry: Entry) -> Tensor:
+        source = sources[entry.source]
+        return source.oriented(weights[source.parameter], entry.expert)
+
+    with bar("factorizing", len(targets), unit="matrices", shown=progress) as advance:
+        for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
+            layer = {target: targets[target] for target in group}
+            with enough_memory(", ".join(source_names(entries) for entries in layer.values())):
+                found = factorize_targets(layer, matrix_of, options)
+            pairs |= {target: pair for target, (pair, _) in found.items()}
+            energies |= {target: caught for target, (_, caught) in found.items()}
+            advance(len(pairs))
+    details = {
+        "factorization": options.as_dict(),
+        "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},
+        "versions": versions(),
+    }
+    return Extraction(pairs, energies, plan, {**details, **(provenance or {})})

@@ -1,0 +1,296 @@
+"""Writing results so that a reader never meets half of one, and reading checkpoints so that a bad file is named."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from torch import Tensor
+
+from pkt.errors import PktError
+
+MANIFEST = "pkt.json"
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def os_errors(action: str) -> Iterator[None]:
+    """Turn the operating system's refusals (disk full, no permission) into one `PktError`, whichever library met them."""
+    try:
+        yield
+    except Exception as error:
+        code = _errno(error)
+        if code is None:
+            raise
+        name = getattr(error, "filename", None)
+        if name is not None and str(name) not in action:
+            action = f"{action} ({name})"
+        hint = {
+            errno.ENOSPC: "free some space, or write to another disk",
+            errno.EDQUOT: "your disk quota is used up; free some space, or write elsewhere",
+            errno.EACCES: "check the permissions of that path",
+            errno.EROFS: "that file system is read-only; write elsewhere",
+            errno.EFBIG: "the file-size limit was reached; raise it (ulimit -f) or write elsewhere",
+        }.get(code)
+        if hint is None:
+            raise PktError(f"{action}: {error}") from error
+        raise PktError(f"{action}: {os.strerror(code)}; {hint}") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The operating system's error number behind an exception (0: it does not say which), or None for any other error."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if type(error).__name__ == "SafetensorError" and (match := re.search(r"os error (\d+)", str(error))):
+        return int(match[1])
+    # torch.save forgets the number; a write that fails midway is a full disk in all likelihood.
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos", str(error)):
+        return errno.ENOSPC
+    return None
+
+
+def as_path(value: Any, what: str) -> Path:
+    """The path a caller named; raises `PktError` for anything but a name."""
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    raise PktError(f"{what} is needed, not {type(value).__name__}")
+
+
+def check_output_folder(out: str | Path, *, force: bool = False) -> Path:
+    """Refuse, before any work is done, an output folder that cannot be written or holds something else.
+
+    With `force`, a folder that pkt itself wrote (it has a pkt.json) is replaced; anything else never is.
+    """
+    out = as_path(out, "the path of an output folder")
+    if out.is_file():
+        raise PktError(f"{out} is a file; name a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST).is_file():
+            raise PktError(f"{out} holds something that pkt did not write; name a new or an empty folder")
+        if not force:
+            raise PktError(f"{out} already holds a result of pkt; name another folder, or replace it with --force")
+    _check_parent(out)
+    return out
+
+
+def check_output_file(out: str | Path, form: str, *, force: bool = False) -> Path:
+    """Refuse, before any work is done, an output file that cannot be written or is there already.
+
+    form: what the file's own "format" begins with. With `force`, a JSON file of that form is replaced; anything else never is.
+    """
+    out = as_path(out, "the path of an output file")
+    if out.is_dir():
+        raise PktError(f"{out} is a folder; name a file")
+    if out.exists():
+        try:
+            found = read_json(out)
+        except PktError:
+            found = None
+        if not isinstance(found, dict) or not str(found.get("format")).startswith(form):
+            raise PktError(f"{out} holds something else than this command writes; name a file that does not exist yet")
+        if not force:
+            raise PktError(f"{out} is there already; name another file, or replace it with --force")
+    _check_parent(out)
+    return out
+
+
+def _check_parent(out: Path) -> None:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PktError(f"{out} cannot be created: {parent} is not a folder you may write to")
+
+
+def is_stored(value: Any) -> TypeGuard[str | Path]:
+    """Whether this names a file or folder here, rather than being a value in memory or a model on the Hub."""
+    return isinstance(value, (str, os.PathLike)) and os.path.exists(value)
+
+
+def check_apart(out: str | Path, *others: str | Path) -> None:
+    """Refuse an output folder that is, holds or lies in a folder that the same call reads or writes."""
+    here = as_path(out, "the path of an output folder").resolve()
+    for other in others:
+        there = Path(other).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            where = "are the same folder" if here == there else "lie one in the other"
+            raise PktError(f"{out} and {other} {where}; name an output folder apart from it")
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, out: Path) -> Iterator[None]:
+    """Hold `folder`, made if need be, against a second writer of `out`; it goes again if nothing was put in it.
+
+    The lock dies with its process. Raises `PktError` while another process holds it.
+    """
+    file = folder / LOCK
+    with os_errors(f"writing {folder}"):
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # its last holder has just removed the folder
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), os.stat(file)):
+                    break
+            except BlockingIOError:
+                os.close(lock)
+                raise PktError(f"another run is writing {out}; wait for it, stop it, or name another folder") from None
+            except FileNotFoundError:
+                pass
+            os.close(lock)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder beside `out` that becomes `out` in one rename, or disappears."""
+    out = check_output_folder(out, force=force)
+    with os_errors(f"writing {out}"):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        with os_errors(f"writing {out}"):
+            yield scratch
+            scratch.chmod(0o777 & ~_umask())
+            share_files(scratch)
+            if out.is_dir():
+                old = out.with_name(f".{out.name}.old-{os.getpid()}")
+                os.replace(out, old)
+                os.replace(scratch, out)
+                shutil.rmtree(old)
+            else:
+                os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep_scratch(out: Path) -> None:
+    """Remove the scratch folders that killed writers of `out` left; only for who holds `out` against other writers."""
+    for entry in out.absolute().parent.glob(f".{glob.escape(out.name)}.????????"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(out: str | Path) -> Iterator[Path]:
+    """Yield a scratch path beside `out` that becomes `out` in one rename, or disappears."""
+    out = Path(out)
+    if out.is_dir():
+        raise PktError(f"{out} is a folder; name a file")
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with os_errors(f"writing {out}"):
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            yield scratch
+            os.replace(scratch, out)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def share_files(folder: Path) -> None:
+    """Give the weights in a folder the mode of the files beside them: safetensors makes its own readable to their owner only."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~_umask())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")) -> None:
+    """safetensors with one metadata entry: it writes several in random order, and the same result must be the same bytes."""
+    from safetensors.torch import save_file
+
+    kept: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # The format has no two names for one tensor.
+        kept[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
+        places.add(tensor.untyped_storage().data_ptr())
+    save_file(kept, path, dict([metadata]))
+    path.chmod(0o666 & ~_umask())
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """JSON from a file; raises `PktError` naming the file and the line."""
+    path = Path(path)
+    try:
+        with os_errors(f"reading {path}"):
+            if not path.is_file():
+                raise PktError(f"{path} does not exist; check the path")
+            text = path.read_text(encoding="utf-8")
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise PktError(f"{path}: not UTF-8 text (byte {error.start}); this should be a JSON file") from error
+    except json.JSONDecodeError as error:
+        raise PktError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}); mend the file or write it again"
+        ) from error
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, checked against the file's length.
+
+    Raises `PktError` when the file is missing, unreadable, truncated or not safetensors, naming the file.
+    """
+    with os_errors(f"reading {path}"):
+        return _header(path)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise PktError(f"{path} is missing; download or copy the checkpoint again")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise PktError(f"{path} is truncated ({size} bytes); download or copy it again")
+        (length,) = struct.unpack("<Q", head)
+        if length > size - 8:
+            raise PktError(f"{path} is truncated or not a safetensors file ({size} bytes); download or copy it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise PktError(f"{path} has a broken safetensors header; download or copy it again") from error
+    end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    if end != size:
+        raise PktError(f"{path} is truncated: {size} bytes of {end}; download or copy it again")
+    return header
+
+
+def sha256(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

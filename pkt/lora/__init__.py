@@ -1,0 +1,14 @@
+"""LoRA in and around PEFT: injected, recognised, finalized. The only part of pkt that imports it."""
+
+from pkt.lora.finalization import finalize as finalize
+from pkt.lora.injection import check_settings as check_settings
+from pkt.lora.injection import checked_dropout as checked_dropout
+from pkt.lora.injection import initialize_lora_weights as initialize_lora_weights
+from pkt.lora.injection import inject as inject
+from pkt.lora.pissa import initialize_pissa_weights as initialize_pissa_weights
+from pkt.lora.recognition import INITIAL as INITIAL
+from pkt.lora.recognition import read_source as read_source
+from pkt.lora.record import Mode as Mode
+from pkt.lora.wrapping import ADAPTER as ADAPTER
+from pkt.lora.wrapping import load_with_adapter as load_with_adapter
+from pkt.lora.wrapping import wrap as wrap

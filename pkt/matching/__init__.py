@@ -1,0 +1,6 @@
+"""Which of a teacher's units a student's are: matched by weights alone, held against chance, and cut to the student's shape."""
+
+from pkt.matching.cutting import Cutter as Cutter
+from pkt.matching.lineage import Lineage as Lineage
+from pkt.matching.lineage import lineage as lineage
+from pkt.matching.matrices import Matrices as Matrices

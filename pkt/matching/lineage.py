@@ -1,0 +1,367 @@
+"""Does a student descend from its teacher, and which of the teacher's units are its own? Weights only, read a layer at a time.
+
+Hidden units are matched by the columns of the tables [embedding; head], layers by a sample of their FFN neurons and values,
+then the neurons and heads of the matched layers by all their weights. Chance is measured for the very pair: by a student whose
+hidden units are randomly rotated, and by the layers that were not matched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pkt.errors import PktError
+from pkt.files import atomic_file, read_json, write_json
+from pkt.matching.layers import increasing
+from pkt.matching.matrices import Matrices
+from pkt.matching.units import assign, cosines, rotation, table_cosines, unit_rows
+from pkt.models import check_identity
+from pkt.progress import bar
+
+FORMAT = "pkt-lineage-1"
+Verdict = Literal["descends", "descends but has drifted", "no lineage"]
+# Rows of the tables, hidden units and units of each layer that are looked at: enough for a cosine's noise of 1/32.
+_TOKENS, _FEATURES, _SAMPLE = 32768, 1024, 64
+_SAMPLE_FEATURES = 256
+# How far between chance and 1 the layers' cosines must lie.
+_KIN, _CLOSE = 0.1, 0.5
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How well one kind of unit matches: mean cosine of what was matched, and what chance gives for this pair."""
+
+    kind: str
+    matched: int
+    total: int
+    cosine: float
+    chance: float
+
+    @property
+    def closeness(self) -> float:
+        """0 at chance, 1 for the same weights."""
+        return (self.cosine - self.chance) / max(1e-6, 1 - self.chance)
+
+
+@dataclass
+class Lineage:
+    """The teacher's unit of each student's, -1 where there is none; prints as a table.
+
+    hidden [student's hidden]; layers [student's layers]; for each student layer: neurons (of the FFN, or a list for each
+    expert), queries (attention heads), groups (the teacher's key/value heads that one is the mean of), experts.
+    """
+
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    hidden: list[int]
+    layers: list[int]
+    neurons: list[list[int]] = field(default_factory=list)
+    queries: list[list[int]] = field(default_factory=list)
+    groups: list[list[list[int]]] = field(default_factory=list)
+    tokens: list[tuple[int, int]] | None = None
+    evidence: list[Evidence] = field(default_factory=list)
+    verdict: Verdict = "no lineage"
+    reason: str = ""
+
+    @property
+    def kin(self) -> bool:
+        return self.verdict != "no lineage"
+
+    def __str__(self) -> str:
+        rows = [("units", "matched", "mean cosine", "chance")]
+        rows += [(e.kind, f"{e.matched} of {e.total}", f"{e.cosine:.3f}", f"{e.chance:.3f}") for e in self.evidence]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.kin:
+            lines.append(f"student layers are the teacher's {', '.join(map(str, self.layers))}")
+        return "\n".join([*lines, f"{self.verdict}: {self.reason}"])
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file, atomically."""
+        value = {"format": FORMAT, **self.__dict__, "evidence": [e.__dict__ for e in self.evidence]}
+        with atomic_file(path) as scratch:
+            write_json(scratch, value)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Lineage:
+        """Read what `save` wrote. Raises `PktError` for anything else."""
+        value = read_json(Path(path))
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise PktError(f"{path} is not a lineage; make one with `pkt lineage TEACHER STUDENT --out FILE`")
+        try:
+            rest = {k: v for k, v in value.items() if k not in ("format", "evidence")}
+            return cls(**rest, evidence=[Evidence(**e) for e in value["evidence"]])
+        except (KeyError, TypeError) as error:
+            raise PktError(f"{path} is incomplete ({error}); make it again with `pkt lineage`") from error
+
+    def check(self, teacher: Matrices, student: Matrices) -> None:
+        """Raises `PktError` when it was made for another pair."""
+        check_identity(self.teacher, teacher.spec, "the lineage's teacher side")
+        check_identity(self.student, student.spec, "the lineage's student side")
+
+
+def lineage(
+    teacher: Any,
+    student: Any,
+    *,
+    tokens: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Lineage:
+    """Match every unit of `student` with one of `teacher` by their weights, and say whether it descends from it.
+
+    teacher, student: a model or a checkpoint directory. tokens: (teacher's row, student's row) of what means the same in their
+    tables; None: the same rows. Raises `PktError` for models without an embedding or decoder layers, and weights that are not
+    finite.
+    """
+    old, new = Matrices(teacher), Matrices(student)
+    for side in (old, new):
+        if not side.has("embed", None) or not side.spec.num_layers:
+            raise PktError(
+                f"{side.spec.name} has no embedding or no decoder layers that pkt knows, so nothing can be matched"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    found = Lineage(old.spec.identity(), new.spec.identity(), [], [], tokens=None if tokens is None else list(tokens))
+    hidden = _match_hidden(old, new, found, generator)
+    with bar("matching layers", old.spec.num_layers if progress else 0, unit="layers") as advance:
+        samples = _Samples(new, old, hidden, generator)
+        scores = samples.scores(advance if progress else lambda done: None)
+    found.layers = increasing(scores)
+    _judge(found, scores, samples.chance(found.layers))
+    if found.kin:
+        _match_layers(old, new, hidden, found, generator, progress)
+    return found
+
+
+def _match_hidden(old: Matrices, new: Matrices, found: Lineage, generator: torch.Generator) -> Tensor:
+    """The teacher's hidden unit of each student's; sets the first line of evidence."""
+    tables, rows = _tables(old, new, found.tokens, generator)
+    cos = table_cosines(tables, rows)
+    if not bool(torch.isfinite(cos).all()):
+        raise PktError("the tables of the two models hold NaN or Inf; a checkpoint is damaged")
+    hidden, values = assign(cos)
+    # A part of the rows is enough for what a rotated student would give.
+    few = [(t[:8192], s[:8192]) for t, s in rows]
+    turn = rotation(new.hidden, generator)
+    turned = [(t, s[r].float() @ turn) for (t, s), (_, r) in zip(tables, few, strict=True)]
+    _, by_chance = assign(table_cosines(turned, [(t, torch.arange(len(s))) for t, s in few]))
+    chance = float(by_chance[by_chance != 0].mean())
+    hidden = torch.where(values >= chance, hidden, torch.full_like(hidden, -1))
+    matched = hidden >= 0
+    cosine = float(values[matched].mean()) if bool(matched.any()) else 0.0
+    found.hidden = hidden.tolist()
+    found.evidence.append(Evidence("hidden units", int(matched.sum()), len(hidden), cosine, chance))
+    return hidden
+
+
+def _tables(
+    old: Matrices, new: Matrices, tokens: list[tuple[int, int]] | None, generator: torch.Generator
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The embeddings and, where both have one of their own, the heads; and which of their rows are compared."""
+    roles = ["embed"] + ["head"] * (old.has("head", None) and new.has("head", None))
+    tables, rows = [], []
+    for role in roles:
+        t, s = old.raw(role, None), new.raw(role, None)
+        if role == "head":
+            t, s = (
+                matrix if gain is None else matrix * gain.to(matrix.dtype)
+                for matrix, gain in ((t, old.gain("head", None)), (s, new.gain("head", None)))
+            )
+        count = min(len(t), len(s))
+        pairs = torch.tensor(tokens) if tokens is not None else torch.arange(count)[:, None].expand(-1, 2)
+        chosen = pairs[torch.randperm(len(pairs), generator=generator)[:_TOKENS].sort().values]
+        tables.append((t, s))
+        rows.append((chosen[:, 0], chosen[:, 1]))
+    return tables, rows
+
+
+class _Samples:
+    """A few units of every student layer, held against all of a teacher layer's."""
+
+    def __init__(self, new: Matrices, old: Matrices, hidden: Tensor, generator: torch.Generator) -> None:
+        self.old, self.generator = old, generator
+        matched = (hidden >= 0).nonzero()[:, 0]
+        if not len(matched):
+            matched = torch.arange(len(hidden))
+            hidden = torch.zeros_like(hidden)
+        self.student_units = _some(matched, _SAMPLE_FEATURES, generator)
+        self.teacher_units = hidden[self.student_units]
+        self.kinds: list[dict[str, Tensor]] = []
+        for layer in range(new.spec.num_layers):
+            found = _units(new, layer, self.student_units)
+            few = {k: f[_some(torch.arange(len(f)), _SAMPLE, generator)] for k, f in found.items()}
+            self.kinds.append({k: unit_rows(f) for k, f in few.items()})
+        if not any(self.kinds):
+            raise PktError(
+                f"{new.spec.name} has no FFN or values that pkt knows by name, so its layers cannot be matched"
+            )
+
+    def scores(self, advance: Any) -> Tensor:
+        """Mean best cosine of the samples [teacher's layers, student's]."""
+        rows = []
+        self.best: list[list[dict[str, Tensor]]] = []
+        self.teacher: dict[int, dict[str, Tensor]] = {}
+        for layer in range(self.old.spec.num_layers):
+            units = {k: unit_rows(f) for k, f in _units(self.old, layer, self.teacher_units).items()}
+            best = [{k: (f @ units[k].t()).amax(1) for k, f in mine.items() if k in units} for mine in self.kinds]
+            rows.append([float(torch.stack([v.mean() for v in b.values()]).mean()) if b else 0.0 for b in best])
+            advance(layer + 1)
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def chance(self, layers: list[int]) -> float:
+        """The same for students whose hidden units are randomly rotated."""
+        turn = rotation(len(self.student_units), self.generator)
+        found = []
+        for j, layer in enumerate(layers[:: max(1, len(layers) // 4)]):
+            mine = self.kinds[j * max(1, len(layers) // 4)]
+            units = {k: unit_rows(f) for k, f in _units(self.old, layer, self.teacher_units).items()}
+            for kind, features in mine.items():
+                if kind in units:
+                    turned = (features.unflatten(1, (-1, len(turn))) @ turn).flatten(1)
+                    found.append(float((turned @ units[kind].t()).amax(1).mean()))
+        return sum(found) / max(1, len(found))
+
+
+def _units(side: Matrices, layer: int, hidden: Tensor) -> dict[str, Tensor]:
+    """Features of a layer's units of each kind, on these hidden units."""
+    found = {}
+    if side.has("down", layer) and side.has("up", layer):
+        experts = side.experts(layer)
+        every = [side.neurons(layer, hidden, e) for e in range(experts)] if experts else [side.neurons(layer, hidden)]
+        found["neurons"] = torch.cat(every)
+    elif side.has("v", layer):
+        # Fewer weights a unit, so chance is higher: only where there are no neurons.
+        found["values"] = side.folded("v", layer, hidden)
+    return found
+
+
+def _some(indices: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return indices[torch.randperm(len(indices), generator=generator)[:count].sort().values]
+
+
+def _judge(found: Lineage, scores: Tensor, rotated: float) -> None:
+    """The verdict: how far the matched layers are from chance, which is the larger of two measured ones."""
+    students = torch.arange(scores.shape[1])
+    chosen = torch.tensor(found.layers)
+    kept = float(scores[chosen, students].mean())
+    others = torch.ones_like(scores, dtype=torch.bool)
+    others[chosen, students] = False
+    wrong = float(scores[others].mean()) if bool(others.any()) else 0.0
+    layers = Evidence("layers", len(found.layers), len(found.layers), kept, max(rotated, wrong))
+    found.evidence.append(layers)
+    if layers.closeness < _KIN:
+        found.verdict = "no lineage"
+        found.reason = (
+            f"the layers' weights match no better ({kept:.3f}) than those of a rotated student or of other layers "
+            f"({layers.chance:.3f})"
+        )
+    elif layers.closeness < _CLOSE:
+        found.verdict = "descends but has drifted"
+        found.reason = f"its layers are the teacher's, at a cosine of {kept:.3f} where chance gives {layers.chance:.3f}"
+    else:
+        found.verdict = "descends"
+        found.reason = f"its layers are the teacher's, at a cosine of {kept:.3f} where chance gives {layers.chance:.3f}"
+
+
+def _match_layers(
+    old: Matrices, new: Matrices, hidden: Tensor, found: Lineage, generator: torch.Generator, progress: bool
+) -> None:
+    """Neurons and heads of every matched pair of layers; adds their lines of evidence."""
+    matched = (hidden >= 0).nonzero()[:, 0]
+    mine = _some(matched, _FEATURES, generator)
+    theirs = hidden[mine]
+    tallies: dict[str, list[Tensor]] = {"FFN neurons": [], "attention heads": []}
+    chances: dict[str, list[float]] = {kind: [] for kind in tallies}
+    turn = rotation(len(mine), generator)
+    count = new.spec.num_layers
+    with bar("matching units", count if progress else 0, unit="layers") as advance:
+        for j, layer in enumerate(found.layers):
+            found.neurons.append(_neurons(old, new, layer, j, theirs, mine, tallies, chances, turn))
+            queries, groups = _heads(old, new, layer, j, theirs, mine, tallies, chances, turn)
+            found.queries.append(queries)
+            found.groups.append(groups)
+            if progress:
+                advance(j + 1)
+    for kind, values in tallies.items():
+        if values:
+            every = torch.cat(values)
+            good = every != 0
+            mean = float(every[good].mean()) if bool(good.any()) else 0.0
+            chance = sum(chances[kind]) / max(1, len(chances[kind]))
+            found.evidence.append(Evidence(kind, int(good.sum()), len(every), mean, chance))
+
+
+def _rotated_best(teacher: Tensor, student: Tensor, turn: Tensor) -> float:
+    few = student[:_SAMPLE]
+    turned = (few.unflatten(1, (-1, len(turn))) @ turn).flatten(1)
+    return float(cosines(teacher, turned).amax(0).mean())
+
+
+def _neurons(
+    old: Matrices,
+    new: Matrices,
+    layer: int,
+    j: int,
+    theirs: Tensor,
+    mine: Tensor,
+    tallies: dict[str, list[Tensor]],
+    chances: dict[str, list[float]],
+    turn: Tensor,
+) -> list[int]:
+    if not (old.has("down", layer) and new.has("down", j)) or old.experts(layer) or new.experts(j):
+        return []
+    teacher, student = old.neurons(layer, theirs), new.neurons(j, mine)
+    if teacher.shape[1] != student.shape[1]:
+        return []
+    index, values = assign(cosines(teacher, student))
+    tallies["FFN neurons"].append(values)
+    chances["FFN neurons"].append(_rotated_best(teacher, student, turn))
+    return [int(i) for i in index]
+
+
+def _heads(
+    old: Matrices,
+    new: Matrices,
+    layer: int,
+    j: int,
+    theirs: Tensor,
+    mine: Tensor,
+    tallies: dict[str, list[Tensor]],
+    chances: dict[str, list[float]],
+    turn: Tensor,
+) -> tuple[list[int], list[list[int]]]:
+    """The teacher's query head of each student's, and its key/value heads of each."""
+    (heads_t, groups_t), (heads_s, groups_s) = old.heads(layer), new.heads(j)
+    if not (heads_t and heads_s) or old.spec.head_dim != new.spec.head_dim:
+        return [], []
+    by_query = cosines(old.queries(layer, theirs), new.queries(j, mine))
+    kv_t, kv_s = old.groups(layer, theirs), new.groups(j, mine)
+    whole, values = assign(cosines(kv_t, kv_s))
+    groups = [[int(g)] if g >= 0 else [] for g in whole]
+    share_t, share_s = heads_t // groups_t, heads_s // groups_s
+    queries = torch.full((heads_s,), -1)
+    if groups_t > groups_s:
+        # A student whose groups are means of several: its query heads tell of which.
+        free, _ = assign(by_query)
+        means = [
+            sorted({int(q) // share_t for q in free[g * share_s : (g + 1) * share_s] if q >= 0})
+            for g in range(groups_s)
+        ]
+        mean_kv = torch.stack([kv_t[m].mean(0) if m else torch.zeros_like(kv_t[0]) for m in means])
+        joined = (unit_rows(mean_kv) * unit_rows(kv_s)).sum(1)
+        if float(joined.mean()) > float(values.mean()) + 0.02:
+            groups, queries, values = means, free, joined
+    if bool((queries < 0).all()):
+        for g, (group,) in ((g, found) for g, found in enumerate(groups) if found):
+            rows, cols = slice(group * share_t, (group + 1) * share_t), slice(g * share_s, (g + 1) * share_s)
+            index, _ = assign(by_query[rows, cols])
+            queries[cols] = torch.where(index >= 0, index + group * share_t, index)
+    of_queries = by_query.gather(0, queries.clamp_min(0)[None])[0]
+    tallies["attention heads"] += [torch.where(queries >= 0, of_queries, torch.zeros_like(of_queries))]
+    chances["attention heads"].append(_rotated_best(old.queries(layer, theirs), new.queries(j, mine), turn))
+    return [int(q) for q in queries], groups

@@ -1,0 +1,116 @@
+"""A model's matrices by role and layer, as the matching compares them: fp32, the gain of the norm before them folded in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkt.models import (
+    NORMS,
+    ModelSpec,
+    Runs,
+    Target,
+    Weights,
+    load_config,
+    skeleton,
+    spec_of_model,
+    unit_offset,
+    unwrap,
+)
+
+# Roles whose input is a norm's output, and which norm's: that before the attention, the FFN or the head.
+_NORMED = {
+    "q": "attention",
+    "k": "attention",
+    "v": "attention",
+    "gate": "ffn",
+    "up": "ffn",
+    "router": "ffn",
+    "head": "head",
+}
+
+
+class Matrices:
+    """Weights of a model or checkpoint by (role, layer); a checkpoint is read a matrix at a time.
+
+    shapes: every parameter's name and shape. `gate` of a dense FFN is None where it has none (GPT-2).
+    """
+
+    def __init__(self, model: Any) -> None:
+        if isinstance(model, nn.Module):
+            tree, name = unwrap(model), ""
+        else:
+            tree, name = skeleton(load_config(model)), str(model)
+        self.spec: ModelSpec = spec_of_model(tree, name)
+        self.shapes = {n: tuple(p.shape) for n, p in tree.named_parameters()}
+        self.weights = Weights(model)
+        self.index: dict[tuple[str, int | None], tuple[Target, Runs]] = {}
+        for target in self.spec.targets:
+            for role, rows in target.roles():
+                if role:
+                    self.index.setdefault((role, target.layer), (target, rows))
+
+    def has(self, role: str, layer: int | None) -> bool:
+        return (role, layer) in self.index
+
+    def experts(self, layer: int) -> int:
+        found = self.index.get(("down", layer))
+        return 0 if found is None else found[0].experts
+
+    def parameter(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def raw(self, role: str, layer: int | None, expert: int | None = None) -> Tensor:
+        """[out, in] in the stored type, only this role's rows of a fused projection."""
+        target, rows = self.index[role, layer]
+        matrix = target.oriented(self.weights[target.parameter], expert)
+        return matrix if rows == ((0, matrix.shape[0]),) else torch.cat([matrix[a:b] for a, b in rows])
+
+    def folded(self, role: str, layer: int | None, units: Tensor, expert: int | None = None) -> Tensor:
+        """[out, units] fp32: these input columns, the gain of the norm before them multiplied in."""
+        matrix = self.raw(role, layer, expert)[:, units].float()
+        gain = self.gain(_NORMED.get(role, ""), layer)
+        return matrix if gain is None else matrix * gain[units]
+
+    def gain(self, before: str, layer: int | None) -> Tensor | None:
+        """The gain [hidden] of the norm before the attention, the FFN or the head; None where it is not known."""
+        home = "" if layer is None else f"{self.spec.layers}.{layer}."
+        for name in NORMS.get(before, ()):
+            found = [p for p in self.shapes if p.startswith(home) and p.endswith(f".{name}.weight")]
+            found = [p for p in found if len(self.shapes[p]) == 1 and (layer is not None or ".layers." not in p)]
+            if found:
+                return self.weights[found[0]].float() + unit_offset(self.spec.model_type)
+        return None
+
+    @property
+    def hidden(self) -> int:
+        return self.index["embed", None][0].shape[1]
+
+    def head_dim(self) -> int | None:
+        return self.spec.head_dim
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """(query heads, key/value heads) of a layer; (0, 0) where they are not known."""
+        size = self.spec.head_dim
+        if size is None or not all(self.has(role, layer) for role in ("q", "k", "v", "o")):
+            return 0, 0
+        rows = [sum(b - a for a, b in self.index[role, layer][1]) for role in ("q", "k")]
+        return rows[0] // size, rows[1] // size
+
+    def neurons(self, layer: int, units: Tensor, expert: int | None = None) -> Tensor:
+        """[FFN neurons, features] fp32: gate row, up row and down column of each, on these hidden units."""
+        parts = [self.folded(role, layer, units, expert) for role in ("gate", "up") if self.has(role, layer)]
+        return torch.cat([*parts, self.raw("down", layer, expert)[units].float().t()], 1)
+
+    def groups(self, layer: int, units: Tensor) -> Tensor:
+        """[key/value heads, features] fp32: the rows of k and v of each, on these hidden units."""
+        heads = self.heads(layer)[1]
+        return torch.cat([self.folded(role, layer, units).reshape(heads, -1) for role in ("k", "v")], 1)
+
+    def queries(self, layer: int, units: Tensor) -> Tensor:
+        """[query heads, features] fp32: the rows of q and the columns of o of each, on these hidden units."""
+        heads = self.heads(layer)[0]
+        out = self.raw("o", layer)[units].float().t()
+        return torch.cat([self.folded("q", layer, units).reshape(heads, -1), out.reshape(heads, -1)], 1)

@@ -1,0 +1,310 @@
+"""What a plan needs to know of a model, found in its module tree: the decoder layers, and every matrix with its role.
+
+Nothing here names a model class: layers are the largest list of like modules, roles come from the tables by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pkt.errors import PktError
+from pkt.files import sha256
+from pkt.manifest import difference
+from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, Fused, Kind, Runs, known, read_roles, role_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix that knowledge can be taken from or given to: a linear layer or an embedding table."""
+
+    module: str
+    kind: Kind
+    shape: tuple[int, int]  # [out, in] of the product, whatever the parameter's layout; an embedding is [vocabulary, d]
+    role: str
+    group: str  # attention, ffn, embedding, router or other
+    layer: int | None = None
+    suffix: str = ""  # the module's name within its layer; its whole name outside the layers
+    experts: int = 0  # of a 3-D parameter [experts, out, in], which `module` then names; `shape` is one expert's
+    parts: tuple[tuple[str, Runs], ...] = ()  # the rows of each role of a fused projection
+
+    @property
+    def parameter(self) -> str:
+        return self.module if self.experts else f"{self.module}.weight"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        shape = self.shape if self.kind != "conv1d" else self.shape[::-1]
+        return (self.experts, *shape) if self.experts else shape
+
+    def roles(self) -> tuple[tuple[str, Runs], ...]:
+        """(role, its rows) for every role of the matrix."""
+        return self.parts or ((self.role, ((0, self.shape[0]),)),)
+
+    def oriented(self, matrix: Tensor, expert: int | None = None) -> Tensor:
+        """The parameter (or its scores), or one expert of it, as `shape`: Conv1D stores its weight [in, out]. A view."""
+        matrix = matrix if expert is None else matrix[expert]
+        return matrix.t() if self.kind == "conv1d" else matrix
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a plan needs to know of a model; made without its weights."""
+
+    name: str
+    model_type: str
+    targets: tuple[Target, ...]
+    layers: str | None  # name of the list of decoder layers
+    num_layers: int
+    vocab_size: int | None
+    head_dim: int | None
+    tied: bool
+    head: str | None = None  # the module that gives the logits
+    heads: int | None = None
+    config: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def by_module(self) -> dict[str, Target]:
+        return {t.module: t for t in self.targets}
+
+    def identity(self) -> dict[str, Any]:
+        """What is written beside a result, and compared when it is used again."""
+        shapes = sorted(f"{t.module}{list(t.stored_shape if t.experts else t.shape)}" for t in self.targets)
+        return {
+            "name": self.name,
+            "model_type": self.model_type,
+            "num_layers": self.num_layers,
+            "vocab_size": self.vocab_size,
+            "tied_head": self.head if self.tied else None,
+            "shapes": sha256("\n".join(shapes)),
+        }
+
+
+def check_identity(recorded: Any, spec: ModelSpec, what: str) -> None:
+    """Raises `PktError` when what is recorded of a model (`ModelSpec.identity`) is another model's; its name may differ."""
+    if not isinstance(recorded, dict):
+        return
+    found = {k: v for k, v in spec.identity().items() if k in recorded and k not in ("name", "tied_head")}
+    different = difference({k: recorded[k] for k in found}, found)
+    if different:
+        raise PktError(
+            f"{what} was made from another model ({recorded.get('name')}) than {spec.name}: {', '.join(different)}"
+        )
+
+
+def decoder_layers(model: nn.Module) -> str | None:
+    """The name of the ModuleList that holds the decoder layers: the largest list of like modules, or None."""
+    best, size = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+            parameters = sum(p.numel() for p in module.parameters())
+            if parameters > size and not isinstance(module[0], nn.Linear):
+                best, size = name, parameters
+    return best
+
+
+def plain_head(model: Any) -> tuple[nn.Linear, nn.Module] | None:
+    """(head, the model below it) when logits may be nothing but their product; only running the model confirms it."""
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+        return None
+    head, below = model.get_output_embeddings(), model.base_model
+    if below is model or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+        return None
+    config = getattr(model, "config", None)
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS):
+        return None
+    return head, below
+
+
+def tables_of(model: nn.Module) -> tuple[Any, Any]:
+    """The module that embeds the tokens and the one that gives their logits; None where the model does not say."""
+    return _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """The width of the hidden states between decoder layers, as its configuration or its embedding has it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "hidden_size", None) or getattr(tables_of(model)[0], "embedding_dim", None)
+    return None if found is None else int(found)
+
+
+def layer_of(parameter: str, layers: str | None) -> int | None:
+    """The decoder layer a parameter or module belongs to, or None."""
+    if layers is None:
+        return None
+    match = re.match(re.escape(layers) + r"\.(\d+)(\.|$)" if layers else r"(\d+)(\.|$)", parameter)
+    return int(match[1]) if match else None
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How a module uses its weight, or None when pkt has no fast path for it."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def _fused_rows(layout: Fused, rows: int, heads: int | None, head_dim: int | None) -> tuple[tuple[str, Runs], ...]:
+    """The rows of each role; nothing when they do not come out even, and the matrix is then known only as a whole."""
+    groups: int
+    if "q" in layout.roles:
+        if not heads or not head_dim or rows % head_dim or (rows // head_dim - heads) % 2:
+            return ()
+        kv = (rows // head_dim - heads) // 2
+        sizes = {"q": heads * head_dim, "k": kv * head_dim, "v": kv * head_dim}
+        groups = kv if layout.groups == "kv_heads" else int(layout.groups)
+    else:
+        sizes = dict.fromkeys(layout.roles, rows // len(layout.roles))
+        groups = rows // len(layout.roles) if layout.groups == "rows" else int(layout.groups)
+    if groups < 1 or sum(sizes.values()) != rows or any(size < groups or size % groups for size in sizes.values()):
+        return ()
+    found: dict[str, list[tuple[int, int]]] = {role: [] for role in layout.roles}
+    start = 0
+    for _ in range(groups):
+        for role in layout.roles:
+            found[role].append((start, start + sizes[role] // groups))
+            start += sizes[role] // groups
+    return tuple((role, tuple(found[role])) for role in layout.roles)
+
+
+def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) -> ModelSpec:
+    """The spec with more lines for `ROLES`: a mapping or a JSON file, {"name": ["role", "group"]}."""
+    if roles is None:
+        return spec
+    lines = read_roles(roles)
+    targets = []
+    for target in spec.targets:
+        if known(target.module, lines) is None or target.group == "embedding":
+            targets.append(target)
+            continue
+        role, group = role_of(target.module, lines)
+        layout = FUSED.get(target.module.split(".")[-1]) or FUSED.get(role)
+        parts = () if layout is None else _fused_rows(layout, target.shape[0], spec.heads, spec.head_dim)
+        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts))
+    return dataclasses.replace(spec, targets=tuple(targets))
+
+
+def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
+    """The spec of a model in memory (its weights may be on the meta device)."""
+    layers = decoder_layers(model)
+    config: Any = getattr(model, "config", None)
+    embedding = _call(model, "get_input_embeddings")
+    head = _call(model, "get_output_embeddings")
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None and heads:
+        head_dim = text.hidden_size // heads
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+
+    def described(target: Target, layout: Fused | None = None) -> Target:
+        """The target with its place in the model and the rows of its roles."""
+        name, last = target.module, target.module.split(".")[-1]
+        layer = layer_of(name, layers)
+        layout = layout or FUSED.get(f"{model_type}:{last}") or FUSED.get(last) or FUSED.get(target.role)
+        return dataclasses.replace(
+            target,
+            layer=layer,
+            suffix=name if layer is None else name[len(f"{layers}.{layer}.") if layers else len(f"{layer}.") :],
+            parts=() if layout is None else _fused_rows(layout, target.shape[0], heads, head_dim),
+        )
+
+    targets, head_name = [], None
+    for module_name, module in model.named_modules():
+        if module is head:
+            head_name = module_name
+        targets += [described(*found) for found in _experts(module_name, module)]
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows, cols = weight.shape if kind != "conv1d" else weight.t().shape
+        if kind == "linear":
+            # A 4-bit layer packs its weight, so its shape says nothing.
+            rows, cols = int(module.out_features), int(module.in_features)
+        if module is head:
+            if tied:
+                continue
+            role, group = "head", "embedding"
+        elif module is embedding:
+            role, group = "embed", "embedding"
+        else:
+            role, group = role_of(module_name)
+        targets.append(described(Target(module_name, kind, (rows, cols), role, group)))
+    targets = _with_routers(targets)
+    count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
+    return ModelSpec(
+        name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
+        model_type=model_type,
+        targets=tuple(targets),
+        layers=layers,
+        num_layers=count,
+        vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
+        head_dim=head_dim,
+        tied=tied,
+        head=head_name,
+        heads=heads,
+        config=config.to_dict() if hasattr(config, "to_dict") else {},
+    )
+
+
+def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
+    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out] where their module says so."""
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 3 or known(key, ROLES) is None:
+            continue
+        experts, rows, cols = parameter.shape
+        kind: Kind = "conv1d" if getattr(module, "is_transposed", False) else "linear"
+        role, group = role_of(key)
+        layout = FUSED.get(role)
+        if layout is not None and not getattr(module, "is_concatenated", True):
+            layout = dataclasses.replace(layout, groups="rows")
+        shape = (cols, rows) if kind == "conv1d" else (rows, cols)
+        yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
+
+
+def _with_routers(targets: list[Target]) -> list[Target]:
+    """Matrices of no known role beside experts, with a row for each of them or for the shared one, are their routers."""
+    beside = {t.module.rpartition(".")[0].rpartition(".")[0]: t.experts for t in targets if t.experts}
+    return [
+        dataclasses.replace(t, role="router", group="router")
+        if not t.role and any(t.shape[0] in (1, n) and t.module.startswith(f"{home}.") for home, n in beside.items())
+        else t
+        for t in targets
+    ]
+
+
+def _call(model: nn.Module, method: str) -> Any:
+    function: Any = getattr(model, method, None)
+    if function is None:
+        return None
+    try:
+        return function()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
+    """(matrix in its place, shape, what pkt takes it for) for each kind of matrix of a model."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    for target in spec.targets:
+        name = target.module if target.layer is None else f"{spec.layers}.*.{target.suffix}"
+        shape = " x ".join(map(str, (*((target.experts,) if target.experts else ()), *target.shape)))
+        roles = ", ".join(role for role, _ in target.roles() if role)
+        if not roles:
+            roles = (
+                "unknown: fed from the same name only, or by --map or --roles"
+                if target.layer is not None
+                else "left alone"
+            )
+        rows.setdefault(f"{name} {shape}", (name, shape, f"{roles} (each of its experts)" if target.experts else roles))
+    return list(rows.values())

@@ -1,0 +1,168 @@
+"""What pkt knows of architectures by name: what each matrix is for, how fused ones lie, how files call them.
+
+An architecture that uses other names is taught to pkt by a line in `ROLES` (here, or in a JSON file of the same form given to
+`roles=`), a fused projection with another layout by a line in `FUSED` (docs/adding-an-architecture.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from pkt.errors import PktError
+from pkt.files import read_json
+
+Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+
+# Last part, or last two parts, of a module's or expert parameter's name -> (role, group). `modules=` of pkt.plan selects by
+# role or group; matrices of one role feed each other whatever they are called.
+ROLES: dict[str, tuple[str, str]] = {
+    "q_proj": ("q", "attention"),
+    "k_proj": ("k", "attention"),
+    "v_proj": ("v", "attention"),
+    "o_proj": ("o", "attention"),
+    "out_proj": ("o", "attention"),
+    "wo": ("o", "attention"),
+    "attn.c_proj": ("o", "attention"),
+    "attention.dense": ("o", "attention"),
+    "self_attention.dense": ("o", "attention"),
+    "self_attn.dense": ("o", "attention"),
+    "c_attn": ("qkv", "attention"),
+    "qkv_proj": ("qkv", "attention"),
+    "Wqkv": ("qkv", "attention"),
+    "wqkv": ("qkv", "attention"),
+    "query_key_value": ("qkv", "attention"),
+    "gate_proj": ("gate", "ffn"),
+    "up_proj": ("up", "ffn"),
+    "down_proj": ("down", "ffn"),
+    "gate_up_proj": ("gate_up", "ffn"),
+    "w1": ("gate", "ffn"),
+    "w3": ("up", "ffn"),
+    "w2": ("down", "ffn"),
+    "c_fc": ("up", "ffn"),
+    "mlp.c_proj": ("down", "ffn"),
+    "fc1": ("up", "ffn"),
+    "fc2": ("down", "ffn"),
+    "fc_in": ("up", "ffn"),
+    "fc_out": ("down", "ffn"),
+    "dense_h_to_4h": ("up", "ffn"),
+    "dense_4h_to_h": ("down", "ffn"),
+    # An expert that every token visits is not one of those a router chooses between.
+    **{
+        f"{shared}.{role}_proj": (f"shared_{role}", "ffn")
+        for shared in ("shared_expert", "shared_experts")
+        for role in ("gate", "up", "down")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How the rows of a fused projection lie: `groups` blocks one after another, each with its share of every role in order.
+
+    "kv_heads": as many groups as there are k (and v) heads, the queries of a group in front of its k and v.
+    """
+
+    roles: tuple[str, ...]
+    groups: int | Literal["kv_heads", "rows"] = 1
+
+
+# Role, module's name, or "model_type:name" -> layout; the most special one counts. Head counts follow from the shapes.
+FUSED: dict[str, Fused] = {
+    "qkv": Fused(("q", "k", "v")),
+    "gate_up": Fused(("gate", "up")),
+    "query_key_value": Fused(("q", "k", "v"), "kv_heads"),
+    "wqkv": Fused(("q", "k", "v"), "kv_heads"),
+    "gpt_bigcode:c_attn": Fused(("q", "k", "v"), "kv_heads"),
+    "codegen:qkv_proj": Fused(("q", "v", "k"), 4),
+}
+
+# Rows (q, k, v) or columns (o) of these roles are heads side by side.
+HEAD_ROWS = ("q", "k", "v")
+
+HEAD_COLUMNS = ("o",)
+
+# How checkpoints name what transformers has renamed since: part of a parameter's name -> in the files.
+RENAMED = {"lm_head.weight": "embed_out.weight", ".mlp.": ".block_sparse_moe."}
+
+# The matrices that files hold for each expert -> the 3-D parameter transformers joins them into, in this order.
+EXPERT_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
+# 3-D parameters of experts that PEFT can adapt, as every module registers them: its adapter files say it by nesting alone.
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+# Quantizations that transformers undoes, and the packages that it takes (GGUF files: gguf).
+DEQUANTIZED: dict[str, tuple[str, ...]] = {"bitsandbytes": ("bitsandbytes", "accelerate")}
+
+# Architectures (model_type) that tests/test_families.py runs end to end. Others work by discovery, or say what is missing.
+TESTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+)
+
+# Tables that PEFT knows by name.
+PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+# Settings that make logits something else than the head's product (Gemma 2, Granite, Cohere).
+LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def known(name: str, table: Mapping[str, Any]) -> str | None:
+    parts = name.split(".")
+    return next((key for key in (".".join(parts[-2:]), parts[-1]) if key in table), None)
+
+
+def role_of(module: str, roles: Mapping[str, tuple[str, str]] = ROLES) -> tuple[str, str]:
+    key = known(module, roles)
+    return ("", "other") if key is None else roles[key]
+
+
+def read_roles(roles: Mapping[str, Any] | str | Path) -> dict[str, tuple[str, str]]:
+    """Lines for `ROLES`. Raises `PktError` for what is not of their form."""
+    value = read_json(Path(roles)) if isinstance(roles, (str, Path)) else roles
+    known = sorted({role for role, _ in ROLES.values()})
+    if not isinstance(value, Mapping):
+        raise PktError(f'{roles}: a role file is a JSON object such as {{"fc_up": ["up", "ffn"]}}')
+    lines = {}
+    for name, line in value.items():
+        if not isinstance(line, (list, tuple)) or len(line) != 2 or line[0] not in known:
+            raise PktError(
+                f'roles: {name!r} has {line!r}; give [role, group] such as ["up", "ffn"], role one of {", ".join(known)}'
+            )
+        if line[1] not in ("attention", "ffn"):
+            raise PktError(f"roles: {name!r} has the group {line[1]!r}; choose attention or ffn")
+        lines[str(name)] = (str(line[0]), str(line[1]))
+    return lines
+
+
+# What follows the norm -> names of its module, the most telling first: Gemma 2 and 3 norm the attention's output too.
+NORMS: dict[str, tuple[str, ...]] = {
+    "attention": ("input_layernorm", "ln_1", "attention_norm", "self_attn_layer_norm", "ln_attn"),
+    "ffn": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm", "final_layer_norm", "ln_mlp"),
+    "head": ("norm", "ln_f", "final_layernorm", "final_layer_norm"),
+}
+
+
+def unit_offset(model_type: str) -> float:
+    """What a norm adds to its stored gain: Gemma's are stored around zero."""
+    return 1.0 if model_type.startswith(("gemma", "recurrent_gemma")) else 0.0

@@ -1,0 +1,34 @@
+"""Two tokenizers compared, and a tokenizer with the model it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkt.errors import PktError
+from pkt.models.spec import ModelSpec
+
+
+def check_tokenizer(tokenizer: Any, spec: ModelSpec) -> None:
+    """Refuse a tokenizer that can produce ids the model has no embedding for."""
+    size = len(tokenizer)
+    if spec.vocab_size is not None and size > spec.vocab_size:
+        raise PktError(
+            f"the tokenizer has {size} tokens but {spec.name} embeds only {spec.vocab_size}; "
+            "use the tokenizer that was saved with the model"
+        )
+
+
+def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:
+    """(teacher's id, student's id) of every token both tokenizers have, by the student's id.
+
+    Tokens are compared as strings; the marks "▁" and "Ġ" both mean a space.
+    """
+    spelled = {token.replace("▁", "Ġ"): index for token, index in teacher.get_vocab().items()}
+    pairs = [(spelled.get(token.replace("▁", "Ġ"), -1), index) for token, index in student.get_vocab().items()]
+    return sorted(((t, s) for t, s in pairs if t >= 0), key=lambda pair: pair[1])
+
+
+def other_ids(teacher: Any, student: Any) -> int:
+    """How many of the student tokenizer's tokens the teacher's gives another id, or does not have."""
+    known = teacher.get_vocab()
+    return sum(known.get(token) != index for token, index in student.get_vocab().items())

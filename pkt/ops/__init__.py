@@ -1,0 +1,57 @@
+"""Every operation of pkt: one name each, whatever the device. `reference` says what it means, `dispatch` what runs it."""
+
+from pkt.ops.checked import (
+    abs_accumulate_,
+    abs_accumulate_many_,
+    best_window,
+    embedding_sensitivity_,
+    linear_sensitivity_,
+    linear_sensitivity_tiles_,
+    rsvd,
+    rsvd_batch,
+)
+from pkt.ops.dispatch import (
+    implementation,
+    names,
+    native_halves,
+    out_of_memory,
+    working_dtype,
+)
+from pkt.ops.reference import (
+    GRADIENT_ELEMENTS,
+    MEASURES,
+    SEARCH_BYTES,
+    Measure,
+    add_rows_,
+    double_sum,
+    embedding_rows,
+    tile_sums,
+    window_bits,
+)
+from pkt.ops.rsvd_reference import block_width
+
+__all__ = [
+    "GRADIENT_ELEMENTS",
+    "MEASURES",
+    "SEARCH_BYTES",
+    "Measure",
+    "abs_accumulate_",
+    "abs_accumulate_many_",
+    "add_rows_",
+    "best_window",
+    "block_width",
+    "double_sum",
+    "embedding_rows",
+    "embedding_sensitivity_",
+    "implementation",
+    "linear_sensitivity_",
+    "linear_sensitivity_tiles_",
+    "names",
+    "native_halves",
+    "out_of_memory",
+    "rsvd",
+    "rsvd_batch",
+    "tile_sums",
+    "window_bits",
+    "working_dtype",
+]

@@ -1,0 +1,102 @@
+"""What the options of a plan mean: the modules it chooses, the map of names, the tokens that two vocabularies share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pkt.errors import PktError
+from pkt.models import FUSED, ROLES, Runs, Target, load_tokenizer, shared_vocabulary
+from pkt.options import PlanOptions
+from pkt.planning.regions import STRATEGIES, runs
+
+GROUPS = ("all", "attention", "ffn", "embedding")
+_ROLES = {role for role, _ in ROLES.values()} | {r for f in FUSED.values() for r in f.roles} | {"embed", "head"}
+
+ModuleMap: TypeAlias = Mapping[str, str] | Sequence[str]
+Vocabulary: TypeAlias = tuple[Runs, Runs]  # rows of the teacher's tables, and the student's rows they feed
+
+
+def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Any, student: Any) -> Vocabulary | None:
+    """The rows that the two tokenizers share, or None when they are not wanted."""
+    if wanted is False:
+        return None
+    if wanted is True:
+        if not all(isinstance(m, (str, Path)) for m in (teacher, student)):
+            raise PktError("map_vocabulary=True reads the tokenizers of two directories; pass (teacher's, student's)")
+        wanted = load_tokenizer(teacher), load_tokenizer(student)
+    shared = shared_vocabulary(*wanted)
+    if not shared:
+        raise PktError("the two tokenizers share no token, so nothing can be mapped; leave map_vocabulary out")
+    return runs([t for t, _ in shared]), runs([s for _, s in shared])
+
+
+def check_options(options: PlanOptions) -> None:
+    """Refuse a list of modules that means nothing, and options that their strategy cannot serve."""
+    strategy = STRATEGIES[options.select]
+    if options.align_heads and not strategy.cuts_windows:
+        raise PktError(f"align_heads concerns windows; select={options.select!r} does not cut windows")
+    if options.map_vocabulary and not strategy.keeps_rows:
+        raise PktError(
+            f"select={options.select!r} lays single weights out in the teacher's order, which a mapped vocabulary changes"
+        )
+    if _role_list(options.modules) is None:
+        try:
+            re.compile(options.modules)
+        except re.error as error:
+            raise PktError(
+                f"modules={options.modules!r} is neither a list of {', '.join(GROUPS)} and roles "
+                f"({', '.join(sorted(_ROLES))}) nor a regular expression: {error}"
+            ) from error
+
+
+def read_map(given: ModuleMap | None) -> dict[str, str] | None:
+    """Teacher's pattern by student's pattern."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = [given]
+    pairs = []
+    for text in given.items() if isinstance(given, Mapping) else given:
+        source, equals, target = text.partition("=") if isinstance(text, str) else (text[0], "=", text[1])
+        if not source or not equals or not target or source.count("*") != target.count("*"):
+            raise PktError(
+                f"module_map: {text!r}; write TEACHER=STUDENT with as many * on each side: 'a.*.fc1=b.*.mlp.up'"
+            )
+        pairs.append((target.strip(), source.strip()))
+    if not pairs:
+        raise PktError("module_map names no pair; write TEACHER=STUDENT: 'a.*.fc1=b.*.mlp.up'")
+    return dict(pairs)
+
+
+def _role_list(modules: str) -> tuple[set[str], set[str]] | None:
+    """(chosen, left out) groups and roles, or None for a regular expression."""
+    chosen: set[str] = set()
+    out: set[str] = set()
+    for word in modules.split(","):
+        name = word.strip().removeprefix("-")
+        if name not in GROUPS and name not in _ROLES:
+            return None
+        named = set(FUSED[name].roles) if name in FUSED else {name}
+        (out if word.strip().startswith("-") else chosen).update(named)
+    return chosen or {"all"}, out
+
+
+def chosen_parts(target: Target, modules: str) -> tuple[tuple[str, Runs], ...]:
+    """The roles of a matrix that `modules` chooses, with their rows."""
+    listed = _role_list(modules)
+    if target.group == "router":
+        # Its rows are the teacher's experts, most of which may not be there.
+        return ()
+    if listed is None:
+        return target.roles() if re.search(modules, target.module) else ()
+    chosen, out = listed
+    whole = target.group != "other" or target.layer is not None
+
+    def wanted(role: str) -> bool:
+        names = {role, target.group} | ({"all"} if whole else set())
+        return bool(names & chosen) and not names & out
+
+    return tuple((role, rows) for role, rows in target.roles() if wanted(role))

@@ -1,0 +1,367 @@
+"""Which part of a teacher's matrix has the student's shape, and which of its layers (docs/method.md §2, §3)."""
+
+from __future__ import annotations
+
+import base64
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pkt import ops
+from pkt.errors import PktError
+from pkt.files import sha256
+from pkt.models import Runs
+from pkt.options import LayerChoice, Select
+
+BLOCK = 64
+# Longer lists of runs are gathered by an index, and packed in JSON.
+_MANY = 64
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a matrix [out, in]: the product of row runs and column runs [start, stop), or single weights.
+
+    A contiguous window has one run on each axis. For single weights `mask` packs one bit per element of the source.
+    Row runs need not ascend: rows are taken in the runs' order.
+    """
+
+    shape: tuple[int, int]
+    rows: Runs = ()
+    cols: Runs = ()
+    mask: str | None = None
+    source_shape: tuple[int, int] | None = None
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """The region of a matrix; a view for a contiguous window, a copy in the matrix's dtype otherwise."""
+        if self.mask is not None:
+            return matrix[torch.from_numpy(self._bits()).to(matrix.device)].view(self.shape)
+        return _take(_take(matrix, self.rows, 0), self.cols, 1)
+
+    def put(self, matrix: Tensor, piece: Tensor) -> None:
+        """Write a piece of this region's shape into a matrix, the inverse of `cut`."""
+        if len(self.rows) == len(self.cols) == 1:
+            self.cut(matrix).copy_(piece)
+            return
+        rows, cols = (torch.from_numpy(_positions(axis)).to(matrix.device) for axis in (self.rows, self.cols))
+        matrix[rows[:, None], cols] = piece.to(matrix.dtype)
+
+    def inside(self, rows: Runs, source_shape: tuple[int, int]) -> Region:
+        """This region of a matrix made of some rows of another, as a region of that other one."""
+        if rows == ((0, source_shape[0]),):
+            return self
+        if self.mask is None:
+            return Region(self.shape, through(rows, self.rows), self.cols)
+        bits = np.zeros(source_shape, bool)
+        bits[_positions(rows)] = self._bits()
+        return Region(self.shape, mask=_packed_bits(bits), source_shape=source_shape)
+
+    def _bits(self) -> np.ndarray[Any, Any]:
+        assert self.mask is not None
+        assert self.source_shape is not None
+        packed = np.frombuffer(zlib.decompress(base64.b64decode(self.mask)), np.uint8)
+        return np.unpackbits(packed, count=math.prod(self.source_shape)).astype(bool).reshape(self.source_shape)
+
+    def describe(self) -> str:
+        """One cell of the plan's table."""
+        if self.mask is not None:
+            return f"{self.shape[0] * self.shape[1]} single weights"
+        if len(self.rows) == len(self.cols) == 1:
+            (a, b), (c, d) = self.rows[0], self.cols[0]
+            return f"[{a}:{b}, {c}:{d}]"
+        return f"{self.shape[0]} rows in {len(self.rows)} runs, {self.shape[1]} columns in {len(self.cols)} runs"
+
+    def to_json(self) -> dict[str, Any]:
+        if self.mask is not None:
+            return {"shape": self.shape, "mask": self.mask, "source_shape": self.source_shape}
+        value = {"shape": self.shape, "rows": _packed_runs(self.rows), "cols": _packed_runs(self.cols)}
+        return value if self.source_shape is None else {**value, "source_shape": self.source_shape}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Region:
+        source = value.get("source_shape")
+        return cls(
+            shape=tuple(value["shape"]),
+            rows=_unpacked_runs(value.get("rows", ())),
+            cols=_unpacked_runs(value.get("cols", ())),
+            mask=value.get("mask"),
+            source_shape=None if source is None else tuple(source),
+        )
+
+
+def window(row: int, col: int, rows: int, cols: int) -> Region:
+    return Region((rows, cols), ((row, row + rows),), ((col, col + cols),))
+
+
+def runs(index: Sequence[int], width: int = 1) -> Runs:
+    """Starts of `width` elements each -> maximal runs [start, stop), in their order."""
+    merged: list[list[int]] = []
+    for start in index:
+        if merged and merged[-1][1] == start:
+            merged[-1][1] = start + width
+        else:
+            merged.append([start, start + width])
+    return tuple((a, b) for a, b in merged)
+
+
+def _take(matrix: Tensor, axis: Runs, dim: int) -> Tensor:
+    if len(axis) == 1:
+        (a, b) = axis[0]
+        return matrix.narrow(dim, a, b - a)
+    if len(axis) > _MANY:
+        return matrix.index_select(dim, torch.from_numpy(_positions(axis)).to(matrix.device))
+    return torch.cat([matrix.narrow(dim, a, b - a) for a, b in axis], dim)
+
+
+def _positions(axis: Runs) -> np.ndarray[Any, Any]:
+    """Every position of the runs, in their order, int64."""
+    if not axis:
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in axis])
+
+
+def through(outer: Runs, inner: Runs) -> Runs:
+    """The positions `inner` of the list of positions `outer`, as runs."""
+    if len(outer) == len(inner) == 1:
+        return ((outer[0][0] + inner[0][0], outer[0][0] + inner[0][1]),)
+    return runs(_positions(outer)[_positions(inner)].tolist())
+
+
+def _packed_runs(axis: Runs) -> Runs | str:
+    if len(axis) <= _MANY:
+        return axis
+    return base64.b64encode(zlib.compress(np.asarray(axis, "<i8").tobytes(), 6)).decode()
+
+
+def _unpacked_runs(value: Any) -> Runs:
+    if isinstance(value, str):
+        value = np.frombuffer(zlib.decompress(base64.b64decode(value)), "<i8").reshape(-1, 2).tolist()
+    return tuple((int(a), int(b)) for a, b in value)
+
+
+def _packed_bits(bits: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 6)).decode()
+
+
+def _top_tensor(values: Tensor, count: int) -> Tensor:
+    """The positions of the `count` largest values in ascending order; the first wins a tie."""
+    return values.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _top(values: Tensor, count: int) -> list[int]:
+    picked: list[int] = _top_tensor(values, count).tolist()
+    return picked
+
+
+def block_side(length: int, wanted: int) -> int:
+    """The block for cutting `wanted` of `length`: the largest divisor of both, up to 64; of `wanted` alone if that is 1."""
+    if length == wanted:
+        return length
+    common = math.gcd(length, wanted)
+    side = next(b for b in range(min(BLOCK, common), 0, -1) if common % b == 0)
+    return side if side > 1 else next(b for b in range(min(BLOCK, wanted), 0, -1) if wanted % b == 0)
+
+
+def select_experts(scores: Tensor, count: int) -> list[int]:
+    """The `count` most sensitive experts of a teacher's layer, in their original order, as `select_layers` does for layers."""
+    return _top(scores, count)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a region is chosen for: a matrix [n, m] and the shape wanted of it.
+
+    tile: the scores are sums over tile x tile. steps: offsets of a window are multiples of these. seed and name draw a random
+    window.
+    """
+
+    source_shape: tuple[int, int]
+    shape: tuple[int, int]
+    tile: int | None = None
+    steps: tuple[int, int] = (1, 1)
+    seed: int = 0
+    name: str = ""
+
+
+class Strategy:
+    """A way to choose a region by its scores (docs/method.md §3).
+
+    A new one is a class here, a row of `STRATEGIES` and a word of `pkt.options.Select`.
+
+    takes_tiles: tile sums suffice. cuts_windows: `steps` can keep heads whole. keeps_rows: a row of the region is a row of the
+    source, so that a vocabulary can be mapped. per_place: the region depends on the student's matrix and not on scores alone.
+    """
+
+    takes_tiles = False
+    cuts_windows = False
+    keeps_rows = True
+    per_place = False
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        """The region, smaller than the matrix, by S [n, m] or its tile sums."""
+        raise NotImplementedError
+
+    def choosing_bytes(self, elements: int) -> int:
+        """What `choose` takes at most besides the scores of so many elements."""
+        return 4 * elements
+
+    def cut_bytes(self, elements: int, itemsize: int) -> int:
+        """What the region of a matrix takes at most; a window is a view."""
+        return itemsize * elements
+
+
+class Window(Strategy):
+    """The contiguous window with the largest sum."""
+
+    takes_tiles = cuts_windows = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        tile = wanted.tile
+        score, counts, steps = (score, wanted.shape, wanted.steps) if tile is None else _on_tiles(score, wanted, tile)
+        row, col = (int(i) * (tile or 1) for i in ops.best_window(score, *counts, *steps)[0])
+        return window(row, col, *wanted.shape)
+
+    def choosing_bytes(self, elements: int) -> int:
+        return 0
+
+    def cut_bytes(self, elements: int, itemsize: int) -> int:
+        return 0
+
+
+class RandomWindow(Window):
+    """A window drawn from the seed and the name of what it feeds: the control for the others."""
+
+    per_place = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        pairs = zip(wanted.source_shape, wanted.shape, wanted.steps, strict=True)
+        choices = [((length - size) // step + 1, step) for length, size, step in pairs]
+        rng = np.random.default_rng(int(sha256(str(wanted.seed), wanted.name)[:16], 16))
+        row, col = (int(rng.integers(count)) * step for count, step in choices)
+        return window(row, col, *wanted.shape)
+
+
+class RowsCols(Strategy):
+    """The rows and the columns with the largest sums, each in their order."""
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        rows, cols = wanted.shape
+        return Region(
+            wanted.shape, runs(_top(ops.double_sum(score, 1), rows)), runs(_top(ops.double_sum(score, 0), cols))
+        )
+
+
+class Blocks(Strategy):
+    """As `RowsCols`, in blocks of neighbours."""
+
+    takes_tiles = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        if wanted.tile is not None:
+            return self._of_tiles(score, wanted, wanted.tile)
+        chosen = []
+        for axis, (length, size) in enumerate(zip(wanted.source_shape, wanted.shape, strict=True)):
+            side = block_side(length, size)
+            line = ops.double_sum(score, 1 - axis)
+            sums = line[: len(line) // side * side].view(-1, side).sum(1)
+            chosen.append(runs([i * side for i in _top(sums, size // side)], side))
+        return Region(wanted.shape, chosen[0], chosen[1])
+
+    def _of_tiles(self, score: Tensor, wanted: Wanted, tile: int) -> Region:
+        score, counts, _ = _on_tiles(score, wanted, tile)
+        chosen = []
+        for axis, (length, size) in enumerate(zip(wanted.source_shape, wanted.shape, strict=True)):
+            picked = _top(ops.double_sum(score, 1 - axis), counts[axis])
+            chosen.append(((0, length),) if length == size else runs([i * tile for i in picked], tile))
+        return Region(wanted.shape, chosen[0], chosen[1])
+
+
+class Weights(Strategy):
+    """The largest single weights, laid out in their order."""
+
+    keeps_rows = False
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        keep = torch.zeros(math.prod(wanted.source_shape), dtype=torch.bool)
+        keep[_top_tensor(score.flatten().cpu(), math.prod(wanted.shape))] = True
+        return Region(wanted.shape, mask=_packed_bits(keep.numpy()), source_shape=wanted.source_shape)
+
+    def choosing_bytes(self, elements: int) -> int:
+        return 32 * elements  # they are sorted
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "window": Window(),
+    "rows_cols": RowsCols(),
+    "weights": Weights(),
+    "blocks": Blocks(),
+    "random": RandomWindow(),
+}
+
+
+def select_region(score: Tensor, select: Select, wanted: Wanted) -> Region:
+    """The region of a matrix [n, m] in the student's shape, by S [n, m] or its tile sums."""
+    if wanted.shape == wanted.source_shape:
+        return window(0, 0, *wanted.shape)
+    strategy = STRATEGIES[select]
+    if wanted.tile is not None and not strategy.takes_tiles:
+        able = ", ".join(name for name, s in STRATEGIES.items() if s.takes_tiles)
+        raise PktError(f"select={select!r} needs the scores' elements, and these are tile sums; choose one of {able}")
+    return strategy.choose(score, wanted)
+
+
+def _on_tiles(score: Tensor, wanted: Wanted, tile: int) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    """The tile sums to choose among, how many are wanted on each axis, and the steps in tiles."""
+    counts, steps = [], []
+    for length, size, step in zip(wanted.source_shape, wanted.shape, wanted.steps, strict=True):
+        if length != size and size % tile:
+            raise PktError(
+                f"{wanted.name}: {size} of {length} cannot be cut from {tile} x {tile} tile sums; use a tile that divides it"
+            )
+        if length != size and step != 1 and step % tile:
+            raise PktError(
+                f"{wanted.name}: heads of {step} do not lie on {tile} x {tile} tiles; use a tile that divides {step}"
+            )
+        counts.append(-(-size // tile))
+        steps.append(1 if length == size else max(1, step // tile))
+    # A ragged last tile is no whole tile: it can only be part of an uncut axis.
+    pairs = zip(score.shape, wanted.source_shape, wanted.shape, strict=True)
+    whole = [held if length == size else length // tile for held, length, size in pairs]
+    return score[: whole[0], : whole[1]], (counts[0], counts[1]), (steps[0], steps[1])
+
+
+def select_layers(
+    choice: str | Sequence[int], teacher_layers: int, student_layers: int, scores: Tensor | None, *, seed: int = 0
+) -> list[int]:
+    """The teacher layer that feeds each student layer, in their original order (docs/method.md §2)."""
+    if not isinstance(choice, str):
+        chosen = [int(i) for i in choice]
+        if len(chosen) != student_layers:
+            raise PktError(f"layers lists {len(chosen)} teacher layers; the student has {student_layers}")
+        bad = [i for i in chosen if not 0 <= i < teacher_layers]
+        if bad:
+            raise PktError(f"layers {bad} do not exist; the teacher's are 0 to {teacher_layers - 1}")
+        return chosen
+    if teacher_layers < student_layers:
+        raise PktError(
+            f"the teacher has {teacher_layers} layers, fewer than the student's {student_layers}; choose a deeper teacher"
+        )
+    if choice == "first":
+        return list(range(student_layers))
+    if choice == "last":
+        return list(range(teacher_layers - student_layers, teacher_layers))
+    if choice == "random":
+        rng = np.random.default_rng(int(sha256(str(seed), "layers")[:16], 16))
+        return sorted(int(i) for i in rng.choice(teacher_layers, student_layers, replace=False))
+    if choice == "sensitivity":
+        assert scores is not None
+        return _top(scores, student_layers)
+    raise PktError(
+        f"layers={choice!r} is unknown; choose one of {', '.join(get_args(LayerChoice))}, or list the layers"
+    )

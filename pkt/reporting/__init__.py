@@ -1,0 +1,12 @@
+"""What is in a folder: as a page, as lines."""
+
+from pkt.reporting.environment import environment as environment
+from pkt.reporting.folders import inspect_folder as inspect_folder
+from pkt.reporting.page import page as page
+from pkt.reporting.page import write_report as write_report
+from pkt.reporting.plots import check_packages as check_packages
+from pkt.reporting.plots import new_figure as new_figure
+from pkt.reporting.plots import plot_layers as plot_layers
+from pkt.reporting.plots import plot_methods as plot_methods
+from pkt.reporting.plots import plot_window as plot_window
+from pkt.reporting.plots import png_bytes as png_bytes

@@ -1,0 +1,106 @@
+"""What `pkt inspect` says of a folder: what it is, where it came from, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pkt.adapters import CONFIG, check_fit, read_adapter, split_tied
+from pkt.errors import PktError
+from pkt.extraction import Extraction, Start
+from pkt.files import MANIFEST, read_json
+from pkt.lora import read_source
+from pkt.manifest import read_manifest
+from pkt.models import spec_of
+from pkt.transferring import describe_run, run_path
+
+
+def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, Any]:
+    """What an adapter folder is, where it came from, whether it fits a student, and what to do next."""
+    folder = Path(folder)
+    if not folder.exists() and run_path(folder).is_dir():
+        folder = run_path(folder)
+    if not folder.is_dir():
+        raise PktError(f"{folder} is not a folder; name one that pkt or PEFT wrote")
+    if (folder / "run.json").is_file():
+        return {"folder": str(folder), **describe_run(folder)}
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    kind = manifest.get("kind")
+    if kind is None and not (folder / CONFIG).is_file():
+        raise PktError(f"{folder} holds neither {MANIFEST} nor {CONFIG}; pkt knows nothing about it")
+    found = {"folder": str(folder), **_describe(folder, kind, manifest)}
+    if (folder / CONFIG).is_file():
+        adapter, _ = read_adapter(folder)
+        found["modules"] = len(adapter.pairs)
+        found["ranks"] = sorted({p.rank for p in adapter.pairs.values()})
+        if student is not None:
+            spec = spec_of(student)
+            check_fit(split_tied(adapter, spec.head if spec.tied else None).pairs, spec, str(folder))
+            found["fits"] = f"yes: every module has its place in {spec.name}"
+    return found
+
+
+def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[str, Any]:
+    """is, student and next of a folder; for an extraction also where it came from."""
+    quoted = shlex.quote(str(folder))
+    if kind == "extraction":
+        ext = Extraction.load(folder)
+        base = ext.plan.student["name"]
+        return {
+            "is": "an extraction: the start of a student's LoRA, not yet trained",
+            "teacher": ext.plan.teacher["name"],
+            "student": base,
+            "seeds": ext.provenance.get("seeds", {}).get("source"),
+            "holds": str(ext),
+            "next": f"pkt train {shlex.quote(base)} {quoted} DATA.jsonl --out RUN",
+        }
+    if kind in Start.KINDS:
+        start = Start.load(folder)
+        return {
+            "is": f"a {kind}: {start.how}, as an ordinary LoRA that is kept",
+            "student": start.student.get("name"),
+            **start.provenance.get("told", {}),
+            "holds": str(start),
+            "next": f"pkt train {shlex.quote(str(start.student.get('name')))} {quoted} DATA.jsonl --out RUN, or serve it as it is",
+        }
+    if kind == "run" and manifest["settings"].get("epochs"):
+        finished = manifest.get("finished")
+        return {
+            "is": f"a training run ({manifest['mode']}, {'finished' if finished else 'unfinished'})",
+            "student": manifest["student"],
+            "next": f"pkt finalize {quoted} --out ADAPTER" if finished else "the same pkt train command resumes it",
+        }
+    if kind == "run":
+        return {
+            "is": f"an adapter injected by pkt ({manifest['mode']}), to be trained by any PEFT trainer",
+            "student": manifest["student"],
+            "next": "train it, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
+        }
+    if kind == "adapter":
+        # Servers of LoRA know modules; how many take parameters of experts nobody here has tried.
+        others = "" if read_json(folder / CONFIG).get("target_parameters") else ", vLLM or any LoRA server"
+        return {
+            "is": f"a plain LoRA finalized by pkt (it was injected as {manifest['mode']})",
+            "student": manifest["base"],
+            "next": f"load it with PeftModel.from_pretrained{others}",
+        }
+    if kind in ("residual-base", "model"):
+        what = {
+            "residual-base": "the shifted base (W − B₀A₀) of a residual injection; only its own adapter makes it the student",
+            "model": "a whole model: a student with a finalized adapter merged in",
+        }[kind]
+        student = str(manifest.get("student") or manifest.get("base"))
+        return {"is": what, "student": student, "next": "load it with AutoModelForCausalLM.from_pretrained"}
+    if kind is not None and not (folder / CONFIG).is_file():
+        return {"is": f"a folder of pkt's ({kind})", "next": "look at the files in it"}
+    try:
+        source = read_source(folder)
+    except PktError as error:
+        base = read_adapter(folder)[0].base
+        return {"is": "a LoRA adapter that pkt did not write", "student": base, "next": str(error)}
+    return {
+        "is": f"a trained adapter, injected by pkt as {source.mode} (known from {source.how})",
+        "student": source.student,
+        "next": f"pkt finalize {quoted} --out ADAPTER",
+    }

@@ -1,0 +1,75 @@
+"""One loss per sample: what a model is scored on unless the caller says otherwise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pkt.errors import PktError, SampleError
+from pkt.seeds import IGNORE
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def check_labels(batch: Any) -> None:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of each sample's target tokens, [B]; a 0-dim tensor when the model gives nothing but a loss."""
+    check_labels(batch)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    labels = batch["labels"]
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "output_router_logits" in accepted:
+        inputs["output_router_logits"] = False
+    required = "labels" in accepted and accepted["labels"].default is inspect.Parameter.empty
+    output = model(**inputs, labels=labels) if required else model(**inputs)
+    logits = output_field(output, "logits")
+    if logits is None:
+        if not required and "labels" in accepted:
+            output = model(**inputs, labels=labels)
+        loss = output_field(output, "loss")
+        if loss is None:
+            raise PktError("the model returned neither logits nor a loss; pass loss_fn(model, batch) -> [B]")
+        return loss
+    return per_sample_loss(logits, labels)
+
+
+def output_field(output: Any, name: str) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if (name == "loss") == (output.ndim == 0) else None
+    if isinstance(output, Mapping):
+        return output.get(name)
+    if isinstance(output, tuple) and not hasattr(output, name):
+        return next((t for t in output if isinstance(t, Tensor) and (name == "loss") == (t.ndim == 0)), None)
+    return getattr(output, name, None)
+
+
+def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [B, T, V] with labels [B, T] (shifted by one) or logits [B, C] with labels [B] -> mean losses [B], fp32."""
+    if logits.ndim == labels.ndim + 1 == 3:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    elif logits.ndim != labels.ndim + 1:
+        raise PktError(f"logits {list(logits.shape)} and labels {list(labels.shape)} do not fit; pass loss_fn")
+    targets = check_targets(labels)
+    work = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(work.reshape(-1, work.shape[-1]), labels.reshape(-1), reduction="none")
+    return losses.view(labels.shape[0], -1).sum(1) / targets
+
+
+def check_targets(labels: Tensor) -> Tensor:
+    """Target tokens of each sample [B]; every sample must have one."""
+    targets = (labels != IGNORE).reshape(labels.shape[0], -1).sum(1)
+    if not bool(targets.all()):
+        sample = int((targets == 0).nonzero()[0, 0])
+        raise SampleError("{samples} has no target token (every label is -100)", [sample])
+    return targets

@@ -1,0 +1,192 @@
+"""`pkt.sensitivity`: every parameter of a model in memory scored on batches, or on seeds from a file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkt import ops
+from pkt.errors import PktError, SampleError
+from pkt.files import os_errors
+from pkt.models import check_tokenizer, checked_device, decoder_layers, kind_of, load_model, load_tokenizer, spec_of
+from pkt.ops import MEASURES
+from pkt.options import Loss
+from pkt.progress import bar
+from pkt.scoring.attention import one_order
+from pkt.scoring.batches import batch_size, in_order_of, longest_first
+from pkt.scoring.losses import LossFn, check_labels, default_loss
+from pkt.scoring.result import Sensitivity
+from pkt.scoring.scorer import score_batches
+from pkt.seeds import Seeds, load_seeds
+
+
+def sensitivity(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    params: str | Iterable[str] | None = None,
+    tile: int | None = None,
+    measure: str = "theta_grad",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Score every parameter of `model` on the samples of `loader` (docs/method.md §1).
+
+    model: any nn.Module; it is scored in eval mode and left exactly as it was found, also when interrupted.
+    loader: batches, all held in a list, for they may have to be gone through again; for the default loss mappings with
+        `labels` and what the model's forward takes. A batch's first dimension is the sample. S does not depend on how
+        samples are batched, padded on the right or ordered. What `pkt.load_seeds` returns is taken as it is.
+    loss_fn(model, batch) -> [B]: one loss per sample; default: cross-entropy, the mean over each sample's target tokens,
+        shifted by one for logits [B, T, V]. A model that only gives a scalar loss is run one sample at a time.
+    params: a regular expression or a list of names; the other parameters are not scored.
+    tile: return sums over tile x tile blocks of S instead of its elements.
+    measure: what is summed over the samples: "theta_grad" |θ·g| (the method's), "grad" |g|, "fisher" g², or
+        "theta_grad_squared" (θ·g)². `pkt.plan` takes the first.
+    device: where the scores are kept; default: where each parameter is.
+
+    Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
+    gradient that is not finite (naming the sample and the first bad parameter), and an empty loader.
+    """
+    if not isinstance(model, nn.Module):
+        raise PktError(f"sensitivity takes a model in memory, not {model!r}; pkt.transfer takes checkpoint directories")
+    if isinstance(loader, (str, bytes, os.PathLike)):
+        raise PktError(
+            f"sensitivity takes batches, not the file {loader!r}; read it with pkt.load_seeds(path, tokenizer)"
+        )
+    if torch.is_inference_mode_enabled():
+        raise PktError("sensitivity needs gradients; call it outside torch.inference_mode()")
+    packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
+    if packed is not None:
+        raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
+    place = None if device is None else checked_device(device)
+    _check_measure(measure)
+    names = _choose(model, params)
+    parameters = dict(model.named_parameters())
+    if any(parameters[name].is_meta for name in names):
+        raise PktError("the model has parameters on the meta device, so without values; load its weights first")
+    if tile is not None and not 1 <= tile <= max(max(parameters[name].shape, default=1) for name in names):
+        raise PktError(f"tile={tile} must be at least 1 and no larger than the largest matrix")
+    batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
+    if not batches:
+        raise PktError("the loader gave no batches; there is nothing to score on")
+    for batch in batches:
+        _check_batch(model, batch, loss_fn)
+    total = sum(map(batch_size, batches))
+    with one_order(parameters[names[0]].device), bar("scoring", total, unit="samples", shown=progress) as advance:
+        loss, how = loss_fn or default_loss, MEASURES[measure]
+        scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
+    if place is not None:
+        scores = {name: score.to(place) for name, score in scores.items()}
+    shapes = {name: tuple(parameters[name].shape) for name in scores}
+    return Sensitivity(scores, shapes, tile=tile, layers=decoder_layers(model), losses=losses, measure=measure)
+
+
+def score_seeds(
+    teacher: Any,
+    seeds: Seeds,
+    *,
+    batch_size: int = 8,
+    tile: int | None = None,
+    measure: str = "theta_grad",
+    progress: bool = True,
+) -> Sensitivity:
+    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them."""
+    if batch_size < 1:
+        raise PktError(f"batch_size={batch_size} must be at least 1")
+    spec = spec_of(teacher)
+    seeds.check_vocabulary(spec.vocab_size, spec.name)
+    order = longest_first(seeds)
+    ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
+    try:
+        sens = sensitivity(teacher, ordered.batches(batch_size), tile=tile, measure=measure, progress=progress)
+    except SampleError as error:
+        raise error.placed(ordered.where) from error
+    sens.losses = in_order_of(sens.losses, order)
+    sens.provenance = {"seeds": seeds.describe(), "teacher": spec.identity()}
+    return sens
+
+
+def score_checkpoint(
+    teacher: str | Path,
+    seeds: str | Path,
+    out: str | Path,
+    *,
+    tile: int | None = None,
+    measure: str = "theta_grad",
+    loss: Loss = "answer",
+    max_length: int = 2048,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Sensitivity:
+    """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
+    _check_measure(measure)
+    if Path(out).exists():
+        raise PktError(f"{out} exists already; name another file")
+    with os_errors(f"writing {out}"):
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    tokenizer, spec = load_tokenizer(teacher), spec_of(teacher)
+    check_tokenizer(tokenizer, spec)
+    rows = load_seeds(seeds, tokenizer, loss=loss, max_length=max_length)
+    rows.check_vocabulary(spec.vocab_size, str(teacher))
+    model = load_model(teacher, dtype=dtype, device="cpu" if device is None else device, dequantize=True)
+    if dtype is None:
+        model = model.to(ops.working_dtype(model.dtype, model.device))
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, measure=measure)
+    sens.save(out)
+    return sens
+
+
+def _check_measure(measure: str) -> None:
+    if measure not in MEASURES:
+        raise PktError(f"measure={measure!r} is unknown; choose one of {', '.join(MEASURES)}")
+
+
+def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
+    """Refuse what would otherwise stop torch inside the model."""
+    if loss_fn is None:
+        check_labels(batch)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return
+    if isinstance(ids, Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise PktError(
+            f"token ids {int(ids.min())} to {int(ids.max())} are not all in the model's {rows}; "
+            "the tokenizer and the model do not belong together"
+        )
+
+
+def _weight_of(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight
+
+
+def _choose(model: nn.Module, params: str | Iterable[str] | None) -> list[str]:
+    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    if params is None:
+        chosen = names
+    elif isinstance(params, str):
+        try:
+            chosen = [name for name in names if re.search(params, name)]
+        except re.error as error:
+            raise PktError(f"params={params!r} is not a regular expression: {error}") from error
+    else:
+        wanted = list(params)
+        unknown = sorted(set(wanted) - set(names))
+        if unknown:
+            raise PktError(
+                f"the model has no parameter {', '.join(unknown[:5])}; names are those of named_parameters()"
+            )
+        chosen = [name for name in names if name in set(wanted)]
+    if not chosen:
+        raise PktError(f"no parameter to score (params={params!r}); names are those of model.named_parameters()")
+    return chosen

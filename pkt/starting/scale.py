@@ -1,0 +1,86 @@
+"""How much of a start is kept: α by the loss on the seeds, forward passes only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pkt.adapters import Pair
+from pkt.errors import PktError
+from pkt.progress import bar
+from pkt.scoring import default_loss
+from pkt.seeds import Seeds
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+
+
+@contextlib.contextmanager
+def added(model: nn.Module, pairs: Mapping[str, Pair], scale: float) -> Iterator[None]:
+    """Inside, the modules' outputs are those of W + scale · ΔW; no weight is touched. A tied head is changed with its table."""
+    handles = []
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+
+    def linear(a: Tensor, b: Tensor) -> Any:
+        return lambda module, args, out: out + scale * F.linear(F.linear(args[0], a.to(args[0])), b.to(args[0]))
+
+    def lookup(a: Tensor, b: Tensor) -> Any:
+        return lambda module, args, out: out + scale * F.linear(F.embedding(args[0], a.t().to(out)), b.to(out))
+
+    try:
+        for name, pair in pairs.items():
+            module = model.get_submodule(name)
+            if pair.kind == "embedding":
+                handles.append(module.register_forward_hook(lookup(pair.A, pair.B)))
+                if tied and module is embedding:
+                    handles.append(head.register_forward_hook(linear(pair.B.t(), pair.A.t())))
+            else:
+                handles.append(module.register_forward_hook(linear(pair.A, pair.B)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> float:
+    """Mean over the samples of each sample's loss, in nats a token."""
+    found = [default_loss(model, {k: v.to(device) for k, v in batch.items()}).double() for batch in batches]
+    return float(torch.cat([f.reshape(-1) for f in found]).mean())
+
+
+def best_scale(
+    model: nn.Module,
+    pairs: Mapping[str, Pair],
+    seeds: Seeds,
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> tuple[float, dict[str, float]]:
+    """The α with the smallest mean loss of the seeds, and the loss at each; a tie goes to the smaller α.
+
+    Raises `PktError` when no loss is finite.
+    """
+    device = next(model.parameters()).device
+    batches = seeds.batches(batch_size)
+    losses: dict[float, float] = {}
+    with bar("choosing the scale", len(alphas) if progress else 0, unit="scales") as advance:
+        for alpha in alphas:
+            with added(model, pairs, alpha):
+                losses[alpha] = mean_loss(model, batches, device)
+            if progress:
+                advance(len(losses))
+    finite = {a: loss for a, loss in losses.items() if loss == loss and loss != float("inf")}
+    if not finite:
+        raise PktError(
+            "the student's loss on the seeds is not finite at any scale; its weights or the change are damaged"
+        )
+    best = min(finite, key=lambda a: (finite[a], a))
+    return best, {f"{a:g}": loss for a, loss in losses.items()}

@@ -1,0 +1,16 @@
+"""A teacher larger than the memory, scored one decoder layer at a time."""
+
+from pkt.streaming.activations import Boundaries as Boundaries
+from pkt.streaming.engine import Engine as Engine
+from pkt.streaming.engine import Progress as Progress
+from pkt.streaming.engine import Tick as Tick
+from pkt.streaming.loader import NotLayeredError as NotLayeredError
+from pkt.streaming.loader import Teacher as Teacher
+from pkt.streaming.loader import open_teacher as open_teacher
+from pkt.streaming.memory import MemoryPlan as MemoryPlan
+from pkt.streaming.memory import measured_seconds as measured_seconds
+from pkt.streaming.memory import parse_size as parse_size
+from pkt.streaming.memory import plan_memory as plan_memory
+from pkt.streaming.memory import sizes_of as sizes_of
+from pkt.streaming.microbatches import samples_of as samples_of
+from pkt.streaming.parts import Key as Key

@@ -1,0 +1,89 @@
+"""transformers' Trainer as pkt uses it: it stops at the first number that is not finite and knows the loss of all its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from pkt.errors import PktError
+from pkt.files import read_json, share_files
+
+STATE = "trainer_state.json"
+
+
+class Arguments(TrainingArguments):  # type: ignore[misc]
+    """Trains on one GPU, however many are visible: Trainer's DataParallel would multiply the rows of a step by their number."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
+
+
+class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """The losses of all steps, kept in every checkpoint: Trainer knows those of the steps since it was resumed."""
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0.0, 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
+
+    def restore(self, trainer_state: dict[str, Any]) -> None:
+        """As they were at a checkpoint; one by an older pkt knows nothing of them."""
+        kept = trainer_state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {})
+        self.total, self.steps = kept.get("total", 0.0), kept.get("steps", 0)
+
+    def on_step_end(self, *given: Any, **more: Any) -> None:
+        self.steps += 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.steps)
+
+
+class Shared(TrainerCallback):  # type: ignore[misc]
+    """Gives the weights of each checkpoint the mode of the files beside them."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        share_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class FiniteTrainer(Trainer):  # type: ignore[misc]
+    """Raises `PktError` for a loss or a gradient that is not finite, before it reaches the weights."""
+
+    def __init__(self, **given: Any) -> None:
+        self.losses = Losses()
+        super().__init__(**given, callbacks=[Shared, self.losses])
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found: torch.Tensor = super().training_step(*args, **kwargs)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        for what, value in (("loss", found), ("norm of the gradient", torch.nn.utils.get_total_norm(grads))):
+            if not value.isfinite():
+                raise PktError(
+                    f"training diverged: the {what} is {float(value)} at step {self.state.global_step + 1}. Lower the "
+                    f"learning rate (lr={self.args.learning_rate}) and train into a new folder; if this is the first step, "
+                    "look for NaN in the student's weights"
+                )
+        self.losses.total += float(found)
+        return found
+
+    def fit(self, checkpoint: str | None = None) -> float:
+        """Train, from a checkpoint on if given; returns the mean loss of all steps, those before the checkpoint too."""
+        state = {} if checkpoint is None else read_json(Path(checkpoint) / STATE)
+        self.losses.restore(state)
+        if checkpoint is not None and state["global_step"] >= state["max_steps"]:
+            # Trainer would take one step too many.
+            self._load_from_checkpoint(checkpoint)
+            return self.losses.mean
+        try:
+            self.train(resume_from_checkpoint=checkpoint)
+        except BaseException:
+            # What was logged is written out, and the logs' threads end.
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+        return self.losses.mean

@@ -1,0 +1,106 @@
+"""Any model trained on tokenized rows by transformers' Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkt.files import os_errors
+from pkt.models import quiet
+from pkt.options import Training
+from pkt.seeds import Seeds, collate
+from pkt.training.folder import say
+
+
+def fit(
+    model: Any,
+    examples: Seeds,
+    out: Path,
+    options: Training,
+    *,
+    quietly: bool = False,
+    resume_from: str | None = None,
+    tokenizer: Any = None,
+) -> float:
+    """Train a model on tokenized rows, on one device; returns the mean loss of all steps, those before `resume_from` too.
+
+    Raises `PktError` at the first loss or gradient that is not finite, before it reaches the weights.
+    """
+    from transformers import PrinterCallback
+
+    from pkt.training.finite import FiniteTrainer
+
+    at_once = largest_divisor(options.batch_size, options.micro_batch)
+    if at_once < min(options.micro_batch, options.batch_size) and not quietly:
+        say(
+            f"{at_once} rows in memory at once: the most up to {options.micro_batch} that divide a batch of "
+            f"{options.batch_size}"
+        )
+    with _run_environment(out), os_errors(f"training in {out}"):
+        trainer = FiniteTrainer(
+            model=model,
+            args=_arguments(out, options, at_once, quietly=quietly),
+            train_dataset=list(examples),
+            data_collator=lambda rows: collate(rows, examples.pad_id),
+            processing_class=tokenizer,
+        )
+        if quietly:
+            trainer.remove_callback(PrinterCallback)
+        return trainer.fit(resume_from)
+
+
+def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> Any:
+    from pkt.training.finite import Arguments
+
+    kept, cuda = options.save_steps is not None, torch.cuda.is_available()
+    return Arguments(
+        output_dir=str(out),
+        num_train_epochs=options.epochs,
+        max_steps=-1 if options.max_steps is None else options.max_steps,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=options.batch_size // at_once,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup,
+        weight_decay=0.0,
+        logging_steps=5 if options.max_steps is None else 1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if kept else "no",
+        save_steps=options.save_steps or 500,
+        save_total_limit=2,
+        report_to=["tensorboard"] if kept else [],
+        disable_tqdm=quietly,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        label_names=["labels"],
+        seed=options.seed,
+    )
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+@contextlib.contextmanager
+def _run_environment(out: Path) -> Iterator[None]:
+    """TensorBoard's folder, which transformers takes from the environment only; and quiet saving."""
+    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
+    try:
+        with quiet(), warnings.catch_warnings():
+            # Trainer saves through PEFT, which announces that it adds the base embeddings; finalize leaves them out.
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+            yield
+    finally:
+        if before is None:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+        else:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = before

@@ -1,0 +1,269 @@
+"""The checkpoints of an unfinished transfer, so that the same command continues it after any interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt import ops
+from pkt.errors import PktError
+from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
+from pkt.manifest import difference, spoken_name
+from pkt.streaming import Key, MemoryPlan, Progress
+from pkt.transferring.extractor import Harvest
+
+RUN_FORMAT = "pkt-run-2"
+
+
+def run_path(out: Path) -> Path:
+    """Where an unfinished transfer to `out` keeps its checkpoints."""
+    return out.absolute().parent / f".{out.name}.run"
+
+
+class RunFolder:
+    """Checkpoints of an unfinished transfer: one file a part, written whole, checksummed, bound to the inputs.
+
+    run.json holds the inputs and the execution plan; step-NNN the records and factors of a part; grad-NNN what the next
+    part starts from. grad is written before step, and the one before is removed after it: a part is finished when its step
+    is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.value: dict[str, Any] = {}
+        self.steps: list[str] = []
+
+    @staticmethod
+    @contextlib.contextmanager
+    def locked(out: Path, *, fresh: bool) -> Iterator[RunFolder]:
+        """The run folder of `out`, held against a second run; removed when the work is done or nothing of it is."""
+        path = run_path(out)
+        with lock_folder(path, out):
+            folder = RunFolder(path)
+            try:
+                if fresh:
+                    folder.clear()
+                yield folder
+                shutil.rmtree(path, ignore_errors=True)
+            except BaseException:
+                if not folder.steps:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+
+    def clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != LOCK:
+                entry.unlink()
+
+    def bind(self, inputs: dict[str, Any]) -> None:
+        """Refuse to continue a run of other inputs, naming what differs; sweep away what an interrupted write left."""
+        file = self.path / "run.json"
+        if file.is_file():
+            # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
+            self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
+            try:
+                self.value = read_json(file)
+            except PktError as error:
+                raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
+            recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
+            if recorded and self.value.get("format") == "pkt-run-1":
+                raise PktError(
+                    f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
+                )
+            if not recorded or self.value.get("format") != RUN_FORMAT:
+                raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
+            different = difference(recorded, inputs)
+            if different:
+                raise PktError(
+                    f"{self.path} holds an unfinished run of other inputs ({', '.join(different)}); finish it with the old ones, "
+                    "or start over with --force"
+                )
+        else:
+            self.clear()
+            self.value = {"format": RUN_FORMAT, "inputs": inputs}
+            self._write()
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name.endswith(".tmp"):
+                entry.unlink()
+
+    def _write(self) -> None:
+        with atomic_file(self.path / "run.json") as scratch:
+            write_json(scratch, self.value)
+
+    def execution(self, sizes: list[list[int]], memory: MemoryPlan) -> list[list[int]]:
+        """The recorded micro-batches, or these, recorded: they are part of what makes the bytes."""
+        recorded = self.value.get("execution")
+        if recorded is None:
+            recorded = self.value["execution"] = {
+                "micro_batches": sizes,
+                "halvings": [],
+                "places": memory.places,
+                "resident": memory.resident,
+                "threads": torch.get_num_threads(),
+            }
+            self._write()
+        found: list[list[int]] = recorded["micro_batches"]
+        return found
+
+    def resized(self, sizes: list[list[int]], why: str) -> None:
+        self.value["execution"]["micro_batches"] = sizes
+        self.value["execution"]["halvings"].append({"why": why, "after": len(self.steps)})
+        self._write()
+
+    def commit(self, key: Key, progress: Progress, harvests: list[Harvest]) -> None:
+        """A part of every task is finished."""
+        number = len(self.steps)
+        tensors = {f"grad.{i}": grad for i, grad in enumerate(progress.grads)}
+        state = {"boundary": progress.boundary, "losses": progress.losses, "sizes": progress.sizes}
+        if key == "front":
+            # Nothing is left to compute from gradients.
+            tensors, state["boundary"] = {}, -1
+        self._save(f"grad-{number:04d}.safetensors", state, tensors)
+        if key == "head" and any(progress.carried):
+            carried = {f"{i}.{k}": t for i, task in enumerate(progress.carried) for k, t in task.items()}
+            self._save("tied.safetensors", {}, carried)
+        factors = {}
+        for task, harvest in enumerate(harvests):
+            for name, (A, B) in harvest.factors[key].items():
+                factors[f"{task}.A.{name}"], factors[f"{task}.B.{name}"] = A, B
+        self._save(
+            f"step-{number:04d}.safetensors", {"key": key, "records": [h.records[key] for h in harvests]}, factors
+        )
+        self.steps.append(f"step-{number:04d}.safetensors")
+        if number:
+            (self.path / f"grad-{number - 1:04d}.safetensors").unlink(missing_ok=True)
+
+    def resume(self, harvests: list[Harvest]) -> Progress | None:
+        """Put finished parts back into the harvests; where the run stands, or None at its beginning."""
+        for number, name in enumerate(self.steps):
+            if name != f"step-{number:04d}.safetensors":
+                raise PktError(f"{self.path} lacks step {number}; start over with --force")
+            step, factors = self._load(name)
+            key: Key = step["key"]
+            for task, harvest in enumerate(harvests):
+                harvest.records[key] = step["records"][task]
+                names = [n for n in step["records"][task]["entries"] if f"{task}.A.{n}" in factors]
+                harvest.factors[key] = {n: (factors[f"{task}.A.{n}"], factors[f"{task}.B.{n}"]) for n in names}
+        if not self.steps:
+            return None
+        for harvest in harvests:
+            if harvest.ranked:
+                harvest._forget_losers()
+        state, grads = self._load(f"grad-{len(self.steps) - 1:04d}.safetensors")
+        carried: list[dict[str, Tensor]] = [{} for _ in harvests]
+        if (self.path / "tied.safetensors").is_file():
+            _, tied = self._load("tied.safetensors")
+            for label, tensor in tied.items():
+                owner, _, rest = label.partition(".")
+                carried[int(owner)][rest] = tensor
+        return Progress(
+            state["boundary"], [grads[f"grad.{i}"] for i in range(len(grads))], state["losses"], carried, state["sizes"]
+        )
+
+    def _save(self, name: str, value: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+        text = json.dumps(value)
+        with atomic_file(self.path / name) as scratch:
+            write_tensors(scratch, tensors, ("pkt", json.dumps([_digest(text, tensors), text])))
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+
+    def _load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                digest, text = json.loads(file.metadata()["pkt"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if digest != _digest(text, tensors):
+                raise ValueError
+            value = json.loads(text)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise PktError(
+                f"{path} is damaged, so this run cannot continue from it; start over with --force, or delete {self.path}"
+            ) from error
+        return value, tensors
+
+    # -- scores kept for later plans
+
+    def scores_file(self, task: int) -> Path:
+        return self.path / f"scores-{task}.safetensors"
+
+    def keep_scores(self, task: int, scores: dict[str, Tensor], tile: int | None) -> None:
+        """Append a part's scores; parts computed twice because of an interruption are written twice, the last one counts."""
+        kept = {n: s if tile is None else ops.tile_sums(s, tile) for n, s in scores.items()}
+        if kept:
+            part = sha256(*sorted(kept))[:16]
+            with atomic_file(self.path / f"part-{task}-{part}.safetensors") as scratch:
+                write_tensors(scratch, kept)
+
+    def seal_scores(self, task: int, metadata: Callable[[], dict[str, Any]]) -> None:
+        """One file of all parts that `pkt.Sensitivity.load` reads, copied part by part; once it is there it is whole."""
+        files = sorted(self.path.glob(f"part-{task}-*.safetensors"))
+        if files and not self.scores_file(task).is_file():
+            self._join_parts(files, self.scores_file(task), metadata())
+        for file in files:
+            file.unlink()
+
+    def _join_parts(self, files: list[Path], out: Path, meta: dict[str, Any]) -> None:
+        from safetensors import safe_open
+
+        header: dict[str, Any] = {"__metadata__": {"pkt": json.dumps(meta)}}
+        places: dict[str, Path] = {}
+        offset = 0
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    shape = list(opened.get_slice(name).get_shape())
+                    size = 4 * math.prod(shape)
+                    header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+                    places[name], offset = file, offset + size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with atomic_file(out) as scratch, open(scratch, "wb") as into:
+            into.write(struct.pack("<Q", len(text)) + text)
+            for name, file in places.items():
+                with safe_open(file, framework="pt") as opened:
+                    into.write(opened.get_tensor(name).contiguous().numpy().data)
+
+
+def describe_run(path: Path) -> dict[str, str]:
+    """What an unfinished run is, how far it came, and how it goes on. Raises `PktError` for a folder that is none."""
+    value = read_json(path / "run.json")
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    if not isinstance(inputs, dict) or not {"teacher", "student"} <= set(inputs):
+        raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
+    parts = len(list(path.glob("step-*.safetensors")))
+    given = {spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
+    settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
+    return {
+        "is": f"an unfinished transfer: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
+        "teacher": str(inputs["teacher"].get("name")),
+        "student": str(inputs["student"].get("name")),
+        "options": settings,
+        "next": "the same pkt transfer command continues it; with --force it starts over; the folder may be deleted",
+    }
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""What is taken from the teacher: its change since its base, its own LoRA, or its difference to the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt.adapters import Pair, read_adapter, split_tied
+from pkt.errors import PktError
+from pkt.extraction.factorization import factorize_all
+from pkt.matching import Cutter, Matrices
+from pkt.models import Target
+from pkt.options import Factorization
+
+
+class Difference:
+    """W_teacher on the student's units minus W_student: the teacher itself, which undoes what the student became since."""
+
+    kind = "difference"
+    told = "the difference to the teacher: it undoes the student's own training since it was cut"
+    nothing = "the student is the teacher on its own units already: there is nothing to transplant"
+
+    def __init__(self, cutter: Cutter) -> None:
+        self.cutter = cutter
+
+    def whole(self, target: Target) -> Tensor:
+        """The change [out, in] of one of the student's matrices, fp32."""
+        cut = self.cutter.matrix(target, self.cutter.old.raw)
+        mine = target.oriented(self.cutter.new.parameter(target.parameter)).float()
+        # Units without a match stay the student's own.
+        known = self.cutter.matrix(
+            target, lambda *where: torch.ones_like(self.cutter.old.raw(*where), dtype=torch.float32)
+        )
+        return torch.where(known > 0, cut - mine, torch.zeros_like(cut))
+
+    def pair(self, target: Target) -> Pair | None:
+        """Its factors where they need no SVD."""
+        return None
+
+    def vector(self, name: str) -> Tensor | None:
+        """The change of one of the student's norms or biases [units], fp32; None where the teacher has no such vector."""
+        cut = self.cutter.vector(name, self.cutter.old.parameter)
+        return None if cut is None else cut - self.cutter.new.parameter(name).float()
+
+
+class Delta(Difference):
+    """(W_teacher − W_base) on the student's units: what the teacher learnt, and nothing of what it was."""
+
+    kind = "delta"
+    told = "what the teacher learnt since its base"
+    nothing = "the teacher and its base have the same weights: there is nothing to transplant"
+
+    def __init__(self, cutter: Cutter, base: Matrices) -> None:
+        super().__init__(cutter)
+        self.base = base
+
+    def whole(self, target: Target) -> Tensor:
+        def source(role: str, layer: int | None, expert: int | None) -> Tensor:
+            return self.cutter.old.raw(role, layer, expert).float() - self.base.raw(role, layer, expert).float()
+
+        return self.cutter.matrix(target, source)
+
+    def vector(self, name: str) -> Tensor | None:
+        return self.cutter.vector(name, lambda n: self.cutter.old.parameter(n).float() - self.base.parameter(n).float())
+
+
+class OwnLora(Difference):
+    """The teacher's own LoRA, cut exactly: rows of B, columns of A."""
+
+    kind = "adapter"
+    told = "the teacher's own LoRA, cut"
+    nothing = "the adapter changes nothing that the student has: there is nothing to transplant"
+
+    def __init__(self, cutter: Cutter, pairs: Mapping[str, Pair]) -> None:
+        super().__init__(cutter)
+        self.pairs = pairs
+
+    def whole(self, target: Target) -> Tensor:
+        return self.cutter.matrix(target, self._source)
+
+    def pair(self, target: Target) -> Pair | None:
+        """Its factors, cut, without an SVD; None for a matrix that the adapter leaves alone or that several feed."""
+        roles = self.cutter.roles(target)
+        if len(roles) != 1 or target.parts:
+            return None
+        layer = None if target.layer is None else self.cutter.found.layers[target.layer]
+        source, rows = self.cutter.old.index[roles[0], layer]
+        found = self.pairs.get(source.module)
+        if found is None:
+            return None
+        a, b = found.A.float(), found.B.float()
+        if found.kind == "embedding":
+            # (B A)ᵀ is the table [vocabulary, d]: its rows are A's columns.
+            table_in, table_out = self.cutter.factors(target, roles[0], b.t(), a.t())
+            return Pair(table_out.t().contiguous(), table_in.t().contiguous(), target.kind)
+        a, b = self.cutter.factors(target, roles[0], a, torch.cat([b[x:y] for x, y in rows]))
+        return Pair(a.contiguous(), b.contiguous(), target.kind)
+
+    def vector(self, name: str) -> Tensor | None:
+        return None
+
+    def _source(self, role: str, layer: int | None, expert: int | None) -> Tensor:
+        target, rows = self.cutter.old.index[role, layer]
+        pair = self.pairs.get(target.module)
+        if pair is None:
+            return torch.zeros(sum(b - a for a, b in rows), target.shape[1])
+        delta = (pair.B @ pair.A).float()
+        delta = delta.t() if pair.kind == "embedding" else delta
+        return torch.cat([delta[a:b] for a, b in rows])
+
+
+def open_content(cutter: Cutter, *, base: Any = None, adapter: str | Path | None = None) -> Difference:
+    """The content that the given inputs allow. Raises `PktError` for a base or an adapter of another model."""
+    if adapter is not None:
+        return _open_adapter(cutter, adapter)
+    if base is None:
+        return Difference(cutter)
+    found = Matrices(base)
+    ours, theirs = cutter.old.shapes, found.shapes
+    wrong = next((n for n in ours if theirs.get(n) != ours[n]), None)
+    if wrong is not None:
+        raise PktError(
+            f"the base has {wrong} as {list(theirs.get(wrong, ()))}, the teacher as {list(ours[wrong])}; name the model that "
+            "the teacher was tuned from"
+        )
+    return Delta(cutter, found)
+
+
+def _open_adapter(cutter: Cutter, adapter: str | Path) -> OwnLora:
+    read, _ = read_adapter(adapter)
+    spec = cutter.old.spec
+    pairs = split_tied(read, spec.head if spec.tied else None).pairs
+    known = spec.by_module()
+    for module, pair in pairs.items():
+        shape = known[module].shape if module in known else None
+        rows, cols = (
+            (pair.B.shape[-2], pair.A.shape[-1]) if pair.kind != "embedding" else (pair.A.shape[-1], pair.B.shape[-2])
+        )
+        if shape != (rows, cols):
+            has = "does not have" if shape is None else f"has as {list(shape)}"
+            raise PktError(
+                f"{adapter} adapts {module} [{rows}, {cols}], which {spec.name} {has}; it is another model's adapter"
+            )
+    return OwnLora(cutter, pairs)
+
+
+def pairs_of(content: Difference, targets: Sequence[Target], rank: int, seed: int) -> dict[str, tuple[Pair, float]]:
+    """The pair of each target and the share of its change's squared norm that it holds; what does not change is left out.
+
+    U Σ Vᵀ of the change, truncated to `rank`: B = U√Σ, A = √ΣVᵀ. A teacher's own LoRA keeps its rank and is exact.
+    """
+    found: dict[str, tuple[Pair, float]] = {}
+    wholes: dict[int, dict[str, Tensor]] = {}
+    kinds = {t.module: t.kind for t in targets}
+    for target in targets:
+        own = content.pair(target)
+        if own is not None:
+            found[target.module] = (own, 1.0)
+            continue
+        change = content.whole(target)
+        if bool((change != 0).any()):
+            matrix = change.t() if target.kind == "embedding" else change
+            wholes.setdefault(min(rank, *matrix.shape), {})[target.module] = matrix
+    for each, matrices in wholes.items():
+        options = Factorization(rank=each, split="sqrt", seed=seed)
+        made = factorize_all(list(matrices.values()), list(matrices), options)
+        found |= {n: (Pair(f.A, f.B, kinds[n]), f.energy) for n, f in zip(matrices, made, strict=True)}
+    return {t.module: found[t.module] for t in targets if t.module in found}

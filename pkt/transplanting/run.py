@@ -1,0 +1,265 @@
+"""The transplant: lineage, the teacher's change on the student's units, its factors, and how much of it is kept.
+
+The teacher and its base are read a matrix at a time. With an output folder every finished layer is a checkpoint in a hidden
+folder beside it; the same command continues there after any interruption and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pkt.adapters import WEIGHTS, Pair
+from pkt.errors import PktError
+from pkt.extraction import Start
+from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
+from pkt.manifest import versions
+from pkt.matching import Cutter, Lineage, Matrices, lineage
+from pkt.models import Target, fingerprint, load_model, load_tokenizer
+from pkt.progress import bar
+from pkt.seeds import Seeds, load_seeds
+from pkt.starting import best_scale
+from pkt.transferring.checkpoints import RunFolder
+from pkt.transplanting.content import Difference, open_content, pairs_of
+
+Made = dict[str, tuple[Pair, float]]  # module -> its pair, and the share of the change that it holds
+
+
+@dataclass(frozen=True)
+class Options:
+    """What makes the bytes of a transplant, beside its inputs."""
+
+    rank: int = 32
+    seed: int = 0
+    anyway: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise PktError(f"rank={self.rank!r} must be a whole number of at least 1")
+
+
+def transplant(
+    teacher: Any,
+    student: Any,
+    seeds: Seeds | str | Path,
+    *,
+    base: Any = None,
+    adapter: str | Path | None = None,
+    out: str | Path | None = None,
+    rank: int = 32,
+    lineage: Lineage | str | Path | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    anyway: bool = False,
+    force: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+) -> Start:
+    """Put what `teacher` learnt into `student`, which descends from the teacher's base, as a LoRA that is kept.
+
+    teacher, student: checkpoint directories or models in memory; seeds: rows of the task, read with the student's tokenizer;
+    they only choose the scale. base: the model that the teacher was tuned from, and its delta W_teacher − W_base is taken;
+    adapter: a LoRA of `teacher`, which is then the base itself; neither: the difference to the student, which undoes what
+    the student became since it was cut. lineage: one made before. The result is W + BA at the scale α of
+    {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds; a base that the teacher's card names and that is a folder here is taken
+    where none is given. α = 0 is an error that says not to transplant.
+
+    Raises `PktError` for models without lineage (go on with anyway=True), a base or adapter of another model, a teacher that
+    changed nothing, and anything that cannot be read, before the work.
+    """
+    if base is not None and adapter is not None:
+        raise PktError("give either the base or the teacher's adapter: with an adapter the teacher is the base")
+    if out is not None:
+        check_output_folder(Path(out), force=force)
+    named = named_base(teacher) if base is None and adapter is None else None
+    if named is not None and Path(named).is_dir():
+        base = named
+    rows = _rows(seeds, student, tokenizer)
+    job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway))
+    found = job.find_lineage(lineage, progress)
+    content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
+    with _checkpoints(out, fresh=force or not resume) as steps:
+        if steps is not None:
+            steps.bind(job.inputs(found))
+        made = _pairs(content, job, steps, progress)
+        if not made:
+            raise PktError(content.nothing)
+        alpha, losses = job.scale({name: pair for name, (pair, _) in made.items()}, progress)
+        start = job.result(made, alpha, losses, content, found)
+        if out is not None:
+            start.save(out, force=force)
+            found.save(Path(out) / "lineage.json")
+    return start
+
+
+def _rows(seeds: Seeds | str | Path, student: Any, tokenizer: Any) -> Seeds:
+    if isinstance(seeds, Seeds):
+        return seeds
+    if tokenizer is None and isinstance(student, nn.Module):
+        raise PktError("a student in memory needs its tokenizer to read the seeds; pass tokenizer=")
+    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer)
+
+
+class Job:
+    """The inputs of a transplant, opened: both models' matrices, the rows, the options."""
+
+    def __init__(
+        self, teacher: Any, student: Any, base: Any, adapter: str | Path | None, rows: Seeds, options: Options
+    ) -> None:
+        self.teacher, self.student, self.base, self.adapter = teacher, student, base, adapter
+        self.rows, self.options = rows, options
+        self.old, self.new = Matrices(teacher), Matrices(student)
+        rows.check_vocabulary(self.new.spec.vocab_size, self.new.spec.name)
+
+    def find_lineage(self, given: Lineage | str | Path | None, progress: bool) -> Lineage:
+        """The given lineage, checked, or one made now. Raises `PktError` for a pair without one."""
+        if isinstance(given, (str, Path)):
+            given = Lineage.load(given)
+        found = given or lineage(self.teacher, self.student, seed=self.options.seed, progress=progress)
+        found.check(self.old, self.new)
+        if not found.kin and not self.options.anyway:
+            raise PktError(
+                f"{found}\nthere is nothing to transplant between these models: train a plain LoRA, or make a student that "
+                "descends from the teacher's base; --anyway goes on all the same"
+            )
+        return found
+
+    def inputs(self, found: Lineage) -> dict[str, Any]:
+        """All that the bytes of a result depend on, by the names a refusal uses."""
+        models = {"teacher": self.teacher, "student": self.student, "base": self.base}
+        file = None if self.adapter is None else Path(self.adapter) / WEIGHTS
+        return {
+            "kind": "transplant",
+            **{f"{name}'s weights": fingerprint(model) for name, model in models.items() if model is not None},
+            "adapter": None if file is None else sha256(file.read_bytes()),
+            "seeds": self.rows.fingerprint,
+            "lineage": [found.hidden, found.layers],
+            **{f"option {name}": value for name, value in self.options.__dict__.items()},
+            "versions": versions(),
+        }
+
+    def scale(self, pairs: dict[str, Pair], progress: bool) -> tuple[float, dict[str, float]]:
+        """How much is kept, by the seeds. Raises `PktError` where all of it makes the student worse."""
+        model = self.student if isinstance(self.student, nn.Module) else load_model(self.student, dtype=torch.float32)
+        alpha, losses = best_scale(model, pairs, self.rows, progress=progress)
+        if alpha == 0 and not self.options.anyway:
+            told = ", ".join(f"α = {a}: {loss:.3f}" for a, loss in losses.items())
+            raise PktError(
+                f"every scale of the change makes the student worse on the seeds ({told}): do not transplant; train a plain "
+                "LoRA instead"
+            )
+        return alpha or 1.0, losses
+
+    def result(self, made: Made, alpha: float, losses: dict[str, float], content: Difference, found: Lineage) -> Start:
+        """The folder's value: α shared out over both factors, and all that a reader needs to know."""
+        root, rows, old = math.sqrt(alpha), self.rows, self.old.spec
+        pairs = {name: Pair(pair.A * root, pair.B * root, pair.kind) for name, (pair, _) in made.items()}
+        told = {
+            "teacher": old.name,
+            "content": content.told,
+            "lineage": f"{found.verdict}: {found.reason}",
+            "kept at": f"α = {alpha:g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after",
+            "seeds": f"{len(rows)} samples, fingerprint {rows.fingerprint[:16]}",
+        }
+        provenance = {
+            "content": content.kind,
+            "base": None if self.base is None else _named(self.base),
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "named": named_base(self.teacher),
+            "teacher": {**old.identity(), "fingerprint": fingerprint(self.teacher)},
+            "lineage": {
+                "verdict": found.verdict,
+                "reason": found.reason,
+                "evidence": [e.__dict__ for e in found.evidence],
+            },
+            "alpha": alpha,
+            "losses": losses,
+            "seeds": rows.describe(),
+            "options": self.options.__dict__,
+            "left_out": left_out(content, self.new, made),
+            "told": told,
+            "versions": versions(),
+        }
+        energies = {name: energy for name, (_, energy) in made.items()}
+        return Start("transplant", pairs, self.new.spec.identity(), "add", energies, provenance)
+
+
+def named_base(teacher: Any) -> str | None:
+    """What the teacher's own card says that it was tuned from."""
+    card = None if isinstance(teacher, nn.Module) else Path(teacher) / "README.md"
+    if card is None or not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+    found = re.search(r"(?m)^base_model:\s*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", text)
+    return None if found is None else found[1]
+
+
+def _named(model: Any) -> str:
+    return str(
+        getattr(getattr(model, "config", None), "name_or_path", model) if isinstance(model, nn.Module) else model
+    )
+
+
+@contextlib.contextmanager
+def _checkpoints(out: str | Path | None, *, fresh: bool) -> Iterator[RunFolder | None]:
+    if out is None:
+        yield None
+        return
+    with RunFolder.locked(Path(out), fresh=fresh) as folder:
+        yield folder
+
+
+def _pairs(content: Difference, job: Job, steps: RunFolder | None, progress: bool) -> Made:
+    """The pairs of every matrix, a layer at a time, each layer a checkpoint."""
+    parts: dict[int, list[Target]] = {}
+    for target in job.new.spec.targets:
+        if content.cutter.roles(target):
+            parts.setdefault(-1 if target.layer is None else target.layer, []).append(target)
+    found: Made = {}
+    with bar("cutting", len(parts) if progress else 0, unit="layers") as advance:
+        for done, (layer, targets) in enumerate(sorted(parts.items()), 1):
+            file = None if steps is None else steps.path / f"step-{layer + 1:04d}.safetensors"
+            if file is not None and file.is_file():
+                found |= _read_step(file, targets)
+            else:
+                made = pairs_of(content, targets, job.options.rank, job.options.seed)
+                if steps is not None and file is not None:
+                    _write_step(file, made)
+                    steps.steps.append(file.name)
+                found |= made
+            if progress:
+                advance(done)
+    return found
+
+
+def _write_step(file: Path, made: Made) -> None:
+    tensors = {f"{name}.{side}": getattr(pair, side) for name, (pair, _) in made.items() for side in "AB"}
+    with atomic_file(file) as scratch:
+        write_tensors(scratch, tensors, ("pkt", json.dumps({name: energy for name, (_, energy) in made.items()})))
+
+
+def _read_step(file: Path, targets: list[Target]) -> Made:
+    energies = json.loads(safetensors_header(file)["__metadata__"]["pkt"])
+    tensors = load_file(str(file))
+    kinds = {t.module: t.kind for t in targets}
+    return {n: (Pair(tensors[f"{n}.A"], tensors[f"{n}.B"], kinds[n]), e) for n, e in energies.items()}
+
+
+def left_out(content: Difference, new: Matrices, made: Made) -> dict[str, float]:
+    """What a LoRA of matrices cannot hold, norms and biases, with the norm of its change; and matrices nothing feeds, 0."""
+    found = {t.module: 0.0 for t in new.spec.targets if t.module not in made and not content.cutter.roles(t)}
+    for name in (n for n, shape in new.shapes.items() if len(shape) == 1):
+        change = content.vector(name)
+        if change is not None and bool((change != 0).any()):
+            found[name] = float(change.norm())
+    return found
