@@ -10,6 +10,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -206,8 +207,13 @@ def main_prints(monkeypatch: Any, capsys: Any, *args: Any) -> tuple[Any, str]:
     from pkt import cli
 
     monkeypatch.setattr(sys, "argv", ["pkt", *map(str, args)])
-    with pytest.raises(SystemExit) as done:
-        cli.main()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return done.value.code, capsys.readouterr().err.replace("\n", " ").strip()
 
 
@@ -240,6 +246,37 @@ def test_ctrl_c_says_what_the_same_command_does(monkeypatch: Any, capsys: Any, t
         assert main_prints(monkeypatch, capsys, *command) == (130, words)
     monkeypatch.setattr(transferring, "transfer", terminate)
     assert main_prints(monkeypatch, capsys, "transfer", *three) == (143, goes_on)
+
+
+def stopped_at(module: str, number: int, *words: Any) -> tuple[int, list[str]]:
+    """The exit code of a command that gets a signal when the import of a module is done, and what it says on stderr itself."""
+    command = [sys.executable, "-X", "importtime", "-m", "pkt", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        try:
+            for line in process.stderr:
+                if not line.startswith("import time:"):
+                    said.append(line.rstrip())
+                elif line.rpartition("|")[2].strip() == module:
+                    process.send_signal(number)
+                    module = ""
+            assert not module, "it was never imported"
+            return process.wait(60), said
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["typer.core", "torch._C", "torch.nn.modules.linear", "pkt.files"])
+def test_a_signal_while_modules_are_imported_is_one_line(
+    number: int, module: str, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+) -> None:
+    code, said = stopped_at(module, number, "transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "o")
+    assert code == 128 + number
+    assert len(said) == 1
+    assert said[0].startswith("stopped")
+    assert not list(tmp_path.glob("*o*"))
 
 
 def test_a_finished_and_an_unfinished_transfer_are_told(
@@ -523,6 +560,38 @@ class TestBadInput:
         with pytest.raises(pkt.PktError, match="No space left"), atomic_file(tmp_path / "file"):
             full()
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_keywords_and_flags_are_named_after_the_options() -> None:
+    import dataclasses
+    import inspect
+
+    from pkt.cli.flags import takes
+    from pkt.options import Execution, Factorization, Limits, PlanOptions, Reading
+
+    plan, transfer = (PlanOptions,), (PlanOptions, Factorization, Reading, Execution, Limits)
+    for function, subjects in ((pkt.plan, plan), (pkt.extract, (Factorization,)), (pkt.transfer, transfer)):
+        keywords = inspect.signature(function).parameters
+        for field in (f for subject in subjects for f in dataclasses.fields(subject)):
+            assert keywords[field.name].default == field.default, (function, field.name)
+
+    @takes(*transfer)
+    def command(**options: Any) -> None: ...
+
+    flags = set(inspect.signature(command).parameters) - {"context"}
+    fields = {f.name for subject in transfer for f in dataclasses.fields(subject)}
+    assert flags == fields - {"prefetch"}
+
+
+def test_a_flag_that_another_one_makes_useless_is_refused(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+) -> None:
+    words = ("transfer", teacher_dir, student_dir, seed_file, "--out", tmp_path / "o")
+    for rank in (4, 16):
+        assert "--rank has no part in it" in fails(*words, "--energy", 0.5, "--rank", rank)
+        assert "--rank has no part in it" in fails(*words, "--rank", rank, "--energy", 0.5)
+    assert "--max-rank bounds" in fails(*words, "--max-rank", 8)
+    assert not (tmp_path / "o").exists()
 
 
 def test_plan_replaces_nothing_but_a_plan(

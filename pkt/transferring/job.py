@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -12,29 +13,16 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
 from pkt.manifest import difference, versions
-from pkt.models import (
-    ModelSpec,
-    check_checkpoint,
-    check_quantization,
-    check_tokenizer,
-    checked_device,
-    fingerprint,
-    load_config,
-    load_tokenizer,
-    other_ids,
-    skeleton,
-    spec_of,
-    with_roles,
-)
+from pkt.models import Model, check_tokenizer, checked_device, content_kind, other_ids, with_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
-from pkt.planning import Pairing, Vocabulary
+from pkt.planning import Pairing, read_vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
@@ -51,20 +39,20 @@ class Job:
 
     def __init__(
         self,
-        teacher: Any,
-        student: Any,
+        teacher: Model,
+        student: Model,
         seeds: SeedsLike | Mapping[str, SeedsLike],
         tokenizer: Any,
         *,
         options: PlanOptions,
-        vocabulary: Vocabulary | None,
+        map_vocabulary: bool | tuple[Any, Any],
         factorization: Factorization,
         reading: Reading,
         execution: Execution,
         limits: Limits,
         keep_scores: KeepScores,
     ) -> None:
-        self.model, self.options, self.vocabulary, self.factorization = teacher, options, vocabulary, factorization
+        self.model, self.options, self.factorization = teacher, options, factorization
         if keep_scores not in get_args(KeepScores):
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
         self.batch_size, self.dtype, self.limits, self.keep_scores = (
@@ -79,14 +67,14 @@ class Job:
             )
         self.device = _device_of(teacher) if execution.device is None else checked_device(execution.device)
         self.device_memory, self.host_memory = parse_size(limits.device_memory), parse_size(limits.host_memory)
-        self.teacher, self.student = (with_roles(spec_of(model), options.roles) for model in (teacher, student))
-        if isinstance(teacher, (str, Path)):
-            check_quantization(teacher)
-        self.pairing = Pairing(self.teacher, self.student, options, vocabulary)
+        teacher.check_dequantized()
+        teacher.check()
+        if not student.on_hub:
+            student.check()  # a Hub student's weights are not needed yet
+        self.vocabulary = read_vocabulary(map_vocabulary, teacher, student)
+        self.teacher, self.student = (with_roles(model.spec, options.roles) for model in (teacher, student))
+        self.pairing = Pairing(self.teacher, self.student, options, self.vocabulary)
         check_rank_fits(self.pairing, factorization)
-        for given in (teacher, student):
-            if isinstance(given, (str, Path)):
-                check_checkpoint(given)
         self.several = isinstance(seeds, Mapping)
         self.seeds = self._read_seeds(seeds if isinstance(seeds, Mapping) else {"": seeds}, tokenizer, reading)
         self.orders = [longest_first(found) for found in self.seeds.values()]
@@ -99,9 +87,9 @@ class Job:
             if self.several and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 raise PktError(f"{name!r} cannot name a task's folder; use letters, digits, '-', '_' and '.'")
         if tokenizer is None and not all(isinstance(given, Seeds) for given in named.values()):
-            if isinstance(self.model, nn.Module):
+            if not self.model.is_named:
                 raise PktError("a teacher in memory needs its tokenizer to read the seeds; pass tokenizer=")
-            tokenizer = load_tokenizer(self.model)
+            tokenizer = self.model.tokenizer
         found: dict[str, Seeds] = {}
         for name, given in named.items():
             if not isinstance(given, Seeds):
@@ -111,19 +99,24 @@ class Job:
             found[name] = given
         return found
 
-    def _note_other_ids(self, student: Any, tokenizer: Any) -> None:
+    def _note_other_ids(self, student: Model, tokenizer: Any) -> None:
         """Say in the plan where tables are fed row by row though the two tokenizers number their tokens differently."""
-        stored = all(isinstance(m, (str, Path)) for m in (self.model, student))
+        stored = self.model.is_named and student.is_named
         if not stored or self.vocabulary is not None or all(t.group != "embedding" for t in self.pairing.targets):
             return
         with contextlib.suppress(PktError):  # a student need not come with a tokenizer
-            count = other_ids(load_tokenizer(self.model) if tokenizer is None else tokenizer, load_tokenizer(student))
+            count = other_ids(self.model.tokenizer if tokenizer is None else tokenizer, student.tokenizer)
             if count:
                 self.pairing.notes.append(
                     f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
                     "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
                     "--modules all,-embed,-head"
                 )
+
+    def identify(self, *, progress: bool) -> None:
+        """Hash the teacher's content into what it is known by, once all that is quick has been checked."""
+        known = self.model.identified(progress=progress)
+        self.teacher = self.pairing.teacher = dataclasses.replace(self.teacher, content=known.content)
 
     def samples(self) -> list[list[dict[str, Tensor]]]:
         """Each task's samples, longest first, as batches of one."""
@@ -140,49 +133,49 @@ class Job:
         """The losses in the order of the file."""
         return in_order_of(found, self.orders[task])
 
-    def inputs(self) -> dict[str, Any]:
-        """All that a result depends on, by the names a refusal uses."""
-        stamps = {}
-        if not isinstance(self.model, nn.Module) and Path(self.model).is_dir():
-            for file in sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.gguf")]):
-                stamps[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
+    def made_of(self, seeds: Mapping[str, Seeds]) -> dict[str, Any]:
+        """What a result is of, by the names a refusal uses."""
         return {
-            "teacher": self.teacher.identity(),
-            "teacher's weights": [fingerprint(self.model), stamps],
-            "student": self.student.identity(),
-            **{f"seeds {name}".strip(): seeds.fingerprint for name, seeds in self.seeds.items()},
-            **{f"option {name}": value for name, value in self.options.as_dict().items()},
-            **{f"factorization {name}": value for name, value in self.factorization.as_dict().items()},
-            **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
+            **_of_models(self.teacher.identity(), self.student.identity()),
+            **{f"seeds {name}".strip(): found.fingerprint for name, found in seeds.items()},
+            **_of_options(self.options.as_dict(), self.factorization.as_dict()),
+            **self._choices(),
+        }
+
+    def _choices(self) -> dict[str, Any]:
+        vocabulary = {} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}
+        return {**vocabulary, "dtype": str(self.dtype)}
+
+    def inputs(self) -> dict[str, Any]:
+        """All that the bytes of an unfinished run depend on: what the result is of, and how it is computed."""
+        return {
+            **self.made_of(self.seeds),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
             "device": self.device.type,
-            "dtype": str(self.dtype),
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
             "versions": versions(),
         }
 
-    def provenance(self, task: int, losses: Sequence[float]) -> dict[str, Any]:
+    def provenance(self, task: int) -> dict[str, Any]:
         seeds = list(self.seeds.values())[task]
         return {
             "factorization": self.factorization.as_dict(),
-            "teacher": {**self.teacher.identity(), "fingerprint": fingerprint(self.model)},
+            "teacher": self.teacher.identity(),
             "versions": versions(),
             "seeds": seeds.describe(),
-            "losses": self.losses(task, losses),
+            **self._choices(),
         }
 
     def scores_metadata(self, task: int, losses: Sequence[float], tile: int | None) -> dict[str, Any]:
         """What `pkt.Sensitivity.load` wants to know besides the scores."""
-        model = self.model if isinstance(self.model, nn.Module) else skeleton(load_config(self.model))
-        shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.is_floating_point()}
         seeds = list(self.seeds.values())[task]
         return {
             "format": SCORES_FORMAT,
             "tile": tile,
             "layers": self.teacher.layers,
             "losses": self.losses(task, losses),
-            "shapes": shapes,
+            "shapes": {name: list(shape) for name, shape in self.model.shapes.items()},
             "provenance": {"seeds": seeds.describe(), "teacher": self.teacher.identity()},
         }
 
@@ -190,7 +183,7 @@ class Job:
         """The extractions already in `out`, when they are all there and of the same inputs."""
         found = {}
         for name, seeds in self.seeds.items():
-            done = _finished(out / name, self.teacher, self.student, seeds, self.options, self.factorization)
+            done = _finished(out / name, self.made_of({"": seeds}))
             if done is None:
                 return None
             found[name] = done
@@ -234,8 +227,7 @@ class Job:
                     os.replace(folder.scores_file(task), target / SCORES)
 
     def finished_one(self, target: Path, name: str) -> bool:
-        done = _finished(target, self.teacher, self.student, self.seeds[name], self.options, self.factorization)
-        return done is not None
+        return _finished(target, self.made_of({"": self.seeds[name]})) is not None
 
 
 def check_rank_fits(pairing: Pairing, options: Factorization) -> None:
@@ -247,33 +239,21 @@ def check_rank_fits(pairing: Pairing, options: Factorization) -> None:
         )
 
 
-def _finished(
-    out: str | Path,
-    teacher: ModelSpec,
-    student: ModelSpec,
-    seeds: Seeds,
-    options: PlanOptions,
-    factorization: Factorization,
-) -> Extraction | None:
+def _finished(out: Path, wanted: dict[str, Any]) -> Extraction | None:
     """The extraction already in `out`, when it is of the same inputs; another one's is refused with the difference named."""
-    if not (Path(out) / "pkt.json").is_file():
+    if not (out / MANIFEST).is_file():
         return None
     ext = Extraction.load(out)
-    wanted = {
-        "teacher": teacher.identity(),
-        "student": student.identity(),
-        "seeds": seeds.fingerprint,
-        "options": options.as_dict(),
-        "factorization": factorization.as_dict(),
+    then = ext.provenance
+    recorded: dict[str, Any] = {
+        **_of_models(ext.plan.teacher, ext.plan.student),
+        "seeds": then.get("seeds", {}).get("fingerprint"),
+        **_of_options(ext.plan.options, then.get("factorization", {})),
+        **{name: then[name] for name in ("vocabulary", "dtype") if name in then},
     }
-    recorded = {
-        "teacher": ext.plan.teacher,
-        "student": ext.plan.student,
-        "seeds": ext.provenance.get("seeds", {}).get("fingerprint"),
-        "options": ext.plan.options,
-        "factorization": ext.provenance.get("factorization"),
-    }
-    different = difference(recorded, wanted)
+    # Older results do not record these.
+    unknown = {"teacher's weights", "teacher's config.json", "vocabulary", "dtype"} - set(recorded)
+    different = difference(recorded, {name: value for name, value in wanted.items() if name not in unknown})
     if different:
         raise PktError(
             f"{out} holds the result of another transfer ({', '.join(different)}); name another, or replace it with --force"
@@ -281,7 +261,23 @@ def _finished(
     return ext
 
 
-def _device_of(teacher: Any) -> torch.device:
-    if isinstance(teacher, nn.Module):
-        return next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    return torch.device("cpu")
+def _of_models(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an identity that say which models it is of."""
+    apart = ("fingerprint", "configuration", "revision")
+    found: dict[str, Any] = {"teacher": {k: v for k, v in teacher.items() if k not in apart}, "student": dict(student)}
+    if content_kind(teacher):
+        found |= {"teacher's weights": teacher["fingerprint"], "teacher's config.json": teacher["configuration"]}
+    return found
+
+
+def _of_options(planned: Mapping[str, Any], factorization: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an identity that say what was asked for."""
+    return {
+        **{f"option {name}": value for name, value in planned.items()},
+        **{f"factorization {name}": value for name, value in factorization.items()},
+    }
+
+
+def _device_of(teacher: Model) -> torch.device:
+    parameters = () if teacher.module is None else teacher.module.parameters()
+    return next((p.device for p in parameters), torch.device("cpu"))

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
 from pkt.files import os_errors
-from pkt.models import load_model, read_roles
+from pkt.models import Model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
-from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map, read_vocabulary
+from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.planning.regions import BLOCK
 from pkt.progress import bar
 from pkt.scoring import score_seeds
@@ -107,8 +107,8 @@ def transfer(
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
     """
     job = Job(
-        teacher,
-        student,
+        Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
+        Model.of(student, "a student (a model, or the path of its checkpoint)"),
         seeds,
         tokenizer,
         options=PlanOptions(
@@ -122,7 +122,7 @@ def transfer(
             roles=None if roles is None else read_roles(roles),
             seed=seed,
         ),
-        vocabulary=read_vocabulary(map_vocabulary, teacher, student),
+        map_vocabulary=map_vocabulary,
         factorization=Factorization(rank, max_rank, energy, split, seed),
         reading=Reading(loss, max_length),
         execution=Execution(batch_size, device, dtype),
@@ -135,6 +135,7 @@ def transfer(
 
 def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, force: bool) -> dict[str, Extraction]:
     """The extractions of a job: those that are there already, or made, from an unfinished run's checkpoints where there are."""
+    job.identify(progress=listeners.progress)
     scratch = job.limits.scratch
     if scratch is not None:
         with os_errors(f"making the folder {scratch}"):
@@ -286,7 +287,8 @@ class Runner:
             made, pairs, energies = harvest.finish(weights_of)
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
-            found[name] = Extraction(pairs, energies, made, self.job.provenance(task, losses[task]))
+            provenance = {**self.job.provenance(task), "losses": self.job.losses(task, losses[task])}
+            found[name] = Extraction(pairs, energies, made, provenance)
             if self.job.keep_scores != "none":
                 assert self.folder is not None
                 described = functools.partial(self.job.scores_metadata, task, losses[task], self.tile)
@@ -301,18 +303,16 @@ class Runner:
 
         job = self.job
         warnings.warn(f"{job.teacher.name} is scored whole, not layer by layer: {why}", PktWarning, stacklevel=4)
-        model = (
-            job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype, dequantize=True)
-        )
-        if not isinstance(job.model, nn.Module):
-            model = model.to(job.device)
+        model = job.model.load(dtype=job.dtype, device=job.device, dequantize=True)
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
-            sens = score_seeds(model, seeds, batch_size=job.batch_size, progress=self.listeners.progress)
+            sens = score_seeds(
+                model, seeds, batch_size=job.batch_size, progress=self.listeners.progress, recorded=job.teacher
+            )
             made = Chooser(job.pairing).plan(sens)
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
-            provenance = {"seeds": seeds.describe(), "losses": sens.losses}
+            provenance = {**job.provenance(task), "losses": sens.losses}
             found[name] = extract(
                 model, made, **job.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
             )
