@@ -28,6 +28,7 @@ constexpr double kNothing = 1e-60;  // the square of a column too short for fp32
 struct Problem {
   const void* a;
   int64_t row_stride, col_stride;
+  int before, after;  // entries beside each contiguous row (column) of a, which the products take along
   int n, m, l, rank;
   int64_t seed;
   float* product;               // of the last big product: [n or m, parts · l]
@@ -124,28 +125,31 @@ __global__ void __launch_bounds__(256) energy_kernel(const PKT_GRID_CONSTANT Bat
   const int64_t row_stride = by_rows ? p.row_stride : p.col_stride, col_stride = by_rows ? p.col_stride : p.row_stride;
   constexpr int pack = Pack<T>::size;
   constexpr int64_t segment = 4096;  // columns of a work item
+  const int64_t begin = p.before, stop = begin + cols, length = stop + p.after;  // a's entries of a row that begins earlier
+  a -= begin;
   const bool packed = col_stride == 1 && row_stride % pack == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
-  const int64_t segments = (cols + segment - 1) / segment;
+  const int64_t segments = (length + segment - 1) / segment;
   double sum = 0;
   for (int64_t item = blockIdx.x * team.workers() + team.worker(); item < rows * segments;
        item += static_cast<int64_t>(gridDim.x) * team.workers()) {
-    const int64_t first = item % segments * segment, end = first + segment < cols ? first + segment : cols;
+    const int64_t first = item % segments * segment, end = first + segment < length ? first + segment : length;
     const T* row = a + item / segments * row_stride;
     int64_t c = first;
     if (packed) {
 #pragma unroll 4
       for (; c + 32 * pack <= end; c += 32 * pack) {
-        const Pack<T> x = *reinterpret_cast<const Pack<T>*>(row + c + team.lane() * pack);
+        const int64_t at = c + team.lane() * pack;
+        const Pack<T> x = *reinterpret_cast<const Pack<T>*>(row + at);
 #pragma unroll
         for (int i = 0; i < pack; ++i) {
-          const double entry = widened(x.entry[i]);
+          const double entry = begin <= at + i && at + i < stop ? widened(x.entry[i]) : 0.0f;
           sum += entry * entry;
         }
       }
     }
 #pragma unroll 8
     for (int64_t i = c + team.lane(); i < end; i += 32) {
-      const double entry = widened(row[i * col_stride]);
+      const double entry = begin <= i && i < stop ? widened(row[i * col_stride]) : 0.0f;
       sum += entry * entry;
     }
   }
@@ -198,6 +202,30 @@ PKT_HOST_DEVICE constexpr int64_t small_doubles(int64_t l) { return 2 * l * l + 
 PKT_HOST_DEVICE constexpr int gram_pitch(int l) { return rounded_up(l, 16) + 8; }
 PKT_HOST_DEVICE constexpr int64_t tile_doubles(int l) { return int64_t{kGramRows} * gram_pitch(l); }
 
+// Rows [row, row + kGramRows) of the last product, and of `tile`, made again where they are NaN though a is finite: an
+// entry beside a's is not, and the operand's zero did not silence it.
+template <class T>
+PKT_DEVICE void mend_product(const Block& team, const Problem& p, Side side, int row, double* tile, int pitch) {
+  const bool by_rows = p.col_stride == 1;
+  if (p.before + p.after == 0 || side != (by_rows ? Side::n : Side::m) || p.scale[1] == 0) return;
+  const int depth = by_rows ? p.m : p.n, l = p.l, columns = l * Type<T>::parts;
+  const T* operand = static_cast<const T*>(by_rows ? p.operand_m : p.operand_n);
+  for (int i = team.worker(); i < kGramRows; i += team.workers()) {
+    if (tile[i * pitch] == tile[i * pitch]) continue;
+    team.sync_worker();
+    const T* a = static_cast<const T*>(p.a) + (row + i) * (by_rows ? p.row_stride : p.col_stride);
+    float* product = p.product + static_cast<int64_t>(row + i) * columns;
+    for (int j = team.lane(); j < columns; j += 32) {
+      float sum = 0;
+      for (int64_t k = 0; k < depth; ++k) sum += widened(a[k]) * widened(operand[k * columns + j]);
+      product[j] = sum;
+    }
+    team.sync_worker();
+    for (int j = team.lane(); j < l; j += 32) tile[i * pitch + j] = load_product<T>(product, l, j, p.scale[0]);
+  }
+  team.sync();
+}
+
 // This block's share of xᵀx [l8, l8] (l8 = l rounded up to 8), its upper 8×8 tiles, into `out`.
 template <class T>
 PKT_DEVICE void partial_gram(const Block& team, const Problem& p, Side side, Source source, double* tile, double* out) {
@@ -220,6 +248,7 @@ PKT_DEVICE void partial_gram(const Block& team, const Problem& p, Side side, Sou
       tile[i * pitch + j] = x;
     }
     team.sync();
+    if (source == Source::product) mend_product<T>(team, p, side, row, tile, pitch);
     for (int t = team.worker(); t < tiles * tiles; t += team.workers()) {
       const int i0 = t / tiles * 8, j0 = t % tiles * 8;
       if (i0 > j0) continue;

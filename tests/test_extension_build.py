@@ -35,6 +35,7 @@ STABLE_ABI = """
     torch::stable::accelerator::DeviceGuard
     torch::stable::empty torch::stable::new_empty torch::stable::zero_
     torch::stable::get_num_threads torch::stable::parallel_for aoti_torch_get_current_cuda_stream
+    aoti_torch_get_storage_size aoti_torch_get_storage_offset
 """
 TORCH_NAME = re.compile(
     r"\b\w*TORCH_\w+|\b(?:aoti_torch|torch)_\w+|\b(?:STD_|Stable|AOTI|Aten)\w+|torch(?:::\w+)+|(?<=#include <)torch/[\w/.]+"
