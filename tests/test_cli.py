@@ -463,7 +463,8 @@ class TestBadInput:
         assert "cannot be loaded safely" in transfer(teacher=broken)
         assert not (tmp_path / "was-here").exists()
         torch.save(weights, broken / "pytorch_model.bin")
-        run("transfer", broken, student_dir, seed_file, "--out", tmp_path / "out", "--rank", 4)
+        with pytest.warns(pkt.PktWarning, match="is loaded whole, not layer by layer: its weights are a pickle"):
+            run("transfer", broken, student_dir, seed_file, "--out", tmp_path / "out", "--rank", 4)
 
     def test_output_folders_in_use(self, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()
