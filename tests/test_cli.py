@@ -267,8 +267,24 @@ def stopped_at(module: str, number: int, *words: Any) -> tuple[int, list[str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("module", ["typer.core", "torch._C", "torch.nn.modules.linear", "pkt.files"])
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        ("torch.nn.modules.linear", signal.SIGINT),
+        ("pkt.files", signal.SIGTERM),
+        *(
+            pytest.param(module, number, marks=pytest.mark.slow)
+            for module, number in [
+                ("typer.core", signal.SIGINT),
+                ("typer.core", signal.SIGTERM),
+                ("torch._C", signal.SIGINT),
+                ("torch._C", signal.SIGTERM),
+                ("torch.nn.modules.linear", signal.SIGTERM),
+                ("pkt.files", signal.SIGINT),
+            ]
+        ),
+    ],
+)
 def test_a_signal_while_modules_are_imported_is_one_line(
     number: int, module: str, teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
 ) -> None:
