@@ -178,6 +178,36 @@ __global__ void __launch_bounds__(256) energy_kernel(const PKT_GRID_CONSTANT Bat
   p.scale[1] = finite ? 1.0f : 0.0f;
 }
 
+// Whether neighbours of a's rows met the operand's zeros in the last product, whose rows are `side`'s.
+PKT_HOST_DEVICE bool met_neighbours(const Problem& p, Side side) {
+  return p.before + p.after > 0 && side == (p.col_stride == 1 ? Side::n : Side::m);
+}
+
+// Rows of the last product that are NaN though a is finite, made again without a's neighbours: one of them is not finite,
+// and zero did not silence it. 256 threads; a warp a row.
+template <class T>
+__global__ void __launch_bounds__(256) mend_kernel(const PKT_GRID_CONSTANT Batch batch, Side side) {
+  const Problem& p = batch.problem[blockIdx.y];
+  if (!met_neighbours(p, side) || p.scale[1] == 0) return;
+  const Block team;
+  const bool by_rows = side == Side::n;
+  const int rows = by_rows ? p.n : p.m, depth = by_rows ? p.m : p.n, columns = p.l * Type<T>::parts;
+  const T* operand = static_cast<const T*>(by_rows ? p.operand_m : p.operand_n);
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * team.workers() + team.worker(); row < rows;
+       row += static_cast<int64_t>(gridDim.x) * team.workers()) {
+    float* product = p.product + row * columns;
+    const float first = product[0];
+    team.sync_worker();
+    if (first == first) continue;
+    const T* a = static_cast<const T*>(p.a) + row * (by_rows ? p.row_stride : p.col_stride);
+    for (int j = team.lane(); j < columns; j += 32) {
+      float sum = 0;
+      for (int64_t k = 0; k < depth; ++k) sum += widened(a[k]) * widened(operand[k * columns + j]);
+      product[j] = sum;
+    }
+  }
+}
+
 // q and its operand ← random signs of unit norm.
 template <class T>
 __global__ void __launch_bounds__(256) sketch_kernel(const PKT_GRID_CONSTANT Batch batch) {
@@ -202,30 +232,6 @@ PKT_HOST_DEVICE constexpr int64_t small_doubles(int64_t l) { return 2 * l * l + 
 PKT_HOST_DEVICE constexpr int gram_pitch(int l) { return rounded_up(l, 16) + 8; }
 PKT_HOST_DEVICE constexpr int64_t tile_doubles(int l) { return int64_t{kGramRows} * gram_pitch(l); }
 
-// Rows [row, row + kGramRows) of the last product, and of `tile`, made again where they are NaN though a is finite: an
-// entry beside a's is not, and the operand's zero did not silence it.
-template <class T>
-PKT_DEVICE void mend_product(const Block& team, const Problem& p, Side side, int row, double* tile, int pitch) {
-  const bool by_rows = p.col_stride == 1;
-  if (p.before + p.after == 0 || side != (by_rows ? Side::n : Side::m) || p.scale[1] == 0) return;
-  const int depth = by_rows ? p.m : p.n, l = p.l, columns = l * Type<T>::parts;
-  const T* operand = static_cast<const T*>(by_rows ? p.operand_m : p.operand_n);
-  for (int i = team.worker(); i < kGramRows; i += team.workers()) {
-    if (tile[i * pitch] == tile[i * pitch]) continue;
-    team.sync_worker();
-    const T* a = static_cast<const T*>(p.a) + (row + i) * (by_rows ? p.row_stride : p.col_stride);
-    float* product = p.product + static_cast<int64_t>(row + i) * columns;
-    for (int j = team.lane(); j < columns; j += 32) {
-      float sum = 0;
-      for (int64_t k = 0; k < depth; ++k) sum += widened(a[k]) * widened(operand[k * columns + j]);
-      product[j] = sum;
-    }
-    team.sync_worker();
-    for (int j = team.lane(); j < l; j += 32) tile[i * pitch + j] = load_product<T>(product, l, j, p.scale[0]);
-  }
-  team.sync();
-}
-
 // This block's share of xᵀx [l8, l8] (l8 = l rounded up to 8), its upper 8×8 tiles, into `out`.
 template <class T>
 PKT_DEVICE void partial_gram(const Block& team, const Problem& p, Side side, Source source, double* tile, double* out) {
@@ -248,7 +254,6 @@ PKT_DEVICE void partial_gram(const Block& team, const Problem& p, Side side, Sou
       tile[i * pitch + j] = x;
     }
     team.sync();
-    if (source == Source::product) mend_product<T>(team, p, side, row, tile, pitch);
     for (int t = team.worker(); t < tiles * tiles; t += team.workers()) {
       const int i0 = t / tiles * 8, j0 = t % tiles * 8;
       if (i0 > j0) continue;

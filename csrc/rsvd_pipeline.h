@@ -10,7 +10,7 @@
 // cuBLAS multiplies fast what begins on 16 bytes and has rows of a multiple of them; seven of eight windows of a bf16
 // matrix do not. So a window's view is widened to such bounds where the memory it lies in goes on: the operand has zeros
 // where the window's neighbours are, or the product has rows there that nobody reads. A neighbour that is not finite
-// spoils a row of the product all the same, and gram_kernel mends that row.
+// spoils a row of the product all the same, and mend_kernel makes it again.
 #pragma once
 
 #include <algorithm>
@@ -55,6 +55,12 @@ struct Launches {
   int rows(Side side) const { return largest(side == Side::m ? &Problem::m : &Problem::n); }
 
   template <class T>
+  void mend(Side side) {
+    bool needed = false;
+    for (int i = 0; i < count; ++i) needed |= met_neighbours(batch.problem[i], side);
+    if (needed) run(mend_kernel<T>, rows(side) / 8, 2048, 256, 0, side);
+  }
+  template <class T>
   void gram(Side side, Source source, Last last) {
     const int l = largest(&Problem::l);
     const bool small = small_is_shared();
@@ -77,23 +83,26 @@ struct Launches {
 template <class T, class Multiply>
 cudaError_t subspace_iteration(Launches& launches, int64_t iters, const Multiply& multiply) {
   const int64_t n = launches.rows(Side::n), m = launches.rows(Side::m), l = launches.largest(&Problem::l);
+  const auto product = [&](Side side) {
+    for (int i = 0; i < launches.count; ++i) multiply(i, side == Side::m);
+    launches.mend<T>(side);
+  };
   launches.run(energy_kernel<T>, std::max(n / 8, m / 8), kEnergyBlocks, 256, 0);
   launches.run(sketch_kernel<T>, (m * l + 255) / 256, 2048, 256, 0);
   for (int64_t step = 0; step < iters; ++step) {
-    for (int i = 0; i < launches.count; ++i) multiply(i, false);
     // Orthogonal on both sides: a alone, never aᵀa, meets fp32, so directions far below the first survive.
-    launches.gram<T>(Side::n, Source::product, Last::round);
-    launches.apply<T>(Side::n, Source::product, true);
-    for (int i = 0; i < launches.count; ++i) multiply(i, true);
-    launches.gram<T>(Side::m, Source::product, Last::round);
-    launches.apply<T>(Side::m, Source::product, true);
+    for (const Side side : {Side::n, Side::m}) {
+      product(side);
+      launches.gram<T>(side, Source::product, Last::round);
+      launches.apply<T>(side, Source::product, true);
+    }
   }
   // One round leaves an error of κ² · eps and, where columns were dependent, random ones: two more mend both.
   for (int round = iters > 0 ? 1 : 0; round < 3; ++round) {
     launches.gram<T>(Side::m, Source::basis, Last::round);
     launches.apply<T>(Side::m, Source::basis, true);
   }
-  for (int i = 0; i < launches.count; ++i) multiply(i, false);
+  product(Side::n);
   launches.gram<T>(Side::n, Source::product, Last::round);
   launches.apply<T>(Side::n, Source::product, false);
   launches.gram<T>(Side::n, Source::basis, Last::round);
