@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pkt
+from pkt import ops
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -232,3 +233,9 @@ def test_a_wheel_built_from_the_sdist_passes_its_tests_from_an_empty_folder(tree
         text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+def test_what_the_extension_says_of_a_failed_allocation_is_recognised() -> None:
+    source = (CSRC / "from_torch.h").read_text(encoding="utf-8")
+    (message,) = re.findall(r'runtime_error\("(pkt: out of memory.*?)"', source)
+    assert ops.out_of_memory(RuntimeError(message))
