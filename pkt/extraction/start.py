@@ -45,6 +45,9 @@ class Start:
             "average"
         )
 
+    def __repr__(self) -> str:
+        return f"Start({self.kind}: {self})"
+
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card. Raises `PktError` where it cannot."""
         with atomic_folder(folder, force=force) as scratch:

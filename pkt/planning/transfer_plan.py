@@ -105,6 +105,7 @@ class TransferPlan:
     layer_scores: list[float] = field(default_factory=list)
     layer_shares: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seeds: dict[str, Any] = field(default_factory=dict)  # what the scores were made on, where they say so
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; also written to `path`, atomically, when one is given."""
@@ -124,6 +125,7 @@ class TransferPlan:
             "layer_scores": self.layer_scores,
             "layer_shares": self.layer_shares,
             "notes": self.notes,
+            **({"seeds": self.seeds} if self.seeds else {}),
             "entries": [e.to_json() for e in self.entries],
         }
 
@@ -164,6 +166,7 @@ class TransferPlan:
                     value[k]
                     for k in ("layer_map", "teacher", "student", "options", "layer_scores", "layer_shares", "notes")
                 ),
+                dict(value.get("seeds", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PktError(
@@ -179,6 +182,10 @@ class TransferPlan:
             for row in [head, *lines]
         ]
         return "\n".join([*table, *self.summary()])
+
+    def __repr__(self) -> str:
+        names = (str(model.get("name")) for model in (self.teacher, self.student))
+        return f"TransferPlan({len(self.entries)} regions for {len(self.by_target())} matrices, {' -> '.join(names)})"
 
     def summary(self) -> list[str]:
         """What the plan does, in a few lines."""
