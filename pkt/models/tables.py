@@ -123,6 +123,23 @@ TESTED = (
 # Tables that PEFT knows by name.
 PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
 
+# Tables of positions: a row longer than one cannot be read. XGLM's grows, under a name of its own.
+POSITION_TABLES = (
+    "wpe",
+    "embed_positions",
+    "position_embedding",
+    "position_embeddings",
+    "positions_embed",
+    "pos_encoding",
+)
+
+# Names of settings that count modules or sizes, and more than any model has.
+LARGEST = (
+    (r"(layers?|blocks|depth)$", 2_000),
+    (r"(experts|heads?)$", 20_000),
+    (r"(hidden_size|intermediate_size|ffn_dim|d_model|d_ff|n_embd|n_inner|head_dim|vocab_size)$", 20_000_000),
+)
+
 # Settings that make logits something else than the head's product (Gemma 2, Granite, Cohere).
 LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
