@@ -8,12 +8,14 @@ from pkt.models.huggingface import checked_device as checked_device
 from pkt.models.huggingface import quiet as quiet
 from pkt.models.huggingface import supported as supported
 from pkt.models.huggingface import unwrap as unwrap
+from pkt.models.positions import position_limit as position_limit
 from pkt.models.reference import Model as Model
 from pkt.models.reference import hollow_model as hollow_model
 from pkt.models.reference import load_model as load_model
 from pkt.models.reference import load_tokenizer as load_tokenizer
 from pkt.models.reference import save_model as save_model
 from pkt.models.reference import spec_of as spec_of
+from pkt.models.rotary import rows_apart as rows_apart
 from pkt.models.spec import ModelSpec as ModelSpec
 from pkt.models.spec import Target as Target
 from pkt.models.spec import check_identity as check_identity
@@ -39,6 +41,5 @@ from pkt.models.tables import Kind as Kind
 from pkt.models.tables import Runs as Runs
 from pkt.models.tables import read_roles as read_roles
 from pkt.models.tables import unit_offset as unit_offset
-from pkt.models.vocabulary import check_tokenizer as check_tokenizer
 from pkt.models.vocabulary import other_ids as other_ids
 from pkt.models.vocabulary import shared_vocabulary as shared_vocabulary
