@@ -17,7 +17,8 @@ def position_limit(model: nn.Module, layers: str | None) -> int | None:
     """
     limits = list(_limits(model, layers or "", _home_of_tokens(model)))
     # MPT makes its linear biases up to a length of its own.
-    limits += [int(m.config.max_seq_len) for m in model.modules() if hasattr(m, "build_mpt_alibi_tensor")]
+    mpt: list[Any] = [m for m in model.modules() if hasattr(m, "build_mpt_alibi_tensor")]
+    limits += [int(m.config.max_seq_len) for m in mpt]
     return min(limits, default=None)
 
 

@@ -166,7 +166,7 @@ class TransferPlan:
                     value[k]
                     for k in ("layer_map", "teacher", "student", "options", "layer_scores", "layer_shares", "notes")
                 ),
-                dict(value.get("seeds", {})),
+                seeds=dict(value.get("seeds", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PktError(

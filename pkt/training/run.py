@@ -54,8 +54,8 @@ def train(
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
     another run's or that another process is writing, a full disk, and the first loss or gradient that is not finite.
     """
-    ext = read_injected(extraction, student) if is_stored(extraction) else None
-    ext = ext or open_start(extraction)
+    injected = read_injected(extraction, student) if is_stored(extraction) else None
+    ext = injected or open_start(extraction)
     mode = mode or ext.mode
     # What is kept has begun already: it wants about half the usual rate.
     lr = (KEPT_RATE if mode == "add" else RATE) if lr is None else lr
