@@ -6,7 +6,6 @@ from pkt.models.checkpoint import Stored as Stored
 from pkt.models.checkpoint import all_tensors as all_tensors
 from pkt.models.huggingface import checked_device as checked_device
 from pkt.models.huggingface import quiet as quiet
-from pkt.models.huggingface import supported as supported
 from pkt.models.huggingface import unwrap as unwrap
 from pkt.models.positions import position_limit as position_limit
 from pkt.models.reference import Model as Model
@@ -36,7 +35,6 @@ from pkt.models.tables import HEAD_ROWS as HEAD_ROWS
 from pkt.models.tables import NORMS as NORMS
 from pkt.models.tables import PEFT_EMBEDDINGS as PEFT_EMBEDDINGS
 from pkt.models.tables import ROLES as ROLES
-from pkt.models.tables import TESTED as TESTED
 from pkt.models.tables import Kind as Kind
 from pkt.models.tables import Runs as Runs
 from pkt.models.tables import read_roles as read_roles

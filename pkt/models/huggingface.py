@@ -17,7 +17,8 @@ from torch import nn
 from pkt.errors import PktError
 from pkt.files import read_json
 from pkt.models.checkpoint import CONFIG, first_line, gguf_file, inside
-from pkt.models.tables import DEQUANTIZED, LARGEST, TESTED
+from pkt.models.tables import LARGEST
+from pkt.support import DEQUANTIZED
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -297,23 +298,3 @@ def _sizes(found: Sequence[Any]) -> str:
     return ", ".join(
         f"{list(shape)} in {where}" for shape, where in zip(found, ("the files", "the model"), strict=False)
     )
-
-
-def supported() -> list[tuple[str, bool, str]]:
-    """(what, whether it works here, why) for checkpoint formats and architectures."""
-    rows = [
-        ("safetensors", True, "read one decoder layer at a time"),
-        ("pickle (*.bin)", True, "loaded whole, where that is safe; convert to safetensors to stream it"),
-    ]
-    for name, packages in (("GGUF", ("gguf",)), *DEQUANTIZED.items()):
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
-        why = "loaded whole, scored at its dequantized weights"
-        rows.append((name, not missing, f"pip install {' '.join(missing)}" if missing else why))
-    rows.append(("other quantizations", False, "convert to bf16 or fp16 safetensors, or to GGUF"))
-    from transformers import CONFIG_MAPPING
-
-    for name in TESTED:
-        here = name in CONFIG_MAPPING
-        rows.append((name, here, "tested end to end" if here else "this version of transformers does not have it"))
-    rows.append(("other causal language models", True, "by discovery; `pkt models DIR` shows what is found"))
-    return rows
