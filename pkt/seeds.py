@@ -124,6 +124,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise PktError(
                 f"{path}:{number}: not valid JSON ({error.msg}); each line must be one of {FORMS}"
             ) from error
+        except ValueError as error:  # a number of thousands of digits
+            raise PktError(f"{path}:{number}: not JSON that can be read ({error}); mend the row") from error
         if not isinstance(row, dict):
             raise PktError(f"{path}:{number}: a row must be an object, one of {FORMS}")
         yield number, row

@@ -67,14 +67,18 @@ def test_a_map_that_matches_nothing_is_named(teacher_dir: Path, student_dir: Pat
         assert "modules='all'" not in said
 
 
-def test_a_file_with_more_than_its_header_says_is_too_long(teacher_dir: Path, tmp_path: Path) -> None:
+def test_a_file_with_more_than_its_header_says_is_too_long(
+    teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
+) -> None:
     import shutil
 
     folder = tmp_path / "long"
     shutil.copytree(teacher_dir, folder)
     with open(folder / "model.safetensors", "ab") as file:
         file.write(b"more")
-    assert "goes on for 4 bytes after its last tensor" in fails("models", folder)
+    assert "goes on for 4 bytes after its last tensor" in fails(
+        "transfer", folder, student_dir, seed_file, "--out", tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
@@ -124,7 +128,7 @@ def test_what_several_tasks_leave_is_taken_up(
 def test_what_inject_wrote_is_trained_like_its_extraction(
     mode: str, extraction_dir: Path, student_dir: Path, seed_file: Path, tmp_path: Path
 ) -> None:
-    run("inject", student_dir, extraction_dir, "--out", tmp_path / "start", "--mode", mode, "--alpha", 3)
+    run("inject", student_dir, extraction_dir, "--out", tmp_path / "start", "--mode", mode, "--alpha", 8)
     options = ("--max-steps", 2, "--batch-size", 2, "--micro-batch", 2, "--lr", 1e-3)
     run("train", student_dir, tmp_path / "start", seed_file, "--out", tmp_path / "one", *options)
     run("train", student_dir, extraction_dir, seed_file, "--out", tmp_path / "two", "--mode", mode, *options)

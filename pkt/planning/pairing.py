@@ -138,7 +138,7 @@ class Pairing:
         return range(place, self.teacher.num_layers - self.count + place + 1)
 
     def _check(self) -> None:
-        faults: dict[tuple[str, str], list[str]] = {}  # (what kind of matrix, why) -> which
+        faults: dict[tuple[str, str], list[str]] = {}  # (what kind of matrix, why in any layer) -> which
         known: dict[tuple[Any, ...], str | None] = {}
         for target in self.targets:
             for layer in [None] if target.layer is None else self.layers_for(target.layer):
@@ -151,13 +151,11 @@ class Pairing:
                         known[key] = str(error)
                 fault = known[key]
                 if fault is not None:
-                    faults.setdefault((target.suffix, fault), []).append(target.module)
+                    alike = re.sub(r"\.\d+\.", ".*.", fault)
+                    faults.setdefault((target.suffix, alike), []).append(f"{target.module} {fault}")
                     break
         if faults:
-            lines = [
-                f"{modules[0]} {fault}" + (f" (and {len(modules) - 1} like it)" if modules[1:] else "")
-                for (_, fault), modules in faults.items()
-            ]
+            lines = [found[0] + (f" (and {len(found) - 1} like it)" if found[1:] else "") for found in faults.values()]
             listed, count = short_list(lines), sum(map(len, faults.values()))
             raise PktError(
                 f"{self.teacher.name} cannot feed {self.student.name} ({count} of {len(self.targets)} matrices):\n"

@@ -54,11 +54,11 @@ def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
 @pytest.fixture
 def rows(tmp_path: Path, tokenizer: Any) -> Seeds:
     """Rows of other lengths, on both sides of what the frequencies were made for: the longest comes first."""
-    texts = ["1 2 3 4 5 6 7 8 9 " * 4, "1 2 3 4 5 6", "9 8 7 6 5 4 3 2 1 " * 2, "7 7 7 7"]
+    texts = ["1 2 3 4 5 6 7 8 9 " * 4, "9 8 7 6 5 4 3 2 1 " * 2, "1 2 3 4 5 6", "7 7 7 7"]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
     found = pkt.load_seeds(tmp_path / "rows.jsonl", tokenizer)
     lengths = [len(row.input_ids) for row in found]
-    assert lengths[0] > lengths[2] > 16 > lengths[1]
+    assert lengths[0] > lengths[1] > 16 > lengths[2]
     return found
 
 
@@ -71,7 +71,7 @@ def test_a_loss_is_the_rows_own_whatever_came_before(model: Any, rows: Seeds, to
     expected = alone(model, rows)
     plain = [float(model(**batch).loss.detach()) for batch in rows.batches(1)]
     if model.config.rope_parameters["rope_type"] == "dynamic":
-        assert plain != pytest.approx(expected, rel=1e-3), "transformers' own state is no fault any more"
+        assert plain != pytest.approx(expected, rel=1e-4), "transformers' own state is no fault any more"
     for size in (1, 2, 4):
         assert pkt.sensitivity(model, rows.batches(size), progress=False).losses == pytest.approx(expected, rel=1e-5)
     tokens = [len(row.input_ids) - 1 for row in rows]
