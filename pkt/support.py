@@ -52,9 +52,11 @@ def supported() -> list[tuple[str, bool, str]]:
 
 def _known_to_transformers() -> Container[str]:
     try:
-        from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+        from transformers.models.auto import auto_mappings
     except ImportError:  # an older transformers keeps them where torch is imported
-        from transformers import CONFIG_MAPPING
+        import transformers
 
-        return CONFIG_MAPPING
-    return CONFIG_MAPPING_NAMES
+        older: Container[str] = transformers.CONFIG_MAPPING
+        return older
+    known: Container[str] = auto_mappings.CONFIG_MAPPING_NAMES
+    return known

@@ -160,14 +160,15 @@ class TransferPlan:
         if not isinstance(value, dict) or value.get("format") not in READABLE:
             raise PktError(f"{where} is not a plan of this version of pkt ({FORMAT}); make one with `pkt plan`")
         try:
-            return cls(
+            made = cls(
                 [Entry.from_json(e) for e in value["entries"]],
                 *(
                     value[k]
                     for k in ("layer_map", "teacher", "student", "options", "layer_scores", "layer_shares", "notes")
                 ),
-                seeds=dict(value.get("seeds", {})),
             )
+            made.seeds = dict(value.get("seeds", {}))
+            return made
         except (KeyError, TypeError, ValueError) as error:
             raise PktError(
                 f"{where} is incomplete ({type(error).__name__}: {error}); make it again with `pkt plan`"

@@ -85,9 +85,10 @@ def read_injected(folder: str | Path, student: str | Path) -> Start | None:
     adapter = split_tied(source.adapter, spec.head if spec.tied else None)
     check_fit(adapter.pairs, spec, str(folder))
     pairs = apply_kinds(adapter, kinds_of(spec, adapter.pairs)).pairs
-    if source.mode == "paired":
+    mode: Mode = manifest["mode"]
+    if mode == "paired":
         pairs = {module: _first_half(pair, module, folder) for module, pair in pairs.items()}
-    return Start("start", pairs, spec.identity(), source.mode, {}, {"told": {"from": f"what was injected in {folder}"}})
+    return Start("start", pairs, spec.identity(), mode, {}, {"told": {"from": f"what was injected in {folder}"}})
 
 
 def _first_half(pair: Pair, module: str, folder: str | Path) -> Pair:
