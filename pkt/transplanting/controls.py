@@ -44,15 +44,16 @@ def noise_like(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
     generator = torch.Generator().manual_seed(seed)
 
     def directions(rows: int, rank: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+        found: Tensor = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+        return found
 
-    found = {}
+    made = {}
     for name, pair in pairs.items():
         left, right = (torch.linalg.qr(side.float())[1] for side in (pair.B, pair.A.t()))
         root = torch.linalg.svdvals(left @ right.t()).sqrt()
         u, v = directions(pair.B.shape[0], len(root)), directions(pair.A.shape[1], len(root))
-        found[name] = Pair((v * root).t().contiguous(), u * root, pair.kind)
-    return found
+        made[name] = Pair((v * root).t().contiguous(), u * root, pair.kind)
+    return made
 
 
 def whole_pairs(content: Difference, targets: Sequence[Target]) -> dict[str, Pair]:
