@@ -71,7 +71,7 @@ def test_a_loss_is_the_rows_own_whatever_came_before(model: Any, rows: Seeds, to
     expected = alone(model, rows)
     plain = [float(model(**batch).loss.detach()) for batch in rows.batches(1)]
     if model.config.rope_parameters["rope_type"] == "dynamic":
-        assert plain != pytest.approx(expected, rel=1e-4), "transformers' own state is no fault any more"
+        assert plain != pytest.approx(expected, rel=2e-5), "transformers' own state is no fault any more"
     for size in (1, 2, 4):
         assert pkt.sensitivity(model, rows.batches(size), progress=False).losses == pytest.approx(expected, rel=1e-5)
     tokens = [len(row.input_ids) - 1 for row in rows]
