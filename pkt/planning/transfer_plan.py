@@ -169,7 +169,7 @@ class TransferPlan:
             )
             made.seeds = dict(value.get("seeds", {}))
             return made
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise PktError(
                 f"{where} is incomplete ({type(error).__name__}: {error}); make it again with `pkt plan`"
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pkt.errors import PktError
 from pkt.files import os_errors
 from pkt.models import quiet, rows_apart
 from pkt.options import Training
@@ -52,7 +54,13 @@ def fit(
         )
         if quietly:
             trainer.remove_callback(PrinterCallback)
-        return trainer.fit(resume_from)
+        try:
+            return trainer.fit(resume_from)
+        except pickle.UnpicklingError as error:
+            raise PktError(
+                f"{resume_from}: its optimizer, scheduler or random state cannot be loaded safely; remove that folder, and the same "
+                "command goes on from the checkpoint before it"
+            ) from error
 
 
 def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> Any:
