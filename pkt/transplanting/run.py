@@ -25,10 +25,10 @@ from pkt.extraction import Start
 from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
 from pkt.manifest import versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
-from pkt.models import Model, Target, load_model, load_tokenizer
+from pkt.models import Model, Target, load_model
 from pkt.progress import bar
-from pkt.seeds import Seeds, load_seeds
-from pkt.starting import best_scale
+from pkt.seeds import Seeds
+from pkt.starting import best_scale, rows_for
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transplanting.content import Difference, open_content, pairs_of
 
@@ -84,7 +84,7 @@ def transplant(
     named = named_base(teacher) if base is None and adapter is None else None
     if named is not None and Path(named).is_dir():
         base = named
-    rows = _rows(seeds, student, tokenizer)
+    rows = rows_for(seeds, student, tokenizer)
     job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway))
     found = job.find_lineage(lineage, progress)
     content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
@@ -100,14 +100,6 @@ def transplant(
             start.save(out, force=force)
             found.save(Path(out) / "lineage.json")
     return start
-
-
-def _rows(seeds: Seeds | str | Path, student: Any, tokenizer: Any) -> Seeds:
-    if isinstance(seeds, Seeds):
-        return seeds
-    if tokenizer is None and isinstance(student, nn.Module):
-        raise PktError("a student in memory needs its tokenizer to read the seeds; pass tokenizer=")
-    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer)
 
 
 class Job:
