@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Start
 from pkt.files import check_output_folder
@@ -68,8 +69,8 @@ def start(
         "told": {"start": how, **told},
         "versions": versions(),
     }
-    mode = "paired" if how in NEUTRAL else "add"
-    result = Start("start", pairs, named.identified().identity(), mode, {}, provenance)
+    known = named.identified().identity()
+    result = Start("start", pairs, known, "paired" if how in NEUTRAL else "add", {}, provenance)
     if out is not None:
         result.save(out, force=force)
     return result
@@ -103,7 +104,7 @@ def _made(
         raise PktError(
             f"a spectral step makes the loss on the seeds ({losses['0']:.3f}) worse at every size tried; start from --how lora"
         )
-    kept = {name: ways.Pair(pair.A, alpha * pair.B, pair.kind) for name, pair in pairs.items()}
+    kept = {name: Pair(pair.A, alpha * pair.B, pair.kind) for name, pair in pairs.items()}
     return kept, {
         "step": f"α = {alpha:.3g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after"
     }

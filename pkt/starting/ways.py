@@ -78,7 +78,8 @@ def spectral(
 
     α₀ = 1.5 · loss / Σ √max(1, out/in) σ₁..ᵣ over all matrices; the pairs are those at α = 1, A × `a_scale` and B ÷ it.
     """
-    found, fall = {}, 0.0
+    found: Pairs = {}
+    fall = 0.0
     for name, pair in _factors(targets, gradients, rank, Factorization(split="b", seed=seed)).items():
         sizes = pair.B.norm(dim=0)
         c = math.sqrt(max(1.0, pair.B.shape[0] / pair.A.shape[1]))
