@@ -22,6 +22,7 @@ Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 Mode: TypeAlias = Literal["paired", "residual", "add"]
 How: TypeAlias = Literal["lora", "pissa", "lora-ga", "eva", "spectral"]
+AnswerRule: TypeAlias = Literal["mark", "number"]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,10 @@ def _made(
     }
 
 
-def rows_for(seeds: Seeds | str | Path, student: Any, tokenizer: Any) -> Seeds:
-    """The seeds, read with the student's tokenizer unless they are read already."""
+def rows_for(seeds: Seeds | str | Path, student: Any, tokenizer: Any, today: datetime.date | None = None) -> Seeds:
+    """The seeds, read with the student's tokenizer unless they are read already. today: the day that templates print."""
     if isinstance(seeds, Seeds):
         return seeds
     if tokenizer is None and isinstance(student, nn.Module):
         raise PktError("a student in memory needs its tokenizer to read the seeds; pass tokenizer=")
-    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer)
+    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer, today=today)
