@@ -57,7 +57,7 @@ def start(
     named = Model.of(student)
     rows = None if seeds is None else rows_for(seeds, student, tokenizer)
     if rows is not None:
-        rows.check_vocabulary(named.spec.vocab_size, named.spec.name)
+        rows.check_fits(named.spec.vocab_size, named.spec.positions, named.spec.name)
     model = student if isinstance(student, nn.Module) else named.load(dtype=torch.float32, dequantize=True)
     targets = linear_layers(named.spec.targets)
     if not targets:

@@ -93,7 +93,7 @@ def _factors(targets: Sequence[Target], matrices: Mapping[str, Tensor], rank: in
     by_rank: dict[int, list[Target]] = {}
     for target in targets:
         by_rank.setdefault(min(rank, *target.shape), []).append(target)
-    found = {}
+    found: Pairs = {}
     for each, some in by_rank.items():
         names = [t.module for t in some]
         made = factorize_all(
