@@ -58,8 +58,8 @@ def fit(
             return trainer.fit(resume_from)
         except pickle.UnpicklingError as error:
             raise PktError(
-                f"{resume_from}: its optimizer, scheduler or random state cannot be loaded safely; remove that folder, and the same "
-                "command goes on from the checkpoint before it"
+                f"{resume_from}: its optimizer, scheduler or random state cannot be loaded safely; remove that folder, and the "
+                "same command goes on from the checkpoint before it"
             ) from error
 
 
