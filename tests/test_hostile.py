@@ -334,6 +334,14 @@ def _(place: Place) -> list[Any]:
     return edited_plan(place, lambda entries: entries[3].update(region="x"))
 
 
+@case(RESULTS, "a plan with a list in place of its student", "plan.json is incomplete")
+def _(place: Place) -> list[Any]:
+    command = edited_plan(place, lambda entries: None)
+    plan = json.loads(command[2].read_text())
+    command[2].write_text(json.dumps({**plan, "student": []}))
+    return command
+
+
 @case(RESULTS, "a plan without regions", "this plan cannot be extracted: ... it has no regions")
 def _(place: Place) -> list[Any]:
     return edited_plan(place, list.clear)

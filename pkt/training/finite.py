@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         try:
             self.train(resume_from_checkpoint=checkpoint)
         except BaseException:
-            # What was logged is written out, and the logs' threads end.
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            # What was logged is written out, and the logs' threads end; the bar cannot, where no step was begun.
+            with contextlib.suppress(AttributeError):
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
             raise
         return self.losses.mean
