@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -20,7 +21,6 @@ from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
 from pkt.manifest import difference, versions
 from pkt.models import (
-    ModelSpec,
     check_checkpoint,
     check_quantization,
     check_tokenizer,
@@ -46,58 +46,71 @@ SeedsLike: TypeAlias = Seeds | str | Path
 SCORES = "scores.safetensors"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How an extraction is made of the scores of a task: which regions, at what rank."""
+
+    options: PlanOptions
+    factorization: Factorization
+
+
+Result: TypeAlias = tuple[str, str]  # (task, recipe), of which one that stands alone has no name
+
+
+def folder_of(out: Path, result: Result) -> Path:
+    return out.joinpath(*filter(None, result))
+
+
 class Job:
-    """The checked inputs of a transfer: both models' specs, the tasks' seeds, and every option."""
+    """The checked inputs of a transfer: both models' specs, the tasks' seeds, and the recipes of what is made for each task."""
 
     def __init__(
         self,
         teacher: Any,
         student: Any,
-        seeds: SeedsLike | Mapping[str, SeedsLike],
+        seeds: Mapping[str, SeedsLike],
+        recipes: Mapping[str, Recipe],
         tokenizer: Any,
         *,
-        options: PlanOptions,
         vocabulary: Vocabulary | None,
-        factorization: Factorization,
         reading: Reading,
         execution: Execution,
         limits: Limits,
         keep_scores: KeepScores,
     ) -> None:
-        self.model, self.options, self.vocabulary, self.factorization = teacher, options, vocabulary, factorization
         if keep_scores not in get_args(KeepScores):
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
-        self.batch_size, self.dtype, self.limits, self.keep_scores = (
-            execution.batch_size,
-            execution.dtype,
-            limits,
-            keep_scores,
-        )
+        self.model, self.recipes, self.vocabulary = teacher, dict(recipes), vocabulary
+        self.limits, self.keep_scores = limits, keep_scores
+        self.batch_size, self.dtype = execution.batch_size, execution.dtype
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise PktError(
                 f"dtype={self.dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16"
             )
         self.device = _device_of(teacher) if execution.device is None else checked_device(execution.device)
         self.device_memory, self.host_memory = parse_size(limits.device_memory), parse_size(limits.host_memory)
-        self.teacher, self.student = (with_roles(spec_of(model), options.roles) for model in (teacher, student))
+        self.teacher, self.student = spec_of(teacher), spec_of(student)
         if isinstance(teacher, (str, Path)):
             check_quantization(teacher)
-        self.pairing = Pairing(self.teacher, self.student, options, vocabulary)
-        check_rank_fits(self.pairing, factorization)
+        self.pairings = {name: self._pairing(recipe) for name, recipe in self.recipes.items()}
         for given in (teacher, student):
             if isinstance(given, (str, Path)):
                 check_checkpoint(given)
-        self.several = isinstance(seeds, Mapping)
-        self.seeds = self._read_seeds(seeds if isinstance(seeds, Mapping) else {"": seeds}, tokenizer, reading)
+        self.seeds = self._read_seeds(seeds, tokenizer, reading)
+        self.results: list[Result] = [(task, recipe) for task in self.seeds for recipe in self.recipes]
         self.orders = [longest_first(found) for found in self.seeds.values()]
         self._note_other_ids(student, tokenizer)
 
+    def _pairing(self, recipe: Recipe) -> Pairing:
+        options = recipe.options
+        teacher, student = (with_roles(spec, options.roles) for spec in (self.teacher, self.student))
+        pairing = Pairing(teacher, student, options, self.vocabulary if options.map_vocabulary else None)
+        check_rank_fits(pairing, recipe.factorization)
+        return pairing
+
     def _read_seeds(self, named: Mapping[str, SeedsLike], tokenizer: Any, reading: Reading) -> dict[str, Seeds]:
-        if not named:
-            raise PktError("no seeds were given")
-        for name in named:
-            if self.several and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-                raise PktError(f"{name!r} cannot name a task's folder; use letters, digits, '-', '_' and '.'")
+        _check_names(named, "seeds", "a task")
+        _check_names(self.recipes, "recipes", "a recipe")
         if tokenizer is None and not all(isinstance(given, Seeds) for given in named.values()):
             if isinstance(self.model, nn.Module):
                 raise PktError("a teacher in memory needs its tokenizer to read the seeds; pass tokenizer=")
@@ -113,13 +126,15 @@ class Job:
 
     def _note_other_ids(self, student: Any, tokenizer: Any) -> None:
         """Say in the plan where tables are fed row by row though the two tokenizers number their tokens differently."""
-        stored = all(isinstance(m, (str, Path)) for m in (self.model, student))
-        if not stored or self.vocabulary is not None or all(t.group != "embedding" for t in self.pairing.targets):
+        by_row = [
+            p for p in self.pairings.values() if p.vocabulary is None and any(t.group == "embedding" for t in p.targets)
+        ]
+        if not by_row or not all(isinstance(m, (str, Path)) for m in (self.model, student)):
             return
         with contextlib.suppress(PktError):  # a student need not come with a tokenizer
             count = other_ids(load_tokenizer(self.model) if tokenizer is None else tokenizer, load_tokenizer(student))
-            if count:
-                self.pairing.notes.append(
+            for pairing in by_row if count else ():
+                pairing.notes.append(
                     f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
                     "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
                     "--modules all,-embed,-head"
@@ -151,8 +166,7 @@ class Job:
             "teacher's weights": [fingerprint(self.model), stamps],
             "student": self.student.identity(),
             **{f"seeds {name}".strip(): seeds.fingerprint for name, seeds in self.seeds.items()},
-            **{f"option {name}": value for name, value in self.options.as_dict().items()},
-            **{f"factorization {name}": value for name, value in self.factorization.as_dict().items()},
+            **self._recipe_inputs(),
             **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
@@ -162,14 +176,23 @@ class Job:
             "versions": versions(),
         }
 
-    def provenance(self, task: int, losses: Sequence[float]) -> dict[str, Any]:
-        seeds = list(self.seeds.values())[task]
+    def _recipe_inputs(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for recipe, made in self.recipes.items():
+            own = f" of {recipe}" if recipe else ""
+            found |= {f"option {name}{own}": value for name, value in made.options.as_dict().items()}
+            found |= {f"factorization {name}{own}": value for name, value in made.factorization.as_dict().items()}
+        return found
+
+    def provenance(self, result: Result) -> dict[str, Any]:
+        task, recipe = result
         return {
-            "factorization": self.factorization.as_dict(),
+            "factorization": self.recipes[recipe].factorization.as_dict(),
             "teacher": {**self.teacher.identity(), "fingerprint": fingerprint(self.model)},
             "versions": versions(),
-            "seeds": seeds.describe(),
-            "losses": self.losses(task, losses),
+            "seeds": self.seeds[task].describe(),
+            # Recorded only when given, so that results made without it stay what they were.
+            **({} if self.dtype is None else {"dtype": str(self.dtype)}),
         }
 
     def scores_metadata(self, task: int, losses: Sequence[float], tile: int | None) -> dict[str, Any]:
@@ -186,17 +209,17 @@ class Job:
             "provenance": {"seeds": seeds.describe(), "teacher": self.teacher.identity()},
         }
 
-    def finished(self, out: Path) -> dict[str, Extraction] | None:
+    def finished(self, out: Path) -> dict[Result, Extraction] | None:
         """The extractions already in `out`, when they are all there and of the same inputs."""
         found = {}
-        for name, seeds in self.seeds.items():
-            done = _finished(out / name, self.teacher, self.student, seeds, self.options, self.factorization)
+        for result in self.results:
+            done = self._finished_one(folder_of(out, result), result)
             if done is None:
                 return None
-            found[name] = done
+            found[result] = done
         run = run_path(out)
-        for task, name in enumerate(self.seeds):
-            target, left = out / name / SCORES, run / f"scores-{task}.safetensors"
+        for i, task in enumerate(self.seeds):
+            target, left = out / task / SCORES, run / f"scores-{i}.safetensors"
             if self.keep_scores != "none" and not target.is_file():
                 # Interrupted between the last two renames.
                 if not left.is_file():
@@ -207,35 +230,73 @@ class Job:
         shutil.rmtree(run, ignore_errors=True)
         return found
 
+    def _finished_one(self, folder: Path, result: Result) -> Extraction | None:
+        """The extraction already in a folder, when it is of the same inputs; another is refused with the difference named."""
+        if not (folder / MANIFEST).is_file():
+            return None
+        ext = Extraction.load(folder)
+        task, recipe = result
+        wanted = {
+            "teacher": self.teacher.identity(),
+            "teacher's weights": fingerprint(self.model),
+            "student": self.student.identity(),
+            "seeds": self.seeds[task].fingerprint,
+            "options": self.recipes[recipe].options.as_dict(),
+            "factorization": self.recipes[recipe].factorization.as_dict(),
+            "dtype": None if self.dtype is None else str(self.dtype),
+        }
+        recorded = {
+            "teacher": ext.plan.teacher,
+            "teacher's weights": ext.provenance.get("teacher", {}).get("fingerprint"),
+            "student": ext.plan.student,
+            "seeds": ext.provenance.get("seeds", {}).get("fingerprint"),
+            "options": ext.plan.options,
+            "factorization": ext.provenance.get("factorization"),
+            "dtype": ext.provenance.get("dtype"),
+        }
+        different = difference(recorded, wanted)
+        if different:
+            raise PktError(
+                f"{folder} holds the result of another transfer ({', '.join(different)}); name another, or replace it with --force"
+            )
+        return ext
+
     def check_output(self, out: Path, *, force: bool) -> None:
-        """Refuse an output that holds something else; tasks that an interrupted run already wrote are no such thing."""
-        if not self.several or not out.is_dir() or {p.name for p in out.iterdir()} - set(self.seeds):
+        """Refuse an output that holds something else; results that an interrupted run already wrote are no such thing."""
+        folders = {folder_of(out, result): result for result in self.results}
+        between = {parent for folder in folders for parent in folder.parents if out == parent or out in parent.parents}
+        ours = {*folders, *between, *(out / task / SCORES for task in self.seeds)}
+        if out in folders or any(set(folder.iterdir()) - ours for folder in between if folder.is_dir()):
             check_output_folder(out, force=force)
             return
-        for name in self.seeds:
-            if force or not self.finished_one(out / name, name):
-                check_output_folder(out / name, force=force)
+        for folder, result in folders.items():
+            if force or self._finished_one(folder, result) is None:
+                check_output_folder(folder, force=force)
 
-    def result(self, extractions: dict[str, Extraction]) -> Extraction | dict[str, Extraction]:
-        return extractions if self.several else extractions[""]
-
-    def save(self, extractions: dict[str, Extraction], out: Path, folder: RunFolder, *, force: bool) -> None:
-        """Write every task's folder; each appears whole or not at all."""
-        if force and self.several and (out / MANIFEST).is_file():
+    def save(self, extractions: Mapping[Result, Extraction], out: Path, folder: RunFolder, *, force: bool) -> None:
+        """Write every result's folder; each appears whole or not at all."""
+        several = ("", "") not in extractions
+        if force and several and (out / MANIFEST).is_file():
             # A single extraction of pkt's, which `check_output` found and --force gives up.
             shutil.rmtree(out)
-        for task, (name, extraction) in enumerate(extractions.items()):
-            target = out / name if name else out
-            if force or not self.several or not self.finished_one(target, name):
+        for result, extraction in extractions.items():
+            target = folder_of(out, result)
+            if force or not several or self._finished_one(target, result) is None:
                 sweep_scratch(target)
                 extraction.save(target, force=force)
-            if folder.scores_file(task).is_file():
-                with os_errors(f"writing {target / SCORES}"):
-                    os.replace(folder.scores_file(task), target / SCORES)
+        for i, task in enumerate(self.seeds):
+            if folder.scores_file(i).is_file():
+                with os_errors(f"writing {out / task / SCORES}"):
+                    os.replace(folder.scores_file(i), out / task / SCORES)
 
-    def finished_one(self, target: Path, name: str) -> bool:
-        done = _finished(target, self.teacher, self.student, self.seeds[name], self.options, self.factorization)
-        return done is not None
+
+def _check_names(named: Mapping[str, Any], what: str, one: str) -> None:
+    """One alone may have no name."""
+    if not named:
+        raise PktError(f"no {what} were given")
+    for name in named:
+        if (name or len(named) > 1) and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise PktError(f"{name!r} cannot name {one}'s folder; use letters, digits, '-', '_' and '.'")
 
 
 def check_rank_fits(pairing: Pairing, options: Factorization) -> None:
@@ -245,40 +306,6 @@ def check_rank_fits(pairing: Pairing, options: Factorization) -> None:
         raise PktError(
             f"rank {options.rank} is above the smaller side of {len(low)} matrices: {', '.join(low[:8])}; use a smaller rank"
         )
-
-
-def _finished(
-    out: str | Path,
-    teacher: ModelSpec,
-    student: ModelSpec,
-    seeds: Seeds,
-    options: PlanOptions,
-    factorization: Factorization,
-) -> Extraction | None:
-    """The extraction already in `out`, when it is of the same inputs; another one's is refused with the difference named."""
-    if not (Path(out) / "pkt.json").is_file():
-        return None
-    ext = Extraction.load(out)
-    wanted = {
-        "teacher": teacher.identity(),
-        "student": student.identity(),
-        "seeds": seeds.fingerprint,
-        "options": options.as_dict(),
-        "factorization": factorization.as_dict(),
-    }
-    recorded = {
-        "teacher": ext.plan.teacher,
-        "student": ext.plan.student,
-        "seeds": ext.provenance.get("seeds", {}).get("fingerprint"),
-        "options": ext.plan.options,
-        "factorization": ext.provenance.get("factorization"),
-    }
-    different = difference(recorded, wanted)
-    if different:
-        raise PktError(
-            f"{out} holds the result of another transfer ({', '.join(different)}); name another, or replace it with --force"
-        )
-    return ext
 
 
 def _device_of(teacher: Any) -> torch.device:
