@@ -23,7 +23,7 @@ import pkt
 
 RANK = 16
 # Runs of a stage at most, and seconds after which there are no more.
-ROUNDS, BUDGET = 5, 20.0
+ROUNDS, BUDGET = 3, 12.0
 Shape = tuple[int, int, int, int]
 TEACHER, STUDENT, VOCABULARY, TOKENS = (768, 2048, 8, 12), (512, 1408, 6, 8), 8192, 128
 TINY_TEACHER, TINY_STUDENT, TINY_VOCABULARY, TINY_TOKENS = (48, 96, 3, 4), (32, 64, 2, 4), 64, 16

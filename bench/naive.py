@@ -1,4 +1,4 @@
-"""The straightforward algorithm of METHOD, section 7, as its authors run it; written anew, to measure pkt against.
+"""The straightforward algorithm of docs/method.md, as its authors run it; written anew, to measure pkt against.
 
 fp32, one sample at a time, all gradients stored; a window search that visits every offset in a Python loop over a
 summed-area table; full singular value decompositions.

@@ -126,7 +126,7 @@ def load_seeds(
     limit: int | None = None,
     today: datetime.date | None = None,
 ) -> Seeds:
-    """Read and tokenize a JSONL file of examples (METHOD, sections 1 and 6).
+    """Read and tokenize a JSONL file of examples (docs/method.md §1, §6).
 
     tokenizer: a tokenizer, or the folder of a model that has one. Rows are {"messages"} (with "tools" where the chat template
     knows them), {"prompt", "completion"} (both strings or both lists of messages) or {"text"}. Messages go through the

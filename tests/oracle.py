@@ -1,4 +1,4 @@
-"""The formulas of METHOD in plain torch and fp64, and the tiny models that tests run them on."""
+"""The formulas of docs/method.md in plain torch and fp64, and the tiny models that tests run them on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Floors of the relative Frobenius error by dtype of the weights (DESIGN, section 9).
+# Floors of the relative Frobenius error by dtype of the weights (docs/design.md §7).
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 

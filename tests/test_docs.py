@@ -35,6 +35,24 @@ def test_links_in_the_pages_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_cited_sections_exist() -> None:
+    sources = [p for folder in ("pkt", "kernels", "csrc", "tests", "bench") for p in (ROOT / folder).rglob("*.*")]
+    cited: set[tuple[str, str]] = set()
+    for source in (
+        p for p in sources if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".md") and "assets" not in p.parts
+    ):
+        text = source.read_text(encoding="utf-8")
+        assert not re.search(r"\b(METHOD|DESIGN)[,\s]+(section|§)", text), (
+            f"{source}: cites a page that is not in docs/"
+        )
+        for page, numbers in re.findall(r"docs/(\w+\.md)((?:,? §\d+)+)", text):
+            cited |= {(page, number) for number in re.findall(r"\d+", numbers)}
+    assert {page for page, _ in cited} == {"method.md", "design.md"}
+    for page, number in sorted(cited):
+        headings = re.findall(r"^## (\d+)\.", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+        assert number in headings, f"docs/{page} has no section {number}"
+
+
 def test_names_of_modules_are_known_in_one_file_only() -> None:
     import ast
 

@@ -354,7 +354,7 @@ def embedding_edges(what: str) -> None:
 
 
 def quantized(score: Tensor, count: int) -> Tensor:
-    """METHOD's integers, in Python's own arithmetic."""
+    """The window search's integers, in Python's own arithmetic."""
     import math
 
     exponent = math.frexp(float(score.max()))[1]

@@ -176,6 +176,17 @@ class TestScores:
         for parameter in truth:
             assert oracle.relative_error(found[parameter], truth[parameter]) < 1e-5, parameter
 
+    @pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_other_measures_agree_with_autograd_in_fp64(self, measure: str, tied: bool, tmp_path: Path) -> None:
+        model, batches = oracle.llama(tied), oracle.batched(oracle.token_samples(7), 3)
+        truth, found = (
+            oracle.sensitivity(model, batches, measure=measure),
+            streamed(model, batches, tmp_path, measure=measure),
+        )
+        for parameter in truth:
+            assert oracle.relative_error(found[parameter], truth[parameter]) < 1e-5, parameter
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})

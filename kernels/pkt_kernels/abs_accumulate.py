@@ -1,4 +1,4 @@
-"""acc += |theta ⊙ grad| for any parameter, in place (METHOD §1); other measures: |theta^weighted ⊙ grad|^power.
+"""acc += |theta ⊙ grad| for any parameter, in place (docs/method.md §1); other measures: |theta^weighted ⊙ grad|^power.
 
 acc is fp32; theta and grad have its shape, any strides and any floating dtype of at most 32 bits.
 

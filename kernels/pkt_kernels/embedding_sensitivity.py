@@ -1,6 +1,6 @@
 """Sensitivity of an embedding table: the gradients of a token's uses in one sample are summed before |·|.
 
-    acc[v, d] += |w[v, d]|^p · Σ_j | Σ_{r in sample j, ids[r] = v} dy[r, d] |^p        (METHOD §1; p = 1, or 2)
+    acc[v, d] += |w[v, d]|^p · Σ_j | Σ_{r in sample j, ids[r] = v} dy[r, d] |^p        (docs/method.md §1; p = 1, or 2)
 
 ids [R] int64, dy [R, d]; sample j owns rows seq_starts[j] .. + seq_lens[j], other rows are never read.
 Unweighted, |w|^p is left out.

@@ -1,6 +1,6 @@
 """Sensitivity of a linear layer's weight, fused with the product that makes its gradient.
 
-    acc[n, m] += |w[n, m]|^p · Σ_j | Σ_t dy_j[t, n] · x_j[t, m] |^p    (METHOD §1: Σ_j |θ·g_j|^p with g_j = dy_jᵀ x_j)
+    acc[n, m] += |w[n, m]|^p · Σ_j | Σ_t dy_j[t, n] · x_j[t, m] |^p    (docs/method.md §1: Σ_j |θ·g_j|^p with g_j = dy_jᵀ x_j)
 
 p is 1 or 2; unweighted, |w|^p is left out.
 x [R, m] and dy [R, n] hold the rows of all samples; sample j owns rows seq_starts[j] .. + seq_lens[j]. Rows that belong

@@ -1,7 +1,7 @@
 """The contiguous window of a score matrix with the largest sum, and row, column and block sums, in exact integers.
 
 score [n, m], non-negative, is read as integers q = ⌊score · 2^(bits - e) + ½⌋ with max(score) = f · 2^e, ½ ≤ f < 1
-(METHOD §3). bits is 36 or as many as keep a window's sum below 2^62, so that sums are exact in int64 in any order,
+(docs/method.md §3). bits is 36 or as many as keep a window's sum below 2^62, so that sums are exact in int64 in any order,
 and every device finds the same window, ties included (the first in row-major order).
 
 best_window is separable and never stores a summed-area table. Pass 1 finds max(score). Pass 2 slides the window's

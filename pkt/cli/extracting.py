@@ -112,12 +112,15 @@ def sensitivity(
     seeds: SeedFile,
     out: Annotated[Path, typer.Option("--out", help="File to write (.safetensors).", show_default=False)],
     tile: Annotated[int | None, typer.Option("--tile", help="Keep sums over tile x tile blocks only.")] = None,
+    measure: Annotated[
+        str, typer.Option("--measure", help="theta_grad (what pkt plan takes), grad, fisher or theta_grad_squared.")
+    ] = "theta_grad",
     **options: Any,
 ) -> None:
     """Score every parameter of the teacher on the seeds and save the scores."""
     from pkt.scoring import score_checkpoint
 
-    sens = score_checkpoint(teacher, seeds, out, tile=tile, **options)
+    sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, **options)
     out_console.print(f"{out}: {sens}", highlight=False)
 
 

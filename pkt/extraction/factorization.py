@@ -1,4 +1,4 @@
-"""A matrix as a product of two thin ones: the leading singular directions, at a fixed rank or by energy (METHOD, section 4)."""
+"""A matrix as a product of two thin ones: the leading singular directions, at a fixed rank or by energy (docs/method.md §4)."""
 
 from __future__ import annotations
 

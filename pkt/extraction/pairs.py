@@ -103,7 +103,7 @@ def extract(
     progress: bool = True,
     provenance: dict[str, Any] | None = None,
 ) -> Extraction:
-    """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (METHOD, section 4).
+    """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (docs/method.md §4).
 
     rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
     max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for

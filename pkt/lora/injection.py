@@ -1,4 +1,4 @@
-"""Put an extraction into a student as a PEFT LoRA, so that step 0 is still the student (METHOD, section 5).
+"""Put an extraction into a student as a PEFT LoRA, so that step 0 is still the student (docs/method.md §5).
 
 paired    one adapter of twice the rank, A = [A₀; A₀], B = [B₀, −B₀]: the halves cancel exactly. Only the first half gets a
           gradient, so a trainer moves BA away from B₀A₀ while −B₀A₀ stays. The student's weights are not touched, and every

@@ -61,7 +61,7 @@ def _check_power(op: str, power: int) -> None:
 
 
 def abs_accumulate_(acc: Tensor, theta: Tensor, grad: Tensor, power: int = 1, weighted: bool = True) -> None:
-    """acc += |theta * grad| in fp32, in place; any shape and strides, all three of one shape (METHOD, section 1).
+    """acc += |theta * grad| in fp32, in place; any shape and strides, all three of one shape (docs/method.md §1).
 
     Here and below, other measures (`MEASURES`) add |grad|, grad² or (theta * grad)²: |theta^weighted * grad|^power.
     """
@@ -111,7 +111,7 @@ def linear_sensitivity_(
     power: int = 1,
     weighted: bool = True,
 ) -> None:
-    """acc += |w| * sum_j |dy_jᵀ x_j|, per sample before the absolute value (METHOD, section 1).
+    """acc += |w| * sum_j |dy_jᵀ x_j|, per sample before the absolute value (docs/method.md §1).
 
     acc [out, in] fp32; w [out, in]; x [rows, in]; dy [rows, out]; sample j is rows seq_starts[j] .. + seq_lens[j] (int64).
     Rows of no sample are never read.
@@ -174,7 +174,7 @@ def embedding_sensitivity_(
 
 
 def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[Tensor, Tensor]:
-    """The rows x cols window of `score` [n, m] with the largest sum (METHOD, section 3).
+    """The rows x cols window of `score` [n, m] with the largest sum (docs/method.md §3).
 
     Returns (offset int64 [2], its sum in quantized units int64 []). Offsets are multiples of the steps; the first in
     row-major order wins a tie. S is quantized once (`window_bits`), so sums are exact and every device agrees.

@@ -35,7 +35,7 @@ class Measure(NamedTuple):
     weighted: bool
 
 
-# Name -> what it sums; `ops.linear_sensitivity_(..., *MEASURES[name])`. Who uses them: METHOD's sensitivity; GBLM-Pruner;
+# Name -> what it sums; `ops.linear_sensitivity_(..., *MEASURES[name])`. Who uses them: the sensitivity; GBLM-Pruner;
 # the empirical Fisher's diagonal (EWC, Fisher merging); first-order Taylor pruning.
 MEASURES = {
     "theta_grad": Measure(1, True),

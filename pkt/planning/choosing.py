@@ -1,4 +1,4 @@
-"""Choosing, once there are scores: the layers, experts and regions of a pairing, and so the plan (METHOD, sections 2 and 3)."""
+"""Choosing, once there are scores: the layers, experts and regions of a pairing, and so the plan (docs/method.md §2, §3)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(
     roles: Any = None,
     seed: int = 0,
 ) -> TransferPlan:
-    """Choose layers and regions (METHOD, sections 2 and 3) and check them against both models.
+    """Choose layers and regions (docs/method.md §2, §3) and check them against both models.
 
     teacher, student: a configuration, a model or a checkpoint directory. layers: sensitivity, first, last, random, or a list
     of teacher layers, one per student layer (`layer_map` is the same under the name people look for). select: window,

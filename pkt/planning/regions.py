@@ -1,4 +1,4 @@
-"""Which part of a teacher's matrix has the student's shape, and which of its layers (METHOD, sections 2 and 3)."""
+"""Which part of a teacher's matrix has the student's shape, and which of its layers (docs/method.md §2, §3)."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class Wanted:
 
 
 class Strategy:
-    """A way to choose a region by its scores (METHOD, section 3).
+    """A way to choose a region by its scores (docs/method.md §3).
 
     A new one is a class here, a row of `STRATEGIES` and a word of `pkt.options.Select`.
 
@@ -339,7 +339,7 @@ def _on_tiles(score: Tensor, wanted: Wanted, tile: int) -> tuple[Tensor, tuple[i
 def select_layers(
     choice: str | Sequence[int], teacher_layers: int, student_layers: int, scores: Tensor | None, *, seed: int = 0
 ) -> list[int]:
-    """The teacher layer that feeds each student layer, in their original order (METHOD, section 2)."""
+    """The teacher layer that feeds each student layer, in their original order (docs/method.md §2)."""
     if not isinstance(choice, str):
         chosen = [int(i) for i in choice]
         if len(chosen) != student_layers:

@@ -37,12 +37,12 @@ def sensitivity(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Score every parameter of `model` on the samples of `loader` (METHOD, section 1).
+    """Score every parameter of `model` on the samples of `loader` (docs/method.md §1).
 
     model: any nn.Module; it is scored in eval mode and left exactly as it was found, also when interrupted.
-    loader: batches; for the default loss mappings with `labels` and what the model's forward takes. A batch's first
-        dimension is the sample. S does not depend on how samples are batched, padded on the right or ordered. What
-        `pkt.load_seeds` returns is taken as it is.
+    loader: batches, all held in a list, for they may have to be gone through again; for the default loss mappings with
+        `labels` and what the model's forward takes. A batch's first dimension is the sample. S does not depend on how
+        samples are batched, padded on the right or ordered. What `pkt.load_seeds` returns is taken as it is.
     loss_fn(model, batch) -> [B]: one loss per sample; default: cross-entropy, the mean over each sample's target tokens,
         shifted by one for logits [B, T, V]. A model that only gives a scalar loss is run one sample at a time.
     params: a regular expression or a list of names; the other parameters are not scored.
@@ -66,8 +66,7 @@ def sensitivity(
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
     place = None if device is None else checked_device(device)
-    if measure not in MEASURES:
-        raise PktError(f"measure={measure!r} is unknown; choose one of {', '.join(MEASURES)}")
+    _check_measure(measure)
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
@@ -90,7 +89,13 @@ def sensitivity(
 
 
 def score_seeds(
-    teacher: Any, seeds: Seeds, *, batch_size: int = 8, tile: int | None = None, progress: bool = True
+    teacher: Any,
+    seeds: Seeds,
+    *,
+    batch_size: int = 8,
+    tile: int | None = None,
+    measure: str = "theta_grad",
+    progress: bool = True,
 ) -> Sensitivity:
     """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them."""
     if batch_size < 1:
@@ -100,7 +105,7 @@ def score_seeds(
     order = longest_first(seeds)
     ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
     try:
-        sens = sensitivity(teacher, ordered.batches(batch_size), tile=tile, progress=progress)
+        sens = sensitivity(teacher, ordered.batches(batch_size), tile=tile, measure=measure, progress=progress)
     except SampleError as error:
         raise error.placed(ordered.where) from error
     sens.losses = in_order_of(sens.losses, order)
@@ -114,6 +119,7 @@ def score_checkpoint(
     out: str | Path,
     *,
     tile: int | None = None,
+    measure: str = "theta_grad",
     loss: Loss = "answer",
     max_length: int = 2048,
     batch_size: int = 8,
@@ -121,6 +127,7 @@ def score_checkpoint(
     dtype: torch.dtype | None = None,
 ) -> Sensitivity:
     """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
+    _check_measure(measure)
     if Path(out).exists():
         raise PktError(f"{out} exists already; name another file")
     with os_errors(f"writing {out}"):
@@ -132,9 +139,14 @@ def score_checkpoint(
     model = load_model(teacher, dtype=dtype, device="cpu" if device is None else device, dequantize=True)
     if dtype is None:
         model = model.to(ops.working_dtype(model.dtype, model.device))
-    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile)
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, measure=measure)
     sens.save(out)
     return sens
+
+
+def _check_measure(measure: str) -> None:
+    if measure not in MEASURES:
+        raise PktError(f"measure={measure!r} is unknown; choose one of {', '.join(MEASURES)}")
 
 
 def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:

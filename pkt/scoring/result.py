@@ -54,7 +54,7 @@ class Sensitivity(Mapping[str, Tensor]):
         return f"Sensitivity({len(self)} parameters, {what}, {len(self.losses)} samples)"
 
     def layer_scores(self) -> Tensor:
-        """Σ of S over all parameters of each decoder layer, fp64 [L] (METHOD, section 2)."""
+        """Σ of S over all parameters of each decoder layer, fp64 [L] (docs/method.md §2)."""
         found: dict[int, float] = defaultdict(float)
         for name, score in self.scores.items():
             layer = layer_of(name, self.layers)

@@ -1,4 +1,4 @@
-r"""Sensitivity: S(θ) = Σ_j |θ · ∂L(x_j)/∂θ|, exact per sample, for a whole batch in one backward pass (METHOD, section 1).
+r"""Sensitivity: S(θ) = Σ_j |θ · ∂L(x_j)/∂θ|, exact per sample, for a whole batch in one backward pass (docs/method.md §1).
 
 How it works. While scoring, the modules that hold almost all parameters run with detached weights and their outputs pass
 through an identity whose backward sees dY (`taps`). What a sample gave to a weight follows from X and dY alone (`uses`): a

@@ -134,7 +134,7 @@ class SharedSink:
 
 class TiedSink:
     """A table that is a fused head and an embedding: of the head's gradients H only the rows that a sample's tokens touch
-    change, by |H + E| − |H|, and those are computed again (DESIGN, section 5.6).
+    change, by |H + E| − |H|, and those are computed again (docs/design.md §5).
     """
 
     def __init__(self, inner: FullSink) -> None:

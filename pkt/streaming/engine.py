@@ -1,4 +1,4 @@
-"""The layer-major engine: exact sensitivity of a teacher of any depth with one decoder layer in memory (DESIGN, section 5).
+"""The layer-major engine: exact sensitivity of a teacher of any depth with one decoder layer in memory (docs/design.md §5).
 
 How it works. The model runs once with its decoder layers replaced by recorders (`pkt.streaming.parts`). Layers then run
 forward one at a time, keeping only the hidden states at their boundaries; the head gives the gradient at the last boundary;
@@ -67,7 +67,7 @@ Part: TypeAlias = Callable[[int, Key, dict[str, Tensor], Callable[[str], Tensor]
 
 
 class Engine:
-    """Scores a teacher on several tasks' batches part by part, from the head down (DESIGN, section 5).
+    """Scores a teacher on several tasks' batches part by part, from the head down (docs/design.md §5).
 
     on_part(task, key, scores, weight): S of a part's parameters by name, complete, fp32 on the device, and a function from
     a parameter's name to its value; both are valid only during the call. on_commit(key, progress): a part of every task is

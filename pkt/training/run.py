@@ -1,4 +1,4 @@
-"""`pkt train`: an injected student through transformers' Trainer, with the paper's settings as defaults (METHOD, section 6)."""
+"""`pkt train`: an injected student through transformers' Trainer, with the paper's settings as defaults (docs/method.md §6)."""
 
 from __future__ import annotations
 
