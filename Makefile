@@ -24,10 +24,19 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-# The clients (TRL, lm-eval, bitsandbytes) are large, so only the slow tests install them.
+# The oldest Triton that pkt accepts, beside the installed one, and a numpy that its interpreter can work with.
+OLDEST := .triton-oldest
+$(OLDEST)/.installed: $(STAMP)
+	rm -rf $(OLDEST)
+	$(PIP) --no-deps --target $(OLDEST) "triton==$$(sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml).*" "numpy<2.4"
+	touch $@
+
+# The clients (TRL, lm-eval, bitsandbytes) are large, so only the slow tests install them. Without the oldest Triton the
+# tests of it are skipped, and say so.
 test-slow: $(STAMP)
 	$(PIP) -c constraints.txt -e ".[clients]"
 	$(PIP) --no-build-isolation --no-deps -e .
+	-$(MAKE) $(OLDEST)/.installed
 	$(PYTEST) -m "slow and not gpu"
 
 lint: $(STAMP)
@@ -57,4 +66,4 @@ bench: $(STAMP) demo
 	$(BIN)/python bench/goals.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pkt-demo runs pkt/_C*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info pkt-demo runs pkt/_C*.so

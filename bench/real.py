@@ -23,7 +23,7 @@ import torch
 from measuring import RESULTS, Peak
 
 import pkt
-from pkt.models import Weights, load_model, load_tokenizer, quiet
+from pkt.models import Model, load_model, load_tokenizer, quiet
 
 
 def gguf_from_package() -> Path:
@@ -91,10 +91,10 @@ def check_gguf(student: Path, seeds: Path, whole: Path) -> dict[str, Any]:
 
 def check_spectra(teacher: Path, ext: pkt.Extraction) -> dict[str, float]:
     """The factors' residual over the optimum (fp64 singular values) on one region of each role; at most 1.01."""
-    weights = Weights(teacher)
+    model = Model.of(teacher)
     ratios = {}
     for entry in ext.plan.entries[:8]:
-        region = entry.region.cut(weights[f"{entry.source}.weight"]).float()
+        region = entry.region.cut(model.tensor(f"{entry.source}.weight")).float()
         pair = ext.pairs[entry.target]
         product = pair.B @ pair.A
         residual = float((region - (product.t() if entry.kind == "embedding" else product)).double().norm() ** 2)

@@ -49,12 +49,12 @@ def write_teacher(folder: Path, shape: dict[str, int]) -> int:
     """A checkpoint of random bf16 weights, one shard a layer; never whole in memory. Its bytes."""
     from safetensors.torch import save_file
 
-    from pkt.models import skeleton
+    from pkt.models import Model
 
     text = config(shape)
     text.save_pretrained(folder)
     groups: dict[str, list[str]] = {}
-    model = skeleton(text)
+    model = Model.of(text).skeleton()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name in shapes:
         parts = name.split(".")

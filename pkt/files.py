@@ -15,7 +15,7 @@ import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor
 
@@ -255,10 +255,28 @@ def read_json(path: str | Path) -> Any:
         raise PktError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}); mend the file or write it again"
         ) from error
+    except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
+        raise PktError(f"{path}: not JSON that can be read ({error}); mend the file or write it again") from error
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's length.
+class StoredTensor(NamedTuple):
+    """A tensor of a safetensors file: its type as the format names it, its shape, and its bytes' place in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsHeader(NamedTuple):
+    """What a safetensors file holds."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def safetensors_header(path: Path) -> SafetensorsHeader:
+    """The header of a safetensors file that the safetensors library itself would read.
 
     Raises `PktError` when the file is missing, unreadable, truncated or not safetensors, naming the file.
     """
@@ -266,7 +284,9 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         return _header(path)
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path) -> SafetensorsHeader:
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise PktError(f"{path} is missing; download or copy the checkpoint again")
     size = path.stat().st_size
@@ -278,13 +298,42 @@ def _header(path: Path) -> dict[str, Any]:
         if length > size - 8:
             raise PktError(f"{path} is truncated or not a safetensors file ({size} bytes); download or copy it again")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            # What safetensors accepts has offsets without gaps, sizes that follow from types and shapes, and no deep nesting.
+            with safe_open(path, framework="np"):
+                pass
+        except SafetensorError as error:
+            if "not fully covered" in str(error):
+                raise PktError(f"{path} {_misfit(file.read(length), size)}; download or copy it again") from error
+            raise PktError(f"{path} is not a sound safetensors file ({error}); download or copy it again") from error
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_without_doubles)
         except ValueError as error:
-            raise PktError(f"{path} has a broken safetensors header; download or copy it again") from error
-    end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    if end != size:
-        raise PktError(f"{path} is truncated: {size} bytes of {end}; download or copy it again")
-    return header
+            raise PktError(f"{path} is not a sound safetensors file ({error}); download or copy it again") from error
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
+    return SafetensorsHeader(tensors, metadata)
+
+
+def _misfit(header: bytes, size: int) -> str:
+    places = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    end = 8 + len(header) + max((end for _, end in places), default=0)
+    return (
+        f"is truncated: {size} bytes of {end}"
+        if size < end
+        else f"goes on for {size - end} bytes after its last tensor"
+    )
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it names {name!r} twice")
+        found[name] = value
+    return found
 
 
 def sha256(*parts: bytes | str) -> str:

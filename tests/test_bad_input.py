@@ -13,7 +13,7 @@ import torch
 from conftest import save
 
 import pkt
-from pkt.models import load_config, load_tokenizer, spec_of
+from pkt.models import Model, load_tokenizer, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,8 @@ def test_damaged_model_folders(
     folder = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
     if file == "config.json":
         value = json.loads((folder / file).read_text()) | value
+    else:
+        (folder / "model.safetensors").unlink()
     (folder / file).write_text(json.dumps(value))
     with pytest.raises(pkt.PktError, match=message):
         pkt.transfer(folder, student_dir, seed_file, progress=False)
@@ -115,7 +117,7 @@ def test_damaged_model_folders(
 def test_a_folder_that_is_not_there_and_no_hub() -> None:
     for name in ("models/techer", "owner/nope"):
         with pytest.raises(pkt.PktError, match="there is no such folder here, and the Hub does not give it either"):
-            load_config(name)
+            Model.of(name).config  # noqa: B018
         with pytest.raises(pkt.PktError, match=name):
             load_tokenizer(name)
 

@@ -94,6 +94,13 @@ def linear_inputs(n: int, m: int, dtype: torch.dtype, pad: int = 0) -> list[torc
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (power, weighted). Σ(θg)² changes both the loop and the end of every kernel; the rest are left to the slow tests.
+MEASURES = [
+    pytest.param((1, True), id="theta_grad"),
+    pytest.param((2, True), id="theta_grad_squared"),
+    pytest.param((1, False), id="grad", marks=pytest.mark.slow),
+    pytest.param((2, False), id="fisher", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -116,13 +123,51 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def test_linear_sensitivity(
     compiled: list[Any], capability: int, dtype: torch.dtype, small: bool, tile: int, pad: int, tmp_path: Path
 ) -> None:
+    check_linear(compiled, capability, dtype, small, tile, pad, (1, True), tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("measure", MEASURES[1:])
+@pytest.mark.parametrize(
+    ("dtype", "small", "tile"),
+    [
+        pytest.param(BF16, False, 0, id="bf16"),
+        pytest.param(BF16, True, 0, id="bf16-small", marks=pytest.mark.slow),
+        pytest.param(BF16, False, 64, id="bf16-tiles", marks=pytest.mark.slow),
+        pytest.param(FP16, False, 0, id="fp16", marks=pytest.mark.slow),
+        pytest.param(FP32, False, 0, id="fp32", marks=pytest.mark.slow),
+        pytest.param(FP32, True, 0, id="fp32-small", marks=pytest.mark.slow),
+    ],
+)
+def test_linear_sensitivity_of_other_measures(
+    compiled: list[Any],
+    capability: int,
+    measure: tuple[int, bool],
+    dtype: torch.dtype,
+    small: bool,
+    tile: int,
+    tmp_path: Path,
+) -> None:
+    check_linear(compiled, capability, dtype, small, tile, 0, measure, tmp_path)
+
+
+def check_linear(
+    compiled: list[Any],
+    capability: int,
+    dtype: torch.dtype,
+    small: bool,
+    tile: int,
+    pad: int,
+    measure: tuple[int, bool],
+    tmp_path: Path,
+) -> None:
     size = 256 if small else 4096
     inputs = linear_inputs(size, size, dtype, pad)
     if tile:
         tiles = torch.empty(-(-size // tile), -(-size // tile))
-        linear_sensitivity.linear_sensitivity_tiles(tiles, *inputs, tile)
+        linear_sensitivity.linear_sensitivity_tiles(tiles, *inputs, tile, *measure)
     else:
-        linear_sensitivity.linear_sensitivity(torch.empty(size, size), *inputs)
+        linear_sensitivity.linear_sensitivity(torch.empty(size, size), *inputs, *measure)
     check_resources(compiled, capability, tmp_path)
     (kernel,) = compiled
     ptx = kernel.asm["ptx"]
@@ -142,24 +187,26 @@ def test_linear_sensitivity(
         assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", disassembly(kernel, tmp_path))) == 2
 
 
-def accumulate_flat() -> None:
+def accumulate_flat(*measure: Any) -> None:
     tensors = torch.empty(4096), torch.empty(4096, dtype=BF16), torch.empty(4096, dtype=BF16)
-    abs_accumulate.abs_accumulate(*tensors)
+    abs_accumulate.abs_accumulate(*tensors, *measure)
 
 
-def accumulate_strided() -> None:
-    abs_accumulate.abs_accumulate(torch.empty(64, 64), torch.empty(64, 64, dtype=BF16).T, torch.empty(64, 64))
+def accumulate_strided(*measure: Any) -> None:
+    tensors = torch.empty(64, 64), torch.empty(64, 64, dtype=BF16).T, torch.empty(64, 64)
+    abs_accumulate.abs_accumulate(*tensors, *measure)
 
 
-def accumulate_many() -> None:
-    abs_accumulate.abs_accumulate_many([torch.empty(64)], [torch.empty(64, dtype=BF16)], [torch.empty(64)])
+def accumulate_many(*measure: Any) -> None:
+    tensors = [torch.empty(64)], [torch.empty(64, dtype=BF16)], [torch.empty(64)]
+    abs_accumulate.abs_accumulate_many(*tensors, *measure)
 
 
-def embedding() -> None:
+def embedding(*measure: Any) -> None:
     bounds = torch.zeros(2, dtype=torch.int64)
     ids, dy = torch.zeros(64, dtype=torch.int64), torch.empty(64, 1024, dtype=BF16)
     embedding_sensitivity.embedding_sensitivity(
-        torch.empty(100, 1024), torch.empty(100, 1024, dtype=BF16), ids, dy, bounds, bounds
+        torch.empty(100, 1024), torch.empty(100, 1024, dtype=BF16), ids, dy, bounds, bounds, *measure
     )
 
 
@@ -178,14 +225,28 @@ def blocks() -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
     "launch_kernels",
-    [accumulate_flat, accumulate_strided, accumulate_many, embedding, window, axes, blocks],
+    [accumulate_flat, accumulate_strided, accumulate_many, embedding],
     ids=lambda function: function.__name__,
 )
-def test_memory_bound(compiled: list[Any], capability: int, launch_kernels: Callable[[], None], tmp_path: Path) -> None:
-    launch_kernels()
+@pytest.mark.parametrize("measure", MEASURES)
+def test_accumulating(
+    compiled: list[Any],
+    capability: int,
+    launch_kernels: Callable[..., None],
+    measure: tuple[int, bool],
+    tmp_path: Path,
+) -> None:
+    launch_kernels(*measure)
     check_resources(compiled, capability, tmp_path)
     if launch_kernels is accumulate_flat:
         assert "ld.global.v4" in compiled[0].asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("launch_kernels", [window, axes, blocks], ids=lambda function: function.__name__)
+def test_windows(compiled: list[Any], capability: int, launch_kernels: Callable[[], None], tmp_path: Path) -> None:
+    launch_kernels()
+    check_resources(compiled, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [90])

@@ -360,7 +360,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     stand_in.linear_sensitivity_tiles = linear_sensitivity_tiles
     monkeypatch.setitem(sys.modules, "pkt_kernels.linear_sensitivity", stand_in)
     monkeypatch.setattr(ops.dispatch, "no_triton", lambda _: None)
-    ops.dispatch._warn_once.cache_clear()
+    ops.dispatch.warn_once.cache_clear()
     found.run = ops.dispatch.triton_or_torch("linear_sensitivity_tiles_")
     return found
 

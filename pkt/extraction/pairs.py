@@ -13,9 +13,8 @@ from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction.factorization import BATCH, Factors, enough_memory, factorize_all
 from pkt.extraction.result import Extraction
-from pkt.files import as_path
 from pkt.manifest import versions
-from pkt.models import ModelSpec, Weights, check_identity, fingerprint, spec_of
+from pkt.models import Model, ModelSpec, check_identity
 from pkt.options import Factorization, Split
 from pkt.planning import Entry, TransferPlan, by_expert, source_names
 from pkt.progress import bar
@@ -113,12 +112,10 @@ def extract(
         raise PktError(
             f"a plan is needed, not {type(plan).__name__}; make one with pkt.plan, or TransferPlan.from_json"
         )
-    if not isinstance(teacher, torch.nn.Module):
-        teacher = as_path(teacher, "a teacher (a model, or the path of its checkpoint)")
-    spec = spec_of(teacher)
+    model = Model.of(teacher, "a teacher (a model, or the path of its checkpoint)")
     options = Factorization(rank, max_rank, energy, split, seed)
+    spec = model.identified(progress=progress)
     check_extraction(plan, spec, options)
-    weights = Weights(teacher)
     sources = spec.by_module()
     pairs: dict[str, Pair] = {}
     energies: dict[str, float] = {}
@@ -126,7 +123,7 @@ def extract(
 
     def matrix_of(entry: Entry) -> Tensor:
         source = sources[entry.source]
-        return source.oriented(weights[source.parameter], entry.expert)
+        return source.oriented(model.tensor(source.parameter), entry.expert)
 
     with bar("factorizing", len(targets), unit="matrices", shown=progress) as advance:
         for _, group in itertools.groupby(targets, lambda target: sources[targets[target][0].source].layer):
@@ -138,7 +135,7 @@ def extract(
             advance(len(pairs))
     details = {
         "factorization": options.as_dict(),
-        "teacher": {**spec.identity(), "fingerprint": fingerprint(teacher)},
+        "teacher": spec.identity(),
         "versions": versions(),
     }
     return Extraction(pairs, energies, plan, {**details, **(provenance or {})})

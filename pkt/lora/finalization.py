@@ -27,7 +27,7 @@ from pkt.lora.recognition import Source, read_source
 from pkt.lora.record import SHIFTED, compare_sketch, subtract
 from pkt.lora.wrapping import spec_of_base, unwrapped
 from pkt.manifest import manifest_of, versions
-from pkt.models import ModelSpec, Weights, load_model, save_model, spec_of
+from pkt.models import Model, ModelSpec, load_model, save_model, spec_of
 
 
 @dataclass
@@ -161,7 +161,7 @@ def _check_student(source: Source, spec: ModelSpec, original: Any) -> None:
         )
     if not source.record.get("sketch") or not isinstance(original, (nn.Module, str, Path)):
         return
-    weights = original if isinstance(original, nn.Module) else Weights(original)
+    weights = original if isinstance(original, nn.Module) else Model.of(original)
     check_fit(
         source.adapter.pairs if not spec.tied else split_tied(source.adapter, spec.head).pairs, spec, "the adapter"
     )
@@ -252,8 +252,7 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
     elif isinstance(student, nn.Module):
         dtype = next(student.parameters()).dtype
     else:
-        weights = Weights(student)
-        dtype = weights[parameter_name(*next(iter(result.pairs.items())))].dtype
+        dtype = Model.of(student).tensor(parameter_name(*next(iter(result.pairs.items())))).dtype
     written = next(iter(result.pairs.values())).A.dtype
     tolerance = max(TOLERANCE.get(dtype, 0.1), TOLERANCE[written])
     if exact and not result.check.gap <= tolerance * result.check.scale:

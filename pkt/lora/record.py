@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pkt.adapters import RECORD, Adapter, Pair, parameter_name
 from pkt.errors import PktError
-from pkt.models import Weights
+from pkt.models import Model
 from pkt.options import Mode as Mode
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -31,7 +31,7 @@ def make_record(base: nn.Module, adapter: Adapter, mode: Mode) -> dict[str, Any]
 def sketch(student: Any, adapter: Adapter) -> dict[str, list[float]]:
     """Eight weights of a few modules: enough to tell the original student from a shifted one, or another.
 
-    student: a model (its layers may be wrapped by PEFT) or `Weights`. The tables are always among the modules, since PEFT saves
+    student: a model (its layers may be wrapped by PEFT) or a `Model`. The tables are always among the modules, since PEFT saves
     and loads their base weights with an adapter. Quantized matrices are left out.
     """
     inside = sorted(m for m in adapter.pairs if any(part.isdigit() for part in m.split(".")))
@@ -78,7 +78,7 @@ def _places(weight: Tensor) -> Tensor:
 def weight_of(student: Any, module: str, pair: Pair | None) -> Tensor | None:
     """What a pair changes, or None where its values are not there, or packed."""
     name = parameter_name(module, pair)
-    weight = student[name] if isinstance(student, Weights) else parameter_of(student, name)
+    weight = student.tensor(name) if isinstance(student, Model) else parameter_of(student, name)
     whole = 3 if pair is not None and pair.experts else 2
     if weight is None or not weight.is_floating_point() or weight.ndim != whole or weight.is_meta:
         return None

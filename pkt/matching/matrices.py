@@ -5,20 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pkt.models import (
-    NORMS,
-    ModelSpec,
-    Runs,
-    Target,
-    Weights,
-    load_config,
-    skeleton,
-    spec_of_model,
-    unit_offset,
-    unwrap,
-)
+from pkt.models import NORMS, Model, ModelSpec, Runs, Target, unit_offset
 
 # Roles whose input is a norm's output, and which norm's: that before the attention, the FFN or the head.
 _NORMED = {
@@ -39,13 +28,9 @@ class Matrices:
     """
 
     def __init__(self, model: Any) -> None:
-        if isinstance(model, nn.Module):
-            tree, name = unwrap(model), ""
-        else:
-            tree, name = skeleton(load_config(model)), str(model)
-        self.spec: ModelSpec = spec_of_model(tree, name)
-        self.shapes = {n: tuple(p.shape) for n, p in tree.named_parameters()}
-        self.weights = Weights(model)
+        self.model = Model.of(model)
+        self.spec: ModelSpec = self.model.spec
+        self.shapes = self.model.shapes
         self.index: dict[tuple[str, int | None], tuple[Target, Runs]] = {}
         for target in self.spec.targets:
             for role, rows in target.roles():
@@ -60,12 +45,12 @@ class Matrices:
         return 0 if found is None else found[0].experts
 
     def parameter(self, name: str) -> Tensor:
-        return self.weights[name]
+        return self.model.tensor(name)
 
     def raw(self, role: str, layer: int | None, expert: int | None = None) -> Tensor:
         """[out, in] in the stored type, only this role's rows of a fused projection."""
         target, rows = self.index[role, layer]
-        matrix = target.oriented(self.weights[target.parameter], expert)
+        matrix = target.oriented(self.model.tensor(target.parameter), expert)
         return matrix if rows == ((0, matrix.shape[0]),) else torch.cat([matrix[a:b] for a, b in rows])
 
     def folded(self, role: str, layer: int | None, units: Tensor, expert: int | None = None) -> Tensor:
@@ -81,7 +66,7 @@ class Matrices:
             found = [p for p in self.shapes if p.startswith(home) and p.endswith(f".{name}.weight")]
             found = [p for p in found if len(self.shapes[p]) == 1 and (layer is not None or ".layers." not in p)]
             if found:
-                return self.weights[found[0]].float() + unit_offset(self.spec.model_type)
+                return self.model.tensor(found[0]).float() + unit_offset(self.spec.model_type)
         return None
 
     @property

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from pkt.errors import PktError
 from pkt.files import read_json
-from pkt.models.checkpoint import check_checkpoint, first_line, gguf_file, local_folder
+from pkt.models.checkpoint import CONFIG, first_line, gguf_file, inside
 from pkt.models.tables import DEQUANTIZED, TESTED
 
 
@@ -39,28 +39,41 @@ def checked_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
-def skeleton(config: Any) -> nn.Module:
-    """The model of a configuration on the meta device: every module and shape, no weights."""
+def skeleton(config: Any, where: str) -> nn.Module:
+    """The model of a configuration on the meta device: every module and shape, no weights; `where` is for errors."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), quiet():
         try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (ValueError, KeyError) as error:
             kind = getattr(config, "model_type", type(config).__name__)
-            where = getattr(config, "name_or_path", "") or "the configuration"
             raise PktError(
                 f"{where}: transformers has no causal language model for {kind!r}; pkt reads decoders (AutoModelForCausalLM)"
             ) from error
         except Exception as error:  # whatever a modeling file does with numbers that make no sense
             raise PktError(
-                f"{getattr(config, 'name_or_path', '') or 'the configuration'}: no model can be built from this "
-                f"config.json ({type(error).__name__}: {first_line(error)}); copy it again"
+                f"{where}: no model can be built from this config.json ({type(error).__name__}: {first_line(error)}); "
+                "copy it again"
             ) from error
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
     return model
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Tensor -> the one it is tied to, by the model's class and configuration."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def untie(model: nn.Module, name: str) -> None:
+    """Give a tied tensor of a model on the meta device a parameter of its own."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, key, nn.Parameter(torch.empty_like(getattr(module, key), device="meta")))
+    tied: Any = model.all_tied_weights_keys
+    tied.pop(name)
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype | None) -> Callable[[str], bool]:
@@ -74,22 +87,30 @@ def _kept_in_fp32(model: Any, dtype: torch.dtype | None) -> Callable[[str], bool
     return lambda name: found.search(name) is not None
 
 
-def hollow_model(config: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """The model of a configuration with its parameters on meta, in the types they are loaded in, and its computed buffers on
-    `device`.
+def hollow(model: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """A model on the meta device with its parameters in the types they are loaded in, and its computed buffers on `device`.
 
-    Buffers that no checkpoint holds (rotary frequencies) are made as transformers makes them after loading.
+    Buffers that no checkpoint holds (rotary frequencies) are made as transformers makes them after loading: by the
+    initialisation of whatever module fills them.
     """
-    model: Any = skeleton(config)
-    for module in model.modules():
-        missing = [k for k, b in module._buffers.items() if b is not None and k in module._non_persistent_buffers_set]
-        for key in missing:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
-        if missing:
-            with torch.no_grad():
-                model._init_weights(module)
-        for key in missing:
-            module._buffers[key] = module._buffers[key].to(device)
+    computed = []
+    for name, module in model.named_modules():
+        module._is_hf_initialized = False
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if key in module._non_persistent_buffers_set:
+                computed.append((f"{name}.{key}".lstrip("."), module, key))
+                module._buffers[key] = _unfilled(tensor)
+            else:
+                tensor._is_hf_initialized = True
+    if computed:
+        model.initialize_weights()
+    for name, module, key in computed:
+        buffer = module._buffers[key]
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise PktError(f"transformers fills nothing into the buffer {name} of {type(model).__name__}")
+        module._buffers[key] = buffer.to(device)
     kept = _kept_in_fp32(model, dtype)
     for prefix, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -100,6 +121,12 @@ def hollow_model(config: Any, dtype: torch.dtype | None, device: torch.device) -
     model.eval()
     assert isinstance(model, nn.Module)
     return model
+
+
+def _unfilled(buffer: torch.Tensor) -> torch.Tensor:
+    """Memory that shows where nothing was written: what no module fills would differ from run to run."""
+    value = torch.nan if buffer.is_floating_point() else 0
+    return torch.full_like(buffer, value, device="cpu")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -129,55 +156,54 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_config(path: str | Path) -> Any:
-    """The configuration of a checkpoint directory or of a model on the Hub."""
+def read_config(folder: Path, name: str) -> Any:
+    """The configuration in a folder; `name` is what the folder was named by."""
     from transformers import AutoConfig
 
-    local = local_folder(path)
-    if local is not None:
-        if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
-            raise PktError(f"{path} is an adapter folder; a model directory with a config.json is needed here")
-        if gguf_file(path) is None:
-            read_json(local / "config.json")
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and not (folder / CONFIG).is_file():
+        raise PktError(f"{name} is an adapter folder; a model directory with a {CONFIG} is needed here")
+    if adapter:
+        raise PktError(
+            f"{name} holds a model and an adapter (adapter_config.json), which transformers would load as one; move the adapter "
+            "into a folder of its own, or merge it"
+        )
+    gguf = gguf_file(folder)
+    if gguf is None and not isinstance(read_json(inside(folder, CONFIG, folder)), dict):
+        raise PktError(f"{folder / CONFIG} is not a model's configuration; copy it again")
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(path), **_gguf_option(path))
-            if gguf_file(path) is not None and hasattr(config, "quantization_config"):
-                # Its weights are whole again once loaded.
-                del config.quantization_config
-            return config
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(gguf))
     except Exception as error:  # a configuration class raises what it likes for values that make no sense
-        raise PktError(f"{path}: {_unreadable(local, error)}") from error
+        raise PktError(f"{name}: {_unreadable(error)}") from error
+    config.name_or_path = name
+    if gguf is not None and hasattr(config, "quantization_config"):
+        # Its weights are whole again once loaded.
+        del config.quantization_config
+    return config
 
 
-def _unreadable(local: Path | None, error: Exception) -> str:
-    if local is None and isinstance(error, OSError):
-        return f"there is no such folder here, and the Hub does not give it either: {first_line(error)}"
+def _unreadable(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"it needs code of its own (auto_map in its {CONFIG}), which pkt never runs; use a model that transformers knows"
     return f"not a model transformers can read: {first_line(error)}"
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a checkpoint directory or of a model on the Hub."""
+def read_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer in a folder; `name` is what the folder was named by."""
     from transformers import AutoTokenizer
 
-    local_folder(path)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(path), **_gguf_option(path))
+            option = _gguf_option(gguf_file(folder))
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **option)
+    except PktError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise PktError(f"{path}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
+        raise PktError(f"{name}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
 
 
-def save_model(model: Any, folder: Path, source: str | Path) -> None:
-    """A model as a checkpoint folder, with the tokenizer of the checkpoint that it was made from, where there is one."""
-    with quiet():
-        model.save_pretrained(str(folder))
-        if (Path(source) / "tokenizer_config.json").is_file():
-            load_tokenizer(source).save_pretrained(str(folder))
-
-
-def _gguf_option(path: str | Path) -> dict[str, Any]:
-    file = gguf_file(path)
+def _gguf_option(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     if importlib.util.find_spec("gguf") is None:
@@ -185,23 +211,24 @@ def _gguf_option(path: str | Path) -> dict[str, Any]:
     return {"gguf_file": file.name}
 
 
-def check_quantization(path: str | Path) -> None:
-    """Refuse a teacher whose quantized weights cannot be made whole here, from its configuration alone."""
-    method = _quantization(load_config(path))
+def check_dequantized(config: Any, name: str) -> None:
+    """Refuse quantized weights that cannot be made whole here, from the configuration alone."""
+    method = quantization(config)
     if method is None:
         return
     if method not in DEQUANTIZED:
         raise PktError(
-            f"{path} is quantized with {method}, which pkt cannot undo; convert it to bf16 or fp16 safetensors, or to GGUF"
+            f"{name} is quantized with {method}, which pkt cannot undo; convert it to bf16 or fp16 safetensors, or to GGUF"
         )
-    missing = [name for name in DEQUANTIZED[method] if importlib.util.find_spec(name) is None]
+    missing = [package for package in DEQUANTIZED[method] if importlib.util.find_spec(package) is None]
     if missing:
         raise PktError(
-            f"{path} is quantized with {method}; install {', '.join(missing)}, or convert it to bf16 or fp16 safetensors"
+            f"{name} is quantized with {method}; install {', '.join(missing)}, or convert it to bf16 or fp16 safetensors"
         )
 
 
-def _quantization(config: Any) -> str | None:
+def quantization(config: Any) -> str | None:
+    """The name of the method that a configuration says the weights are quantized with."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
@@ -209,42 +236,44 @@ def _quantization(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def load_model(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    dequantize: bool = False,
-) -> Any:
-    """A causal language model from a checkpoint directory or the Hub, in eval mode, in its own dtype unless one is given.
+def read_model(folder: Path, name: str, dtype: torch.dtype | None, *, dequantize: bool) -> Any:
+    """The whole model in a folder, in eval mode; `name` is what the folder was named by.
 
     A GGUF file is read at its dequantized weights, fp32 unless a dtype is given. dequantize: give back whole weights for a
-    checkpoint of bitsandbytes too. Raises `PktError` for a damaged checkpoint, for one that leaves parameters of the model
-    unset, and, with `dequantize`, for a quantization that cannot be undone.
+    checkpoint of bitsandbytes too. Raises `PktError` for one that leaves parameters of the model unset or does not fit it.
     """
     from transformers import AutoModelForCausalLM
 
-    device = checked_device(device)
-    check_checkpoint(path)
-    quantized = _quantization(load_config(path)) is not None
-    if dequantize:
-        check_quantization(path)
-    option = _gguf_option(path)
+    option = _gguf_option(gguf_file(folder))
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype or (torch.float32 if option else "auto"), output_loading_info=True, **option
+                str(folder),
+                dtype=dtype or (torch.float32 if option else "auto"),
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **option,
             )
-            if quantized and dequantize:
+            if dequantize:
                 model = model.dequantize()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise PktError(f"{path}: cannot be loaded: {first_line(error)}") from error
-    missing = sorted(info.get("missing_keys", ())) + sorted(str(k) for k in info.get("mismatched_keys", ()))
-    if missing:
+        raise PktError(f"{name}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info.get("missing_keys", ()))
+    misfits = sorted(f"{key} ({_sizes(found)})" for key, *found in info.get("mismatched_keys", ()))
+    if missing or misfits:
         raise PktError(
-            f"{path}: the checkpoint does not fill {', '.join(missing[:5])}; it is incomplete or another model's"
+            f"{name}: the checkpoint does not fill {', '.join((missing + misfits)[:5])}; it is incomplete or another model's"
         )
-    return model.eval().to(device)
+    # What an adapter made for it names as its base.
+    model.name_or_path = model.config.name_or_path = name
+    return model.eval()
+
+
+def _sizes(found: Sequence[Any]) -> str:
+    return ", ".join(
+        f"{list(shape)} in {where}" for shape, where in zip(found, ("the files", "the model"), strict=False)
+    )
 
 
 def supported() -> list[tuple[str, bool, str]]:

@@ -68,6 +68,9 @@ class ModelSpec:
     head: str | None = None  # the module that gives the logits
     heads: int | None = None
     config: dict[str, Any] = field(repr=False, default_factory=dict)
+    content: Mapping[str, str] = field(
+        repr=False, default_factory=dict
+    )  # hashes of weights and configuration, where asked for
 
     def by_module(self) -> dict[str, Target]:
         return {t.module: t for t in self.targets}
@@ -82,19 +85,36 @@ class ModelSpec:
             "vocab_size": self.vocab_size,
             "tied_head": self.head if self.tied else None,
             "shapes": sha256("\n".join(shapes)),
+            **self.content,
         }
 
 
 def check_identity(recorded: Any, spec: ModelSpec, what: str) -> None:
-    """Raises `PktError` when what is recorded of a model (`ModelSpec.identity`) is another model's; its name may differ."""
+    """Raises `PktError` when what is recorded of a model (`ModelSpec.identity`) is another model's; its name may differ.
+
+    Content is compared where both have it, of the same kind of weights.
+    """
     if not isinstance(recorded, dict):
         return
-    found = {k: v for k, v in spec.identity().items() if k in recorded and k not in ("name", "tied_head")}
-    different = difference({k: recorded[k] for k in found}, found)
+    apart = {"name", "tied_head", "revision"}
+    if content_kind(recorded) != content_kind(spec.content):
+        apart |= {"fingerprint", "configuration"}
+    found = {k: v for k, v in spec.identity().items() if k in recorded and k not in apart}
+    then, now = ({_SPOKEN.get(k, k): which[k] for k in found} for which in (recorded, found))
+    different = difference(then, now)
     if different:
         raise PktError(
             f"{what} was made from another model ({recorded.get('name')}) than {spec.name}: {', '.join(different)}"
         )
+
+
+_SPOKEN = {"fingerprint": "weights"}
+
+
+def content_kind(recorded: Mapping[str, Any]) -> str:
+    """Where the weights were whose hash is recorded, files or memory; empty for none, or one of an older pkt."""
+    kind, colon, _ = str(recorded.get("fingerprint", "")).partition(":")
+    return kind if colon else ""
 
 
 def decoder_layers(model: nn.Module) -> str | None:

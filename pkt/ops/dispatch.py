@@ -115,7 +115,7 @@ def triton_or_torch(name: str) -> Callable[..., Any]:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
         reason = no_triton(tensors[0].device.index)
         if reason is not None:
-            _warn_once(f"pkt uses its torch implementations on this GPU: {reason}")
+            warn_once(f"pkt uses its torch implementations on this GPU: {reason}")
         elif not any(t.dtype == torch.float64 for t in tensors):
             from pkt_kernels.launch import NoFormError
 
@@ -123,14 +123,14 @@ def triton_or_torch(name: str) -> Callable[..., Any]:
             try:
                 return kernel(*args)
             except NoFormError as error:
-                _warn_once(f"pkt::{name} runs in torch, more slowly, on this GPU: {error}")
+                warn_once(f"pkt::{name} runs in torch, more slowly, on this GPU: {error}")
         return _TORCH[name](*args)
 
     return run
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, PktWarning, stacklevel=4)
 
 

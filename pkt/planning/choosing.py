@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import ModelSpec, Target, check_identity, read_roles, spec_of, with_roles
+from pkt.models import Model, ModelSpec, Target, check_identity, read_roles, with_roles
 from pkt.options import PlanOptions, Select
 from pkt.planning.options import ModuleMap, read_map, read_vocabulary
 from pkt.planning.pairing import Feed, Pairing, steps_of
@@ -64,10 +64,19 @@ def plan(
         roles=None if roles is None else read_roles(roles),
         seed=seed,
     )
-    teacher_spec, student_spec = (with_roles(spec_of(model), options.roles) for model in (teacher, student))
-    vocabulary = read_vocabulary(map_vocabulary, teacher, student)
-    check_identity(sens.provenance.get("teacher"), teacher_spec, "the scores")
-    return Chooser(Pairing(teacher_spec, student_spec, options, vocabulary)).plan(sens)
+    model, target = (
+        Model.of(given, "a configuration, a model, or the path of a checkpoint") for given in (teacher, student)
+    )
+    recorded = sens.provenance.get("teacher")
+    spec = model.comparable(recorded)
+    check_identity(recorded, spec, "the scores")
+    pairing = Pairing(
+        with_roles(spec, options.roles),
+        with_roles(target.spec, options.roles),
+        options,
+        read_vocabulary(map_vocabulary, model, target),
+    )
+    return Chooser(pairing).plan(sens)
 
 
 class Chooser:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from pkt.errors import PktError
-from pkt.models import FUSED, ROLES, Runs, Target, load_tokenizer, shared_vocabulary
+from pkt.models import FUSED, ROLES, Model, Runs, Target, shared_vocabulary
 from pkt.options import PlanOptions
 from pkt.planning.regions import STRATEGIES, runs
 
@@ -19,14 +18,14 @@ ModuleMap: TypeAlias = Mapping[str, str] | Sequence[str]
 Vocabulary: TypeAlias = tuple[Runs, Runs]  # rows of the teacher's tables, and the student's rows they feed
 
 
-def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Any, student: Any) -> Vocabulary | None:
+def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Model, student: Model) -> Vocabulary | None:
     """The rows that the two tokenizers share, or None when they are not wanted."""
     if wanted is False:
         return None
     if wanted is True:
-        if not all(isinstance(m, (str, Path)) for m in (teacher, student)):
+        if not (teacher.is_named and student.is_named):
             raise PktError("map_vocabulary=True reads the tokenizers of two directories; pass (teacher's, student's)")
-        wanted = load_tokenizer(teacher), load_tokenizer(student)
+        wanted = teacher.tokenizer, student.tokenizer
     shared = shared_vocabulary(*wanted)
     if not shared:
         raise PktError("the two tokenizers share no token, so nothing can be mapped; leave map_vocabulary out")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.errors import PktError, SampleError
 from pkt.files import os_errors
-from pkt.models import check_tokenizer, checked_device, decoder_layers, kind_of, load_model, load_tokenizer, spec_of
+from pkt.models import Model, ModelSpec, check_tokenizer, checked_device, decoder_layers, kind_of
 from pkt.ops import MEASURES
 from pkt.options import Loss
 from pkt.progress import bar
@@ -96,11 +96,15 @@ def score_seeds(
     tile: int | None = None,
     measure: str = "theta_grad",
     progress: bool = True,
+    recorded: ModelSpec | None = None,
 ) -> Sensitivity:
-    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them."""
+    """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them.
+
+    recorded: what the model is known as, when it was loaded from files.
+    """
     if batch_size < 1:
         raise PktError(f"batch_size={batch_size} must be at least 1")
-    spec = spec_of(teacher)
+    spec = recorded or Model.of(teacher).identified()
     seeds.check_vocabulary(spec.vocab_size, spec.name)
     order = longest_first(seeds)
     ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
@@ -132,14 +136,16 @@ def score_checkpoint(
         raise PktError(f"{out} exists already; name another file")
     with os_errors(f"writing {out}"):
         Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    tokenizer, spec = load_tokenizer(teacher), spec_of(teacher)
-    check_tokenizer(tokenizer, spec)
-    rows = load_seeds(seeds, tokenizer, loss=loss, max_length=max_length)
-    rows.check_vocabulary(spec.vocab_size, str(teacher))
-    model = load_model(teacher, dtype=dtype, device="cpu" if device is None else device, dequantize=True)
+    named = Model.of(teacher)
+    named.check()
+    check_tokenizer(named.tokenizer, named.spec)
+    rows = load_seeds(seeds, named.tokenizer, loss=loss, max_length=max_length)
+    rows.check_vocabulary(named.spec.vocab_size, str(teacher))
+    recorded = named.identified(progress=True)
+    model = named.load(dtype=dtype, device="cpu" if device is None else device, dequantize=True)
     if dtype is None:
         model = model.to(ops.working_dtype(model.dtype, model.device))
-    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, measure=measure)
+    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, measure=measure, recorded=recorded)
     sens.save(out)
     return sens
 

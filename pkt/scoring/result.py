@@ -86,10 +86,10 @@ class Sensitivity(Mapping[str, Tensor]):
 
         header = safetensors_header(Path(path))
         try:
-            meta = json.loads(header["__metadata__"]["pkt"])
+            meta = json.loads(header.metadata["pkt"])
             if meta["format"] != FORMAT:
                 raise KeyError
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise PktError(f"{path} is not a file of sensitivities; make one with `pkt sensitivity`") from error
         return cls(
             load_file(str(path)),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pkt import ops
-from pkt.models import (
-    CheckpointFiles,
-    NotStoredError,
-    Stored,
-    hollow_model,
-    load_config,
-    load_model,
-    stored_names,
-    unwrap,
-)
+from pkt.errors import PktWarning
+from pkt.models import CheckpointFiles, Model, NotStoredError, Stored, all_tensors
 from pkt.streaming.streams import Buffers, Event, streams_of
 
 _ALIGN = 64
@@ -63,18 +56,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(view)
 
 
-def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (tied ones under each of their names) and persistent buffers."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield dot + key, parameter
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield dot + key, buffer
-
-
+@dataclass
 @dataclass
 class _Group:
     """Tensors that have come together: the buffer they are in, where it goes back to, and the event that they are there."""
@@ -215,7 +197,6 @@ class Teacher:
     source: CheckpointFiles | HostTensors | None
     dtype: torch.dtype | None = None
     stored_as: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the source
-    note: str = ""
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What each tensor of the source is wanted in: what it is in the empty model."""
@@ -228,37 +209,37 @@ class Teacher:
         return next((t.dtype.itemsize for t in found.values() if t.dtype.is_floating_point), dtype_of(self).itemsize)
 
 
-def open_teacher(teacher: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
-    """A model in memory or a checkpoint directory, its weights unread when its files can be read one tensor at a time.
+def open_teacher(given: Any, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
+    """A teacher with its weights unread where its files can be read one tensor at a time; else loaded whole, with a warning.
 
     Weights in a half type that this CPU cannot multiply are widened as they are read, unless a dtype is given.
     """
-    if isinstance(teacher, nn.Module):
-        model = unwrap(teacher)
-        tensors = dict(all_tensors(model))
-        wanted = {t: t.dtype if dtype else ops.working_dtype(t.dtype, device) for t in tensors.values()}
-        if all(t.device == device and t.dtype == wanted[t] for t in tensors.values()):
-            return Teacher(model, None)
-        hollow = copy.deepcopy(model, {id(t): _emptied(t, wanted[t]) for t in tensors.values()})
-        for module in hollow.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[key] = buffer.to(device)
-        names = {name: name for name, _ in all_tensors(hollow)}
-        return Teacher(hollow, HostTensors(model), None, names)
-    note = ""
-    if Path(teacher).is_dir():
-        config = load_config(teacher)
-        try:
-            files = CheckpointFiles(Path(teacher))
-            stored = _stored_dtype(config, files)
-            working = dtype or (stored and ops.working_dtype(stored, device))
-            model = hollow_model(config, working, device)
-            return Teacher(model, files, working, _match_names(model, files))
-        except NotStoredError as error:
-            note = f"{teacher} is loaded whole, not layer by layer: {error}"
-    loaded = load_model(teacher, dtype=dtype, dequantize=True)
-    return Teacher(**{**vars(open_teacher(loaded, device, dtype)), "note": note})
+    model = Model.of(given)
+    if model.module is not None:
+        return _of_module(model.module, device, dtype)
+    try:
+        files = model.files
+        stored = _stored_dtype(model.config, files)
+        working = dtype or (stored and ops.working_dtype(stored, device))
+        hollow = model.hollow(working, device)
+        return Teacher(hollow, files, working, files.names_of(hollow))
+    except NotStoredError as error:
+        warnings.warn(f"{model.name} is loaded whole, not layer by layer: {error}", PktWarning, stacklevel=3)
+    return _of_module(model.load(dtype=dtype, dequantize=True), device, dtype)
+
+
+def _of_module(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Teacher:
+    """A model in memory as it is, or, where it lies on another device or in another type, as a source of tensors."""
+    tensors = dict(all_tensors(model))
+    wanted = {t: t.dtype if dtype else ops.working_dtype(t.dtype, device) for t in tensors.values()}
+    if all(t.device == device and t.dtype == wanted[t] for t in tensors.values()):
+        return Teacher(model, None)
+    hollow = copy.deepcopy(model, {id(t): _emptied(t, wanted[t]) for t in tensors.values()})
+    for module in hollow.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)
+    return Teacher(hollow, HostTensors(model), None, {name: name for name, _ in all_tensors(hollow)})
 
 
 def dtype_of(teacher: Teacher) -> torch.dtype:
@@ -273,40 +254,7 @@ def _emptied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _stored_dtype(config: Any, files: CheckpointFiles) -> torch.dtype | None:
     """What transformers' dtype="auto" takes: the configuration's, or that of the first weights."""
-    if getattr(config, "quantization_config", None):
-        raise NotStoredError("its weights are quantized")
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named
     return next((t.dtype for t in files.tensors.values() if t.dtype.is_floating_point), None)
-
-
-def _match_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
-    """Where each tensor of the model is stored. Raises `NotStoredError` when only transformers can tell."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, str] = {}
-    by_tensor: dict[int, str] = {}
-    for name, tensor in all_tensors(model):
-        for parts in stored_names(name, tuple(tensor.shape), prefix):
-            if not all(part in files.tensors for part in parts):
-                continue
-            stored = parts[0]
-            if len(parts) > 1:
-                shapes = [files.tensors[part].shape for part in parts]
-                if any(len(shape) != 2 or shape[1:] != tensor.shape[2:] for shape in shapes):
-                    continue
-                stored = name
-                files.join(name, parts, (len(tensor), sum(shape[0] for shape in shapes) // len(tensor), *shapes[0][1:]))
-            if files.tensors[stored].shape != tuple(tensor.shape):
-                raise NotStoredError(
-                    f"{stored} is {list(files.tensors[stored].shape)} in the files, {list(tensor.shape)} in the model"
-                )
-            found[name] = stored
-            by_tensor.setdefault(id(tensor), stored)
-            break
-    for name, tensor in all_tensors(model):
-        if name not in found and id(tensor) in by_tensor:
-            found[name] = by_tensor[id(tensor)]
-        if name not in found:
-            raise NotStoredError(f"its files do not name {name}; transformers has to map them")
-    return found

@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pkt.models import hidden_size, layer_of, tables_of
-from pkt.streaming.loader import Loader, NotLayeredError, Teacher, all_tensors
+from pkt.models import all_tensors, hidden_size, layer_of, tables_of
+from pkt.streaming.loader import Loader, NotLayeredError, Teacher
 
 Key: TypeAlias = int | Literal["head", "front"]  # a decoder layer, what follows them, what precedes them
 

@@ -11,7 +11,7 @@ from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject
 from pkt.manifest import manifest_of, versions
-from pkt.models import fingerprint, save_model
+from pkt.models import Model, save_model
 from pkt.training.folder import write_initial, write_run
 
 
@@ -47,7 +47,7 @@ def write_injected(
         check_apart(check_output_folder(base_path, force=force), out, *read)
     dropout = checked_dropout(ext.pairs, dropout)
     model = inject(student, ext, mode=mode, dropout=dropout, alpha=alpha, rslora=rslora)
-    settings = {"mode": mode, "dropout": dropout, "student": fingerprint(student)}
+    settings = {"mode": mode, "dropout": dropout, "student": Model.of(student).content()["fingerprint"]}
     # Both are written whole before either is renamed into place.
     with atomic_folder(out, force=force) as scratch:
         write_run(scratch, ext, settings, str(student))

@@ -16,6 +16,7 @@ from pkt.extraction import Extraction, Start
 from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, share_files, write_json
 from pkt.lora import INITIAL
 from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
+from pkt.models import content_kind
 
 
 def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> str | None:
@@ -32,7 +33,11 @@ def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> st
     manifest = read_manifest(out)
     if manifest.get("kind") != "run":
         raise PktError(f"{out} holds {name_kind(manifest)}, not a training run; name a new folder")
-    different = difference(manifest["settings"], settings)
+    recorded = manifest["settings"]
+    if not content_kind({"fingerprint": recorded.get("student")}):
+        # An older pkt's hash of the student cannot be compared.
+        recorded = {**recorded, "student": settings["student"]}
+    different = difference(recorded, settings)
     if different:
         raise PktError(f"{out} is another run ({', '.join(different)}); name a new folder, or start over with --force")
     if manifest.get("finished"):

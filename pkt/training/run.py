@@ -10,7 +10,7 @@ from pkt.extraction import Extraction, Start, open_start
 from pkt.extras import needs
 from pkt.files import as_path, check_apart, is_stored, lock_folder
 from pkt.lora import Mode, check_settings, checked_dropout, inject
-from pkt.models import check_tokenizer, fingerprint, load_model, load_tokenizer, spec_of
+from pkt.models import Model, check_tokenizer, load_model, load_tokenizer, spec_of
 from pkt.options import Training
 from pkt.seeds import Seeds, load_seeds
 from pkt.training.folder import finish_run, start_run, write_run
@@ -100,7 +100,7 @@ def _settings(
         "seed": options.seed,
         "data": examples.fingerprint,
         "extraction": ext.adapter().fingerprint(),
-        "student": fingerprint(student),
+        "student": Model.of(student).content()["fingerprint"],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,28 +14,16 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
 from pkt.manifest import difference, versions
-from pkt.models import (
-    check_checkpoint,
-    check_quantization,
-    check_tokenizer,
-    checked_device,
-    fingerprint,
-    load_config,
-    load_tokenizer,
-    other_ids,
-    skeleton,
-    spec_of,
-    with_roles,
-)
+from pkt.models import Model, check_tokenizer, checked_device, content_kind, other_ids, with_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
-from pkt.planning import Pairing, Vocabulary
+from pkt.planning import Pairing, read_vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
@@ -53,6 +42,11 @@ class Recipe:
     options: PlanOptions
     factorization: Factorization
 
+    def entries(self, name: str) -> dict[str, Any]:
+        """Of an identity."""
+        found = _of_options(self.options.as_dict(), self.factorization.as_dict())
+        return {f"{entry} of {name}": value for entry, value in found.items()} if name else found
+
 
 Result: TypeAlias = tuple[str, str]  # (task, recipe), of which one that stands alone has no name
 
@@ -66,13 +60,13 @@ class Job:
 
     def __init__(
         self,
-        teacher: Any,
-        student: Any,
+        teacher: Model,
+        student: Model,
         seeds: Mapping[str, SeedsLike],
         recipes: Mapping[str, Recipe],
         tokenizer: Any,
         *,
-        vocabulary: Vocabulary | None,
+        map_vocabulary: bool | tuple[Any, Any],
         reading: Reading,
         execution: Execution,
         limits: Limits,
@@ -80,7 +74,7 @@ class Job:
     ) -> None:
         if keep_scores not in get_args(KeepScores):
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
-        self.model, self.recipes, self.vocabulary = teacher, dict(recipes), vocabulary
+        self.model, self.recipes = teacher, dict(recipes)
         self.limits, self.keep_scores = limits, keep_scores
         self.batch_size, self.dtype = execution.batch_size, execution.dtype
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
@@ -89,13 +83,14 @@ class Job:
             )
         self.device = _device_of(teacher) if execution.device is None else checked_device(execution.device)
         self.device_memory, self.host_memory = parse_size(limits.device_memory), parse_size(limits.host_memory)
-        self.teacher, self.student = spec_of(teacher), spec_of(student)
-        if isinstance(teacher, (str, Path)):
-            check_quantization(teacher)
+        teacher.check_dequantized()
+        teacher.check()
+        if not student.on_hub:
+            student.check()  # a Hub student's weights are not needed yet
+        wanted = any(recipe.options.map_vocabulary for recipe in self.recipes.values())
+        self.vocabulary = read_vocabulary(map_vocabulary if wanted else False, teacher, student)
+        self.teacher, self.student = teacher.spec, student.spec
         self.pairings = {name: self._pairing(recipe) for name, recipe in self.recipes.items()}
-        for given in (teacher, student):
-            if isinstance(given, (str, Path)):
-                check_checkpoint(given)
         self.seeds = self._read_seeds(seeds, tokenizer, reading)
         self.results: list[Result] = [(task, recipe) for task in self.seeds for recipe in self.recipes]
         self.orders = [longest_first(found) for found in self.seeds.values()]
@@ -112,9 +107,9 @@ class Job:
         _check_names(named, "seeds", "a task")
         _check_names(self.recipes, "recipes", "a recipe")
         if tokenizer is None and not all(isinstance(given, Seeds) for given in named.values()):
-            if isinstance(self.model, nn.Module):
+            if not self.model.is_named:
                 raise PktError("a teacher in memory needs its tokenizer to read the seeds; pass tokenizer=")
-            tokenizer = load_tokenizer(self.model)
+            tokenizer = self.model.tokenizer
         found: dict[str, Seeds] = {}
         for name, given in named.items():
             if not isinstance(given, Seeds):
@@ -124,21 +119,28 @@ class Job:
             found[name] = given
         return found
 
-    def _note_other_ids(self, student: Any, tokenizer: Any) -> None:
+    def _note_other_ids(self, student: Model, tokenizer: Any) -> None:
         """Say in the plan where tables are fed row by row though the two tokenizers number their tokens differently."""
         by_row = [
             p for p in self.pairings.values() if p.vocabulary is None and any(t.group == "embedding" for t in p.targets)
         ]
-        if not by_row or not all(isinstance(m, (str, Path)) for m in (self.model, student)):
+        if not by_row or not (self.model.is_named and student.is_named):
             return
         with contextlib.suppress(PktError):  # a student need not come with a tokenizer
-            count = other_ids(load_tokenizer(self.model) if tokenizer is None else tokenizer, load_tokenizer(student))
+            count = other_ids(self.model.tokenizer if tokenizer is None else tokenizer, student.tokenizer)
             for pairing in by_row if count else ():
                 pairing.notes.append(
                     f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
                     "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
                     "--modules all,-embed,-head"
                 )
+
+    def identify(self, *, progress: bool) -> None:
+        """Hash the teacher's content into what it is known by, once all that is quick has been checked."""
+        known = self.model.identified(progress=progress)
+        self.teacher = dataclasses.replace(self.teacher, content=known.content)
+        for pairing in self.pairings.values():
+            pairing.teacher = dataclasses.replace(pairing.teacher, content=known.content)
 
     def samples(self) -> list[list[dict[str, Tensor]]]:
         """Each task's samples, longest first, as batches of one."""
@@ -155,57 +157,49 @@ class Job:
         """The losses in the order of the file."""
         return in_order_of(found, self.orders[task])
 
-    def inputs(self) -> dict[str, Any]:
-        """All that a result depends on, by the names a refusal uses."""
-        stamps = {}
-        if not isinstance(self.model, nn.Module) and Path(self.model).is_dir():
-            for file in sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.gguf")]):
-                stamps[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
+    def made_of(self, seeds: Mapping[str, Seeds], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+        """What a result is of, by the names a refusal uses."""
         return {
-            "teacher": self.teacher.identity(),
-            "teacher's weights": [fingerprint(self.model), stamps],
-            "student": self.student.identity(),
-            **{f"seeds {name}".strip(): seeds.fingerprint for name, seeds in self.seeds.items()},
-            **self._recipe_inputs(),
-            **({} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}),
+            **_of_models(self.teacher.identity(), self.student.identity()),
+            **{f"seeds {name}".strip(): found.fingerprint for name, found in seeds.items()},
+            **{k: v for name, recipe in recipes.items() for k, v in recipe.entries(name).items()},
+            **self._choices(recipes),
+        }
+
+    def _choices(self, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+        mapped = self.vocabulary is not None and any(recipe.options.map_vocabulary for recipe in recipes.values())
+        return {**({"vocabulary": sha256(json.dumps(self.vocabulary))} if mapped else {}), "dtype": str(self.dtype)}
+
+    def inputs(self) -> dict[str, Any]:
+        """All that the bytes of an unfinished run depend on: what the results are of, and how they are computed."""
+        return {
+            **self.made_of(self.seeds, self.recipes),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
             "device": self.device.type,
-            "dtype": str(self.dtype),
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
             "versions": versions(),
         }
-
-    def _recipe_inputs(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for recipe, made in self.recipes.items():
-            own = f" of {recipe}" if recipe else ""
-            found |= {f"option {name}{own}": value for name, value in made.options.as_dict().items()}
-            found |= {f"factorization {name}{own}": value for name, value in made.factorization.as_dict().items()}
-        return found
 
     def provenance(self, result: Result) -> dict[str, Any]:
         task, recipe = result
         return {
             "factorization": self.recipes[recipe].factorization.as_dict(),
-            "teacher": {**self.teacher.identity(), "fingerprint": fingerprint(self.model)},
+            "teacher": self.teacher.identity(),
             "versions": versions(),
             "seeds": self.seeds[task].describe(),
-            # Recorded only when given, so that results made without it stay what they were.
-            **({} if self.dtype is None else {"dtype": str(self.dtype)}),
+            **self._choices({recipe: self.recipes[recipe]}),
         }
 
     def scores_metadata(self, task: int, losses: Sequence[float], tile: int | None) -> dict[str, Any]:
         """What `pkt.Sensitivity.load` wants to know besides the scores."""
-        model = self.model if isinstance(self.model, nn.Module) else skeleton(load_config(self.model))
-        shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.is_floating_point()}
         seeds = list(self.seeds.values())[task]
         return {
             "format": SCORES_FORMAT,
             "tile": tile,
             "layers": self.teacher.layers,
             "losses": self.losses(task, losses),
-            "shapes": shapes,
+            "shapes": {name: list(shape) for name, shape in self.model.shapes.items()},
             "provenance": {"seeds": seeds.describe(), "teacher": self.teacher.identity()},
         }
 
@@ -231,35 +225,8 @@ class Job:
         return found
 
     def _finished_one(self, folder: Path, result: Result) -> Extraction | None:
-        """The extraction already in a folder, when it is of the same inputs; another is refused with the difference named."""
-        if not (folder / MANIFEST).is_file():
-            return None
-        ext = Extraction.load(folder)
         task, recipe = result
-        wanted = {
-            "teacher": self.teacher.identity(),
-            "teacher's weights": fingerprint(self.model),
-            "student": self.student.identity(),
-            "seeds": self.seeds[task].fingerprint,
-            "options": self.recipes[recipe].options.as_dict(),
-            "factorization": self.recipes[recipe].factorization.as_dict(),
-            "dtype": None if self.dtype is None else str(self.dtype),
-        }
-        recorded = {
-            "teacher": ext.plan.teacher,
-            "teacher's weights": ext.provenance.get("teacher", {}).get("fingerprint"),
-            "student": ext.plan.student,
-            "seeds": ext.provenance.get("seeds", {}).get("fingerprint"),
-            "options": ext.plan.options,
-            "factorization": ext.provenance.get("factorization"),
-            "dtype": ext.provenance.get("dtype"),
-        }
-        different = difference(recorded, wanted)
-        if different:
-            raise PktError(
-                f"{folder} holds the result of another transfer ({', '.join(different)}); name another, or replace it with --force"
-            )
-        return ext
+        return _finished(folder, self.made_of({"": self.seeds[task]}, {"": self.recipes[recipe]}))
 
     def check_output(self, out: Path, *, force: bool) -> None:
         """Refuse an output that holds something else; results that an interrupted run already wrote are no such thing."""
@@ -308,7 +275,45 @@ def check_rank_fits(pairing: Pairing, options: Factorization) -> None:
         )
 
 
-def _device_of(teacher: Any) -> torch.device:
-    if isinstance(teacher, nn.Module):
-        return next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    return torch.device("cpu")
+def _finished(out: Path, wanted: dict[str, Any]) -> Extraction | None:
+    """The extraction already in `out`, when it is of the same inputs; another one's is refused with the difference named."""
+    if not (out / MANIFEST).is_file():
+        return None
+    ext = Extraction.load(out)
+    then = ext.provenance
+    recorded: dict[str, Any] = {
+        **_of_models(ext.plan.teacher, ext.plan.student),
+        "seeds": then.get("seeds", {}).get("fingerprint"),
+        **_of_options(ext.plan.options, then.get("factorization", {})),
+        **{name: then[name] for name in ("vocabulary", "dtype") if name in then},
+    }
+    # Older results do not record these.
+    unknown = {"teacher's weights", "teacher's config.json", "vocabulary", "dtype"} - set(recorded)
+    different = difference(recorded, {name: value for name, value in wanted.items() if name not in unknown})
+    if different:
+        raise PktError(
+            f"{out} holds the result of another transfer ({', '.join(different)}); name another, or replace it with --force"
+        )
+    return ext
+
+
+def _of_models(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an identity that say which models it is of."""
+    apart = ("fingerprint", "configuration", "revision")
+    found: dict[str, Any] = {"teacher": {k: v for k, v in teacher.items() if k not in apart}, "student": dict(student)}
+    if content_kind(teacher):
+        found |= {"teacher's weights": teacher["fingerprint"], "teacher's config.json": teacher["configuration"]}
+    return found
+
+
+def _of_options(planned: Mapping[str, Any], factorization: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an identity that say what was asked for."""
+    return {
+        **{f"option {name}": value for name, value in planned.items()},
+        **{f"factorization {name}": value for name, value in factorization.items()},
+    }
+
+
+def _device_of(teacher: Model) -> torch.device:
+    parameters = () if teacher.module is None else teacher.module.parameters()
+    return next((p.device for p in parameters), torch.device("cpu"))

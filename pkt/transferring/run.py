@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
 from pkt.files import os_errors
-from pkt.models import load_model, read_roles
+from pkt.models import Model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
-from pkt.planning import Chooser, ModuleMap, TransferPlan, Vocabulary, read_map, read_vocabulary
+from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.planning.regions import BLOCK
 from pkt.progress import bar
 from pkt.scoring import score_seeds
@@ -138,7 +138,7 @@ def transfer(
         resume=resume,
         force=force,
         tokenizer=tokenizer,
-        vocabulary=read_vocabulary(map_vocabulary, teacher, student),
+        map_vocabulary=map_vocabulary,
         reading=Reading(loss, max_length),
         execution=Execution(batch_size, device, dtype),
         limits=Limits(device_memory, host_memory, scratch, prefetch),
@@ -158,7 +158,7 @@ def transfer_recipes(
     resume: bool = True,
     force: bool = False,
     tokenizer: Any = None,
-    vocabulary: Vocabulary | None = None,
+    map_vocabulary: bool | tuple[Any, Any] = False,
     reading: Reading = Reading(),  # noqa: B008  # frozen
     execution: Execution = Execution(),  # noqa: B008
     limits: Limits = Limits(),  # noqa: B008
@@ -168,20 +168,22 @@ def transfer_recipes(
     """`transfer` of several tasks by several recipes, all from one reading of the teacher: the extraction of each (task, recipe).
 
     Each has the bytes it has alone. They are written to `out`/task/recipe; one task or one recipe alone may be named "" and then
-    has no folder of its own. Scores that are kept lie in `out`/task. vocabulary: for the recipes that map it.
+    has no folder of its own. Scores that are kept lie in `out`/task. map_vocabulary: True, or both tokenizers, for the
+    recipes whose options say so.
     """
     job = Job(
-        teacher,
-        student,
+        Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
+        Model.of(student, "a student (a model, or the path of its checkpoint)"),
         seeds,
         recipes,
         tokenizer,
-        vocabulary=vocabulary,
+        map_vocabulary=map_vocabulary,
         reading=reading,
         execution=execution,
         limits=limits,
         keep_scores=keep_scores,
     )
+    job.identify(progress=listeners.progress)
     if limits.scratch is not None:
         with os_errors(f"making the folder {limits.scratch}"):
             Path(limits.scratch).mkdir(parents=True, exist_ok=True)
@@ -355,14 +357,12 @@ class Runner:
 
         job = self.job
         warnings.warn(f"{job.teacher.name} is scored whole, not layer by layer: {why}", PktWarning, stacklevel=4)
-        model = (
-            job.model if isinstance(job.model, nn.Module) else load_model(job.model, dtype=job.dtype, dequantize=True)
-        )
-        if not isinstance(job.model, nn.Module):
-            model = model.to(job.device)
+        model = job.model.load(dtype=job.dtype, device=job.device, dequantize=True)
         found = {}
         for task, (name, seeds) in enumerate(job.seeds.items()):
-            sens = score_seeds(model, seeds, batch_size=job.batch_size, progress=self.listeners.progress)
+            sens = score_seeds(
+                model, seeds, batch_size=job.batch_size, progress=self.listeners.progress, recorded=job.teacher
+            )
             if self.listeners.on_scores is not None:
                 self.listeners.on_scores(name, sens)
             for recipe, how in job.recipes.items():

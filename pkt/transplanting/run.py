@@ -25,7 +25,7 @@ from pkt.extraction import Start
 from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
 from pkt.manifest import versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
-from pkt.models import Target, fingerprint, load_model, load_tokenizer
+from pkt.models import Model, Target, load_model, load_tokenizer
 from pkt.progress import bar
 from pkt.seeds import Seeds, load_seeds
 from pkt.starting import best_scale
@@ -140,7 +140,7 @@ class Job:
         file = None if self.adapter is None else Path(self.adapter) / WEIGHTS
         return {
             "kind": "transplant",
-            **{f"{name}'s weights": fingerprint(model) for name, model in models.items() if model is not None},
+            **{f"{name}'s weights": _weights(model) for name, model in models.items() if model is not None},
             "adapter": None if file is None else sha256(file.read_bytes()),
             "seeds": self.rows.fingerprint,
             "lineage": [found.hidden, found.layers],
@@ -176,7 +176,7 @@ class Job:
             "base": None if self.base is None else _named(self.base),
             "adapter": None if self.adapter is None else str(self.adapter),
             "named": named_base(self.teacher),
-            "teacher": {**old.identity(), "fingerprint": fingerprint(self.teacher)},
+            "teacher": self.old.model.identified().identity(),
             "lineage": {
                 "verdict": found.verdict,
                 "reason": found.reason,
@@ -202,6 +202,10 @@ def named_base(teacher: Any) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace")[:20_000]
     found = re.search(r"(?m)^base_model:\s*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", text)
     return None if found is None else found[1]
+
+
+def _weights(model: Any) -> dict[str, str]:
+    return Model.of(model).content()
 
 
 def _named(model: Any) -> str:
@@ -249,7 +253,7 @@ def _write_step(file: Path, made: Made) -> None:
 
 
 def _read_step(file: Path, targets: list[Target]) -> Made:
-    energies = json.loads(safetensors_header(file)["__metadata__"]["pkt"])
+    energies = json.loads(safetensors_header(file).metadata["pkt"])
     tensors = load_file(str(file))
     kinds = {t.module: t.kind for t in targets}
     return {n: (Pair(tensors[f"{n}.A"], tensors[f"{n}.B"], kinds[n]), e) for n, e in energies.items()}
