@@ -27,7 +27,7 @@ struct Aligned {
   }
   T* row(int64_t i) const { return storage.get() + i * width; }
   T& operator()(int64_t i, int64_t j) const { return storage[i * width + j]; }
-  void clear() { std::memset(storage.get(), 0, sizeof(T) * static_cast<size_t>(rows * width)); }
+  void clear() const { std::memset(storage.get(), 0, sizeof(T) * static_cast<size_t>(rows * width)); }
 };
 
 }  // namespace pkt

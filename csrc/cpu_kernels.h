@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rsvd_types.h"
+#include "strided.h"
 
 namespace pkt {
 
@@ -46,11 +47,15 @@ struct CpuKernels {
   void (*leading_eigenvectors)(double* a, int n, int count, double* vectors, double* work, int* order);
   // abs_products.cpp's, in fp32 and fp64: a register tile is `tile_rows` rows by `tile_bytes` of columns.
   int64_t tile_rows, tile_bytes;
-  // total [panels · tile_rows, columns of a tile] = Σ_j |a_jᵀ b_j|, sample j being rows ends[j − 1] … ends[j] of each panel
+  // total [panels · tile_rows, columns of a tile] = Σ_j |a_jᵀ b_j|^power, sample j being rows ends[j − 1] … ends[j] of each panel
   // of a [panels, depth, tile_rows] and of b [depth, columns].
-  void (*abs_products)(int64_t panels, int64_t samples, const int64_t* ends, const float* a, const float* b, float* total);
-  void (*abs_products_fp64)(int64_t panels, int64_t samples, const int64_t* ends, const double* a, const double* b,
-                            double* total);
+  void (*abs_products)(int64_t power, int64_t panels, int64_t samples, const int64_t* ends, const float* a,
+                       const float* b, float* total);
+  void (*abs_products_fp64)(int64_t power, int64_t panels, int64_t samples, const int64_t* ends, const double* a,
+                            const double* b, double* total);
+  // acc [count] += what the measure makes of theta and grad, both of a half type or fp32.
+  void (*abs_accumulate)(const Measure& measure, int64_t count, float* acc, const void* theta, Dtype theta_dtype,
+                         const void* grad, Dtype grad_dtype);
 };
 
 // The best kernels that this processor can run; `level` 0, 1, 2 asks for baseline, AVX2, AVX-512 or what is below it.

@@ -66,8 +66,15 @@ struct Cuda {
   using Buffer = Tensor;
   Tensor like;
 
-  static pkt::Matrix matrix(const Tensor& a) {
-    return {a.const_data_ptr(), pkt::dtype_of(a), a.size(0), a.size(1), a.stride(0), a.stride(1)};
+  template <class T>
+  static pkt::Stored stored(const Tensor& a) {
+    int64_t bytes = 0, before = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(a.get(), &bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(a.get(), &before));
+    const int64_t extent = 1 + (a.size(0) - 1) * a.stride(0) + (a.size(1) - 1) * a.stride(1);
+    return {{a.const_data_ptr(), pkt::dtype_of(a), a.size(0), a.size(1), a.stride(0), a.stride(1)},
+            before,
+            bytes / static_cast<int64_t>(sizeof(T)) - before - extent};
   }
   template <class T>
   Tensor allocate(int64_t rows, int64_t columns) const {

@@ -28,6 +28,7 @@ constexpr double kNothing = 1e-60;  // the square of a column too short for fp32
 struct Problem {
   const void* a;
   int64_t row_stride, col_stride;
+  int before, after;  // entries beside each contiguous row (column) of a, which the products take along
   int n, m, l, rank;
   int64_t seed;
   float* product;               // of the last big product: [n or m, parts · l]
@@ -124,28 +125,31 @@ __global__ void __launch_bounds__(256) energy_kernel(const PKT_GRID_CONSTANT Bat
   const int64_t row_stride = by_rows ? p.row_stride : p.col_stride, col_stride = by_rows ? p.col_stride : p.row_stride;
   constexpr int pack = Pack<T>::size;
   constexpr int64_t segment = 4096;  // columns of a work item
+  const int64_t begin = p.before, stop = begin + cols, length = stop + p.after;  // a's entries of a row that begins earlier
+  a -= begin;
   const bool packed = col_stride == 1 && row_stride % pack == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
-  const int64_t segments = (cols + segment - 1) / segment;
+  const int64_t segments = (length + segment - 1) / segment;
   double sum = 0;
   for (int64_t item = blockIdx.x * team.workers() + team.worker(); item < rows * segments;
        item += static_cast<int64_t>(gridDim.x) * team.workers()) {
-    const int64_t first = item % segments * segment, end = first + segment < cols ? first + segment : cols;
+    const int64_t first = item % segments * segment, end = first + segment < length ? first + segment : length;
     const T* row = a + item / segments * row_stride;
     int64_t c = first;
     if (packed) {
 #pragma unroll 4
       for (; c + 32 * pack <= end; c += 32 * pack) {
-        const Pack<T> x = *reinterpret_cast<const Pack<T>*>(row + c + team.lane() * pack);
+        const int64_t at = c + team.lane() * pack;
+        const Pack<T> x = *reinterpret_cast<const Pack<T>*>(row + at);
 #pragma unroll
         for (int i = 0; i < pack; ++i) {
-          const double entry = widened(x.entry[i]);
+          const double entry = begin <= at + i && at + i < stop ? widened(x.entry[i]) : 0.0f;
           sum += entry * entry;
         }
       }
     }
 #pragma unroll 8
     for (int64_t i = c + team.lane(); i < end; i += 32) {
-      const double entry = widened(row[i * col_stride]);
+      const double entry = begin <= i && i < stop ? widened(row[i * col_stride]) : 0.0f;
       sum += entry * entry;
     }
   }
@@ -172,6 +176,36 @@ __global__ void __launch_bounds__(256) energy_kernel(const PKT_GRID_CONSTANT Bat
   *p.energy = total;
   p.scale[0] = ldexpf(1.0f, -exponent);
   p.scale[1] = finite ? 1.0f : 0.0f;
+}
+
+// Whether neighbours of a's rows met the operand's zeros in the last product, whose rows are `side`'s.
+PKT_HOST_DEVICE bool met_neighbours(const Problem& p, Side side) {
+  return p.before + p.after > 0 && side == (p.col_stride == 1 ? Side::n : Side::m);
+}
+
+// Rows of the last product that are NaN though a is finite, made again without a's neighbours: one of them is not finite,
+// and zero did not silence it. 256 threads; a warp a row.
+template <class T>
+__global__ void __launch_bounds__(256) mend_kernel(const PKT_GRID_CONSTANT Batch batch, Side side) {
+  const Problem& p = batch.problem[blockIdx.y];
+  if (!met_neighbours(p, side) || p.scale[1] == 0) return;
+  const Block team;
+  const bool by_rows = side == Side::n;
+  const int rows = by_rows ? p.n : p.m, depth = by_rows ? p.m : p.n, columns = p.l * Type<T>::parts;
+  const T* operand = static_cast<const T*>(by_rows ? p.operand_m : p.operand_n);
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * team.workers() + team.worker(); row < rows;
+       row += static_cast<int64_t>(gridDim.x) * team.workers()) {
+    float* product = p.product + row * columns;
+    const float first = product[0];
+    team.sync_worker();
+    if (first == first) continue;
+    const T* a = static_cast<const T*>(p.a) + row * (by_rows ? p.row_stride : p.col_stride);
+    for (int j = team.lane(); j < columns; j += 32) {
+      float sum = 0;
+      for (int64_t k = 0; k < depth; ++k) sum += widened(a[k]) * widened(operand[k * columns + j]);
+      product[j] = sum;
+    }
+  }
 }
 
 // q and its operand ← random signs of unit norm.

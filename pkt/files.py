@@ -25,6 +25,15 @@ MANIFEST = "pkt.json"
 LOCK = "lock"
 
 
+# Whether anything has been locked or written: until then a stopped command has nothing to put in order.
+begun = False
+
+
+def _begin() -> None:
+    global begun
+    begun = True
+
+
 @contextlib.contextmanager
 def os_errors(action: str) -> Iterator[None]:
     """Turn the operating system's refusals (disk full, no permission) into one `PktError`, whichever library met them."""
@@ -135,6 +144,7 @@ def lock_folder(folder: Path, out: Path) -> Iterator[None]:
 
     The lock dies with its process. Raises `PktError` while another process holds it.
     """
+    _begin()
     file = folder / LOCK
     with os_errors(f"writing {folder}"):
         while True:
@@ -165,6 +175,7 @@ def lock_folder(folder: Path, out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a scratch folder beside `out` that becomes `out` in one rename, or disappears."""
+    _begin()
     out = check_output_folder(out, force=force)
     with os_errors(f"writing {out}"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +206,7 @@ def sweep_scratch(out: Path) -> None:
 @contextlib.contextmanager
 def atomic_file(out: str | Path) -> Iterator[Path]:
     """Yield a scratch path beside `out` that becomes `out` in one rename, or disappears."""
+    _begin()
     out = Path(out)
     if out.is_dir():
         raise PktError(f"{out} is a folder; name a file")
@@ -237,6 +249,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
 
 
 def write_json(path: Path, value: Any) -> None:
+    _begin()
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 

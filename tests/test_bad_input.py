@@ -65,7 +65,7 @@ def test_one_layer_may_feed_several(teacher_dir: Path, student_dir: Path, seed_f
         ({"device": "nonsense"}, "is not a device"),
         ({"device": "meta"}, "pkt runs on cpu and cuda"),
         ({"rank": 4.5}, "must be whole numbers"),
-        ({"scratch": "/proc/nope"}, "is not a folder"),
+        ({"scratch": "/proc/nope"}, "making the folder /proc/nope"),
         ({"host_memory": "1KB", "device_memory": "1GB"}, "allow more with --host-memory"),
     ],
 )

@@ -143,6 +143,7 @@ def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest
     from pkt import PktError
     from pkt.demo import runner as demonstration
     from pkt.files import MANIFEST
+    from pkt.manifest import manifest_of
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -155,7 +156,7 @@ def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest
                 demonstration.run_demo(out)
             assert [p.name for p in out.iterdir()] == [MANIFEST]
             (out / ".random-window.run").mkdir()
-    (out / MANIFEST).write_text(json.dumps({**demonstration.STARTED, "finished": True}))
+    (out / MANIFEST).write_text(json.dumps(manifest_of("demo", {"finished": True})))
     with pytest.raises(PktError, match="already holds a result"):
         demonstration.run_demo(out)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pkt
+from pkt import ops
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -35,6 +36,7 @@ STABLE_ABI = """
     torch::stable::accelerator::DeviceGuard
     torch::stable::empty torch::stable::new_empty torch::stable::zero_
     torch::stable::get_num_threads torch::stable::parallel_for aoti_torch_get_current_cuda_stream
+    aoti_torch_get_storage_size aoti_torch_get_storage_offset
 """
 TORCH_NAME = re.compile(
     r"\b\w*TORCH_\w+|\b(?:aoti_torch|torch)_\w+|\b(?:STD_|Stable|AOTI|Aten)\w+|torch(?:::\w+)+|(?<=#include <)torch/[\w/.]+"
@@ -177,7 +179,7 @@ def test_the_cuda_kernels_compile_for_every_target_without_a_spill(tmp_path: Pat
     )
     assert run.returncode == 0, run.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    kernels = 4 * 3 + 1  # energy, sketch, gram and apply for three types; write for none
+    kernels = 5 * 3 + 1  # energy, sketch, mend, gram and apply for three types; write for none
     assert len(frames) == kernels * len(ARCHITECTURES)
     assert set(frames) == {("0", "0", "0")}, run.stderr
 
@@ -231,3 +233,9 @@ def test_a_wheel_built_from_the_sdist_passes_its_tests_from_an_empty_folder(tree
         text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+def test_what_the_extension_says_of_a_failed_allocation_is_recognised() -> None:
+    source = (CSRC / "from_torch.h").read_text(encoding="utf-8")
+    (message,) = re.findall(r'runtime_error\("(pkt: out of memory.*?)"', source)
+    assert ops.out_of_memory(RuntimeError(message))

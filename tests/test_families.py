@@ -568,7 +568,8 @@ class TestQuantized:
             # Q8_0: half a step of 1/127 of the largest of 32 weights, and a scale kept in fp16.
             gap = float((loaded.get_parameter(name) - parameter).detach().abs().max())
             assert gap <= float(parameter.detach().abs().max()) * (1 / 254 + 2.0**-11), name
-        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, progress=False)
+        with pytest.warns(pkt.PktWarning, match="is loaded whole, not layer by layer: it is a GGUF file"):
+            ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, progress=False)
         sens = pkt.sensitivity(loaded, BATCHES, progress=False)
         assert worst_error(sens, oracle.sensitivity(loaded, oracle.batched(SAMPLES, 1))) <= 1e-5
         assert places(ext.plan) == places(pkt.plan(sens, tmp_path / "teacher", student))
@@ -618,7 +619,8 @@ class TestQuantized:
         student = families.model("Llama", "student")
         with pytest.raises(pkt.PktError, match=r"quantized weight; .*dequantize\(\) first"):
             pkt.sensitivity(packed, BATCHES, progress=False)
-        ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, progress=False)
+        with pytest.warns(pkt.PktWarning, match="is loaded whole, not layer by layer: its weights are quantized"):
+            ext = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, progress=False)
         whole = load_model(tmp_path / "teacher", dequantize=True)
         sens = pkt.sensitivity(whole, BATCHES, progress=False)
         assert places(ext.plan) == places(pkt.plan(sens, whole, student))

@@ -293,7 +293,9 @@ def test_arguments_of_other_types(student_folder: Path, ext: Any) -> None:
     for wrong in (None, 5, ext.plan):
         with pytest.raises(pkt.PktError, match=f"a student .* is needed, not {type(wrong).__name__}"):
             pkt.inject(wrong, ext)
-        with pytest.raises(pkt.PktError, match=f"an extraction, .* is needed, not {type(wrong).__name__}"):
+        with pytest.raises(
+            pkt.PktError, match=f"an extraction or a transplant, .* is needed, not {type(wrong).__name__}"
+        ):
             pkt.inject(student_folder, wrong)
 
 

@@ -1,6 +1,6 @@
 """The kernels with the oldest Triton that pkt accepts, beside the installed one: what they compile to, and their numbers.
 
-That Triton lies in a folder of its own, which `make .triton-oldest/.installed` (part of `make test-slow`) fills and
+That Triton lies in a folder of its own, which `make test-oldest` fills and
 PKT_OLDEST_TRITON may name; its interpreter needs a numpy older than 2.4, which lies there too.
 """
 
@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
     assert len(floors) == 1
     folder = Path(os.environ.get("PKT_OLDEST_TRITON", ROOT / ".triton-oldest"))
     if not (folder / "triton").is_dir():
-        pytest.skip(f"no Triton {floors[0]} in {folder}; `make .triton-oldest/.installed` installs it")
+        pytest.skip(f"no Triton {floors[0]} in {folder}; `make test-oldest` installs it and runs this")
     path = [str(folder), str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", "import triton; print(triton.__version__)"]

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_rsvd import SPECTRA, check, gaussian, one_thread, with_spectrum
 from torch import Tensor
 
+from pkt import ops
+
 CSRC = Path(__file__).parent.parent / "csrc"
 NATIVE = Path(__file__).parent / "native"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LEVELS = pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+MEASURES = pytest.mark.parametrize("measure", ops.MEASURES)
 TWO_HALVES = 2.0**-17  # what a factor that travels as two bf16 numbers is rounded by
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
@@ -39,6 +45,10 @@ class _Matrix(ctypes.Structure):
         ("dtype", ctypes.c_int),
         *((name, ctypes.c_int64) for name in ("n", "m", "row_stride", "col_stride")),
     ]
+
+
+class _Stored(ctypes.Structure):
+    _fields_ = [("matrix", _Matrix), *((name, ctypes.c_int64) for name in ("before", "after"))]
 
 
 class _Options(ctypes.Structure):
@@ -57,6 +67,10 @@ class _Strided(ctypes.Structure):
     ]
 
 
+class _Measure(ctypes.Structure):
+    _fields_ = [("power", ctypes.c_int64), ("weighted", ctypes.c_bool)]
+
+
 class _Scored(ctypes.Structure):
     _fields_ = [
         ("acc", ctypes.c_void_p),
@@ -64,7 +78,29 @@ class _Scored(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("acc_row", "acc_col")),
         *((name, _Strided) for name in ("w", "x", "dy")),
         *((name, ctypes.c_void_p) for name in ("starts", "lens")),
+        *((name, ctypes.c_int64) for name in ("samples", "tile")),
+        ("measure", _Measure),
+    ]
+
+
+class _Accumulation(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("acc", "theta", "grad")),
+        *((name, ctypes.c_int) for name in ("acc_dtype", "theta_dtype", "grad_dtype")),
+        ("dims", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("size", "acc_stride", "theta_stride", "grad_stride")),
+    ]
+
+
+class _Embedded(ctypes.Structure):
+    _fields_ = [
+        ("acc", ctypes.c_void_p),
+        ("acc_is_fp64", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("acc_row", "acc_col")),
+        *((name, _Strided) for name in ("w", "dy")),
+        *((name, ctypes.c_void_p) for name in ("ids", "starts", "lens")),
         ("samples", ctypes.c_int64),
+        ("measure", _Measure),
     ]
 
 
@@ -97,8 +133,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def marshal(
     matrices: Sequence[Tensor], rank: int, tall: bool = False
-) -> tuple[ctypes.Array[_Matrix], ctypes.Array[_Factors], Results]:
-    inputs, outputs = (_Matrix * len(matrices))(), (_Factors * len(matrices))()
+) -> tuple[ctypes.Array[_Stored], ctypes.Array[_Factors], Results]:
+    inputs, outputs = (_Stored * len(matrices))(), (_Factors * len(matrices))()
     results = []
     for i, a in enumerate(matrices):
         (n, m), (row_stride, col_stride) = a.shape, a.stride()
@@ -108,7 +144,9 @@ def marshal(
         if tall and n < m:
             n, m, row_stride, col_stride = m, n, col_stride, row_stride
             pointers = [pointers[j] for j in (2, 1, 0, 3)]
-        inputs[i] = _Matrix(a.data_ptr(), DTYPES.index(a.dtype), n, m, row_stride, col_stride)
+        before, end = a.storage_offset(), a.storage_offset() + (n - 1) * row_stride + (m - 1) * col_stride + 1
+        matrix = _Matrix(a.data_ptr(), DTYPES.index(a.dtype), n, m, row_stride, col_stride)
+        inputs[i] = _Stored(matrix, before, a.untyped_storage().nbytes() // a.itemsize - end)
         outputs[i] = _Factors(*pointers)
     return inputs, outputs, results
 
@@ -116,7 +154,7 @@ def marshal(
 def on_cpu(library: ctypes.CDLL, a: Tensor, rank: int, threads: int = 1, level: int = 2, iters: int = 4) -> Results:
     inputs, outputs, results = marshal([a], rank, tall=True)
     options = _Options(rank, 16, iters, 0)
-    library.pkt_cpu(inputs, outputs, ctypes.byref(options), ctypes.c_int64(threads), level)
+    library.pkt_cpu(ctypes.byref(inputs[0].matrix), outputs, ctypes.byref(options), ctypes.c_int64(threads), level)
     return results
 
 
@@ -141,7 +179,7 @@ def on_emulated_cuda(
 # --- the CPU --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+@LEVELS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(library: ctypes.CDLL, dtype: torch.dtype, level: int) -> None:
     for shape in ((401, 243), (243, 401), (97, 61)):
@@ -162,12 +200,15 @@ def strided(a: Tensor) -> _Strided:
     return _Strided(a.data_ptr(), [*DTYPES, torch.float64].index(a.dtype), *a.shape, *a.stride())
 
 
-@pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+@LEVELS
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("threads", [1, 3])
+@MEASURES
 def test_sensitivity_on_every_instruction_set(
-    library: ctypes.CDLL, dtype: torch.dtype, level: int, threads: int
+    library: ctypes.CDLL, dtype: torch.dtype, level: int, threads: int, measure: str
 ) -> None:
+    power, weighted = ops.MEASURES[measure]
+    worst = 3e-7 * power  # squaring doubles a relative error
     for n, m, lens in [(1, 1, [3]), (13, 47, [5, 0, 70]), (210, 33, [64, 1, 3])]:
         rows = sum(lens) + 2
         x, dy = (torch.randn(rows, k).to(dtype) for k in (m, n))
@@ -175,14 +216,107 @@ def test_sensitivity_on_every_instruction_set(
         w, acc = torch.randn(n, m).to(dtype), torch.ones(m, n).t()
         starts, lengths = torch.tensor([0, *lens[:-1]]).cumsum(0) + 2, torch.tensor(lens)
         products = [dy[s : s + k].double().t() @ x[s : s + k].double() for s, k in zip(starts, lens, strict=True)]
-        truth = 1 + w.double().abs() * sum(p.abs() for p in products)
+        truth = 1 + sum((w.double() * p if weighted else p).abs() ** power for p in products)
+        w = w if weighted else torch.full_like(w, math.nan)
         scored = _Scored(
             *(acc.data_ptr(), False, *acc.stride()),
             *(strided(w), strided(x), strided(dy)),
-            *(starts.data_ptr(), lengths.data_ptr(), len(lens)),
+            *(starts.data_ptr(), lengths.data_ptr(), len(lens), 0, _Measure(power, weighted)),
         )
         library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
-        assert float((acc.double() - truth).norm() / truth.norm()) < 3e-7
+        assert float((acc.double() - truth).norm() / truth.norm()) < worst
+        for tile in (1, 5, 64, 1000):
+            tiles = torch.ones(-(-n // tile), -(-m // tile))
+            scored.acc, scored.acc_row, scored.acc_col, scored.tile = tiles.data_ptr(), *tiles.stride(), tile
+            library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
+            sums = 1 + ops.tile_sums(truth - 1, tile).double()
+            assert float((tiles.double() - sums).norm() / sums.norm()) < worst
+
+
+# Accumulators, weights and gradients of one shape: contiguous, transposed, stepped, broadcast, of no dimension, empty.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "stepped": lambda t: t.repeat_interleave(3, 1)[:, ::3],
+    "a window": lambda t: torch.nn.functional.pad(t, (2, 5, 1, 0))[1:, 2:-5],
+}
+
+
+def accumulations(triples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[ctypes.Array[_Accumulation], list[Any]]:
+    """What `pkt_abs_accumulate` takes, and what must outlive the call."""
+    kept, all_ = [], (_Accumulation * len(triples))()
+    for i, triple in enumerate(triples):
+        shapes = [(ctypes.c_int64 * triple[0].ndim)(*x) for x in (triple[0].shape, *(t.stride() for t in triple))]
+        kept.append(shapes)
+        all_[i] = _Accumulation(
+            *(t.data_ptr() for t in triple),
+            *([*DTYPES, torch.float64].index(t.dtype) for t in triple),
+            triple[0].ndim,
+            *map(ctypes.addressof, shapes),
+        )
+    return all_, kept
+
+
+@LEVELS
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+@MEASURES
+def test_abs_accumulate_on_every_instruction_set(
+    library: ctypes.CDLL, dtype: torch.dtype, grad_dtype: torch.dtype, threads: int, level: int, measure: str
+) -> None:
+    power, weighted = ops.MEASURES[measure]
+    triples = []
+    for rows, columns in ((1, 1), (0, 4), (7, 93), (301, 257)):
+        values = (
+            torch.rand(rows, columns),
+            torch.randn(rows, columns).to(dtype),
+            torch.randn(rows, columns).to(grad_dtype),
+        )
+        triples += [tuple(view(t.clone()) for t in values) for view in VIEWS.values()]
+        triples.append((values[0].clone(), VIEWS["transposed"](values[1]), values[2]))
+    triples.append((torch.zeros(()), torch.randn(()).to(dtype), torch.randn(()).to(grad_dtype)))
+    triples.append(
+        (torch.rand(9, dtype=torch.float64), torch.randn(1).to(dtype).expand(9), torch.randn(9).to(grad_dtype))
+    )
+    truths = [a + (t.double() * g.double() if weighted else g.double()).abs() ** power for a, t, g in triples]
+    all_, kept = accumulations(triples)
+    count, workers = ctypes.c_int64(len(triples)), ctypes.c_int64(threads)
+    library.pkt_abs_accumulate(ctypes.byref(_Measure(power, weighted)), all_, count, workers, level)
+    assert len(kept) == len(triples)
+    for (acc, _, _), truth in zip(triples, truths, strict=True):
+        torch.testing.assert_close(acc.double(), truth, rtol=2e-7 * power, atol=1e-7)
+
+
+@LEVELS
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+@MEASURES
+def test_embedding_sensitivity_on_every_instruction_set(
+    library: ctypes.CDLL, dtype: torch.dtype, threads: int, level: int, measure: str
+) -> None:
+    power, weighted = ops.MEASURES[measure]
+    for vocabulary, d, lens in [(1, 1, [3]), (11, 33, [5, 0, 170]), (400, 20, [64, 1, 300]), (5, 3, [])]:
+        rows = sum(lens) + 2
+        ids = torch.randint(0, vocabulary, (rows,))
+        ids[:2] = -1
+        dy, w, acc = torch.randn(d, rows).to(dtype).t(), torch.randn(vocabulary, d).to(dtype), torch.ones(vocabulary, d)
+        starts, lengths = (
+            torch.tensor([0, *lens[:-1]])[: len(lens)].cumsum(0) + 2,
+            torch.tensor(lens, dtype=torch.int64),
+        )
+        truth = torch.zeros(vocabulary, d, dtype=torch.float64)
+        for s, k in zip(starts.tolist(), lens, strict=True):
+            gradient = torch.zeros_like(truth).index_add_(0, ids[s : s + k], dy[s : s + k].double())
+            truth += (w.double() * gradient if weighted else gradient).abs() ** power
+        truth += 1
+        embedded = _Embedded(
+            *(acc.data_ptr(), False, *acc.stride()),
+            *(strided(w), strided(dy)),
+            *(ids.data_ptr(), starts.data_ptr(), lengths.data_ptr(), len(lens), _Measure(power, weighted)),
+        )
+        library.pkt_abs_embedding(ctypes.byref(embedded), ctypes.c_int64(threads), level)
+        assert float((acc.double() - truth).norm() / truth.norm()) < 3e-7 * power  # squaring doubles a relative error
 
 
 # Runs without torch, which the sanitizers' runtime would slow down or trip over.
@@ -198,7 +332,17 @@ class V(ctypes.Structure):
     _fields_ = [("a", ctypes.c_void_p), ("dtype", ctypes.c_int)] + [(k, ctypes.c_int64) for k in "nmrc"]
 class S(ctypes.Structure):
     _fields_ = [("acc", ctypes.c_void_p), ("wide", ctypes.c_bool), ("row", ctypes.c_int64), ("col", ctypes.c_int64)] + [
-        (k, V) for k in ("w", "x", "dy")] + [("starts", ctypes.c_void_p), ("lens", ctypes.c_void_p), ("samples", ctypes.c_int64)]
+        (k, V) for k in ("w", "x", "dy")] + [("starts", ctypes.c_void_p), ("lens", ctypes.c_void_p), ("samples", ctypes.c_int64),
+        ("tile", ctypes.c_int64), ("power", ctypes.c_int64), ("weighted", ctypes.c_bool)]
+class A(ctypes.Structure):
+    _fields_ = [(k, ctypes.c_void_p) for k in "atg"] + [(k, ctypes.c_int) for k in "xyz"] + [("dims", ctypes.c_int64)] + [
+        (k, ctypes.c_void_p) for k in ("size", "p", "q", "r")]
+class E(ctypes.Structure):
+    _fields_ = [("acc", ctypes.c_void_p), ("wide", ctypes.c_bool), ("row", ctypes.c_int64), ("col", ctypes.c_int64), ("w", V),
+        ("dy", V)] + [(k, ctypes.c_void_p) for k in ("ids", "starts", "lens")] + [("samples", ctypes.c_int64),
+        ("power", ctypes.c_int64), ("weighted", ctypes.c_bool)]
+class P(ctypes.Structure):
+    _fields_ = [("power", ctypes.c_int64), ("weighted", ctypes.c_bool)]
 library = ctypes.CDLL(sys.argv[1])
 random.seed(0)
 for n, m, lens, threads, level in [
@@ -212,12 +356,39 @@ for n, m, lens, threads, level in [
         starts = (ctypes.c_int64 * len(lens))(*(sum(lens[:j]) for j in range(len(lens))))
         sizes = (ctypes.c_int64 * len(lens))(*lens)
         scored = S(ctypes.addressof(acc), wide, m, 1, view(w, n, m), view(x, rows, m), view(dy, rows, n),
-                   ctypes.addressof(starts), ctypes.addressof(sizes), len(lens))
+                   ctypes.addressof(starts), ctypes.addressof(sizes), len(lens), 0, 1, True)
         library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
         for i, j in {(0, 0), (n // 2, m // 2), (n - 1, m - 1)} if n else ():
             truth = abs(w[i * m + j]) * sum(
                 abs(sum(dy[k * n + i] * x[k * m + j] for k in range(s, s + t))) for s, t in zip(starts, lens))
             assert abs(acc[i * m + j] - truth) <= 1e-4 * (1 + truth), (n, m, i, j)
+        for tile in (1, 5, 64) if n else ():
+            across = -(-m // tile)
+            tiles = (kind * (-(-n // tile) * across))()
+            scored.acc, scored.row, scored.tile = ctypes.addressof(tiles), across, tile
+            library.pkt_abs_products(ctypes.byref(scored), ctypes.c_int64(threads), level)
+            assert abs(sum(tiles) - sum(acc)) <= 1e-4 * (1 + sum(acc)), (n, m, tile)
+        ids = (ctypes.c_int64 * rows)(*(random.randrange(n) for _ in range(rows))) if n else (ctypes.c_int64 * 0)()
+        table = (kind * (n * m))()
+        embedded = E(ctypes.addressof(table), wide, m, 1, view(w, n, m), view(x, rows, m), ctypes.addressof(ids),
+                     ctypes.addressof(starts), ctypes.addressof(sizes), len(lens) if n else 0, 1, True)
+        library.pkt_abs_embedding(ctypes.byref(embedded), ctypes.c_int64(threads), level)
+        for i, j in {(0, 0), (n // 2, m // 2), (n - 1, m - 1)} if n else ():
+            truth = abs(w[i * m + j]) * sum(
+                abs(sum(x[k * m + j] for k in range(s, s + t) if ids[k] == i)) for s, t in zip(starts, lens))
+            assert abs(table[i * m + j] - truth) <= 1e-4 * (1 + truth), (n, m, i, j)
+for n, m, power, threads, level in [(1, 1, 1, 1, 2), (7, 93, 2, 1, 1), (301, 257, 1, 3, 2), (301, 257, 2, 3, 0)]:
+    theta, grad, acc = ((ctypes.c_float * (n * m))(*(random.gauss(0, 1) for _ in range(n * m))) for _ in range(3))
+    before = list(acc)
+    shape, by_rows, by_columns = ((ctypes.c_int64 * 2)(*x) for x in ((n, m), (m, 1), (1, n)))
+    for strides in (by_rows, by_columns):
+        one = A(*(ctypes.addressof(x) for x in (acc, theta, grad)), 2, 2, 2, 2, ctypes.addressof(shape),
+                *(ctypes.addressof(x) for x in (by_rows, strides, by_rows)))
+        library.pkt_abs_accumulate(
+            ctypes.byref(P(power, True)), ctypes.byref(one), ctypes.c_int64(1), ctypes.c_int64(threads), level)
+    for i in {0, n * m // 2, n * m - 1}:
+        twice = abs(theta[i] * grad[i]) ** power + abs(theta[i // m + i % m * n] * grad[i]) ** power
+        assert abs(acc[i] - before[i] - twice) <= 1e-5 * (1 + twice), (n, m, i)
 for n, m, rank, oversample, iters, dtype, order, threads, level in [
     (1, 1, 1, 0, 0, 0, "rows", 1, 2), (7, 1, 1, 16, 4, 2, "rows", 1, 2), (300, 100, 5, 3, 2, 0, "rows", 1, 2),
     (300, 100, 5, 3, 2, 1, "columns", 1, 1), (601, 245, 16, 16, 4, 0, "columns", 2, 2), (601, 245, 4, 0, 1, 2, "rows", 2, 0),
@@ -334,6 +505,70 @@ def test_emulated_cuda_has_no_race(library: ctypes.CDLL, shared_limit: int) -> N
     )
     check(a, forwards, 20)
     assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
+
+
+def window(content: Tensor, storage: Tensor, left: int, pitch: int) -> Tensor:
+    """`content` as a view of `storage`, whose other entries are finite here and there only."""
+    beside = torch.tensor([1.0, math.nan, -3.0, math.inf, 2.0, 2.0, 2.0, 2.0, 2.0, -math.inf])
+    storage.copy_(beside[torch.arange(len(storage)) % len(beside)])
+    return storage.as_strided(content.shape, (pitch, 1), left).copy_(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("left", "m", "pitch", "right", "widened"),
+    [
+        pytest.param(0, 24, 32, 8, True, id="aligned already"),
+        pytest.param(1, 24, 32, 8, True, id="an odd offset"),
+        pytest.param(37, 21, 32, 64, True, id="an odd offset and length"),
+        pytest.param(37, 22, 40, 5, True, id="nothing behind the last row"),
+        pytest.param(3, 21, 24, 9, True, id="up to the row's end"),
+        pytest.param(7, 22, 24, 9, False, id="wider than the row"),
+        pytest.param(3, 21, 27, 9, False, id="rows that do not lie alike"),
+    ],
+)
+def test_emulated_cuda_of_a_window_is_that_of_its_copy(
+    library: ctypes.CDLL,
+    left: int,
+    m: int,
+    pitch: int,
+    right: int,
+    widened: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Its products begin on 16 bytes where they can, and the bytes are the same, whatever lies beside it."""
+    content = gaussian(43, m).to(dtype)
+    a = window(content, torch.empty(left + 42 * pitch + m + right, dtype=dtype), left, pitch)
+    pair = (content.T, a.T) if transposed else (content, a)
+    (*copy, copy_stats), (*found, stats) = (on_emulated_cuda(library, [x], 4, iters=1)[0] for x in pair)
+    assert (library.pkt_unaligned_products() == 0) is widened
+    assert all(torch.equal(x, y) for x, y in zip(copy, found, strict=True))
+    torch.testing.assert_close(stats, copy_stats, rtol=1e-5, atol=0)
+
+
+def test_emulated_cuda_reads_nothing_outside_a_window_s_storage(library: ctypes.CDLL) -> None:
+    """The storage between two pages that end the process when they are read."""
+    page = mmap.PAGESIZE
+    pages = mmap.mmap(-1, 3 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None)
+    for edge in (address, address + 2 * page):
+        assert libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+    for left, m, right in [(0, 21, 0), (3, 21, 2), (3, 21, 0), (0, 24, 0)]:
+        size = left + 42 * 32 + m + right
+        for at in (page, 2 * page - 2 * size):
+            a = window(
+                gaussian(43, m).bfloat16(),
+                torch.frombuffer(pages, dtype=torch.bfloat16, offset=at, count=size),
+                left,
+                32,
+            )
+            for view in (a, a.T):
+                check(
+                    view.clone(), on_emulated_cuda(library, [view], 4, iters=1)[0], 4, worst=math.inf, floor=TWO_HALVES
+                )
 
 
 def test_emulated_cuda_takes_a_batch_larger_than_one_launch(library: ctypes.CDLL) -> None:

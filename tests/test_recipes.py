@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def several(folder: Path, out: str | None = "several", kill_at: str = "", **options: Any) -> Any:
+def several(folder: Path, out: str | None = "several", kill_at: str = "", order: int = 1, **options: Any) -> Any:
     def tick(now: Any) -> None:
         if f"{now.phase} {now.layer}" == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -47,7 +47,7 @@ def several(folder: Path, out: str | None = "several", kill_at: str = "", **opti
     return transfer_recipes(
         folder / "teacher",
         folder / "student",
-        tasks(),
+        dict(list(tasks().items())[::order]),
         {"window": recipe(**ONE), "random": recipe(**OTHER)},
         out=None if out is None else folder / out,
         listeners=Listeners(progress=False, on_tick=tick, **options),
@@ -75,6 +75,8 @@ def test_recipes_in_one_reading_are_each_what_it_is_alone_also_after_kills(folde
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert (folder / ".several.run").is_dir()
+    with pytest.raises(pkt.PktError, match="their order changed"):
+        several(folder, order=-1)
     found = several(folder)
     assert sorted(found) == [("a", "random"), ("a", "window"), ("b", "random"), ("b", "window")]
     for task in "ab":

@@ -66,6 +66,18 @@ def test_views_are_read_in_place_and_never_widened() -> None:
         check(view.cpu(), tuple(x.cpu() for x in result), 16, floor=TWO_HALVES)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 3, 8, 13])
+@pytest.mark.parametrize("beside", [1.0, math.nan, math.inf])
+def test_what_lies_beside_a_window_does_not_matter(offset: int, beside: float) -> None:
+    content = gaussian(700, 509).to(torch.bfloat16).cuda()
+    base = torch.full((700, 640), beside, dtype=torch.bfloat16, device="cuda")
+    base[:, offset : offset + 509] = content
+    for a, window in ((content, base[:, offset : offset + 509]), (content.T, base[:, offset : offset + 509].T)):
+        found = on_gpu(window, 16)
+        check(a.cpu(), found, 16, floor=TWO_HALVES)
+        torch.testing.assert_close(found[1], on_gpu(a, 16)[1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_flagged(bad: float) -> None:
     a = gaussian(400, 300).to(torch.bfloat16)

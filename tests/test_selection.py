@@ -15,6 +15,7 @@ from torch import Tensor
 import pkt
 from pkt import ops
 from pkt.models import spec_of
+from pkt.ops import reference
 from pkt.options import Select
 from pkt.planning.regions import STRATEGIES, Region, Wanted, select_layers, select_region, window
 
@@ -58,7 +59,7 @@ def test_the_compiled_window_search_is_that_of_torch(threads: int) -> None:
                 score = (4 * score).floor() / 4  # ties
             for one, other in zip(
                 torch.ops.pkt.best_window(score, rows, cols, *steps),
-                ops._best_window_torch(score, rows, cols, *steps),
+                reference.best_window(score, rows, cols, *steps),
                 strict=True,
             ):
                 assert torch.equal(one, other), (n, m, rows, cols, steps)

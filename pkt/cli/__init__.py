@@ -26,12 +26,12 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave through every `finally`; but at once while nothing can have been begun.
+    """Leave through every `finally`; but at once while nothing has been begun.
 
-    Before `pkt.files` is there nothing has been written. An exception in the middle of torch's import would be swallowed, leave
-    half of torch behind for whoever imports it next, or end in a crash.
+    An exception in the middle of an import, torch's above all, would be swallowed, leave half a module behind for whoever
+    imports it next, or end in a crash.
     """
-    if not hasattr(sys.modules.get("pkt.files"), "lock_folder"):
+    if not getattr(sys.modules.get("pkt.files"), "begun", False):
         _leave(number, frame)
     if number == signal.SIGINT:
         raise KeyboardInterrupt

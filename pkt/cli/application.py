@@ -29,7 +29,7 @@ err_console = Console(stderr=True)
 
 @dataclass
 class State:
-    """Of the command that runs. stopped: what there is to say when it is."""
+    """Of the one command that runs. stopped: what there is to say when it is."""
 
     debug: bool = False
     stopped: str = "stopped"
@@ -51,7 +51,7 @@ def options(
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
-    state.debug, state.stopped = debug, "stopped"
+    state.debug = debug
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ __all__ = ["app", "extracting", "run", "training", "transplanting", "viewing"]
 
 def run() -> None:
     """Run the command that was typed; a fault that the user can mend is one red line."""
+    state.stopped = "stopped"
     try:
         app()
     except (PktError, OSError) as error:

@@ -205,7 +205,10 @@ class CheckpointFiles:
                 )
 
     def names_of(self, model: nn.Module) -> dict[str, str]:
-        """Where each tensor of the model is stored. Raises `NotStoredError` when only transformers can tell."""
+        """Where each tensor of the model is stored.
+
+        Raises `NotStoredError` when only transformers can tell, `PktError` for files that hold too little.
+        """
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         found: dict[str, str] = {}
         by_tensor: dict[int, str] = {}
@@ -217,8 +220,17 @@ class CheckpointFiles:
         for name, tensor in all_tensors(model):
             if name not in found and id(tensor) in by_tensor:
                 found[name] = by_tensor[id(tensor)]
-            if name not in found:
-                raise NotStoredError(f"its files do not name {name}; transformers has to map them")
+        missing = {name: tensor for name, tensor in all_tensors(model) if name not in found}
+        used = {part for stored in found.values() for part in self.joined.get(stored, [stored])}
+        left = (self.tensors.keys() | self.foreign.keys()) - used
+        unfilled = [name for name, tensor in missing.items() if isinstance(tensor, nn.Parameter)]
+        if unfilled and not left:  # and so nothing that transformers could map to them
+            raise PktError(
+                f"{next(iter(self.stamps)).parent}: the checkpoint does not fill {', '.join(unfilled[:5])}; it is incomplete "
+                "or another model's"
+            )
+        if missing:
+            raise NotStoredError(f"its files do not name {next(iter(missing))}; transformers has to map them")
         return found
 
     def untied(self, model: nn.Module, tied: Mapping[str, str]) -> list[str]:

@@ -171,9 +171,10 @@ def read_config(folder: Path, name: str) -> Any:
     gguf = gguf_file(folder)
     if gguf is None and not isinstance(read_json(inside(folder, CONFIG, folder)), dict):
         raise PktError(f"{folder / CONFIG} is not a model's configuration; copy it again")
+    option = _gguf_option(gguf)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(gguf))
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **option)
     except Exception as error:  # a configuration class raises what it likes for values that make no sense
         raise PktError(f"{name}: {_unreadable(error)}") from error
     config.name_or_path = name
@@ -193,12 +194,10 @@ def read_tokenizer(folder: Path, name: str) -> Any:
     """The tokenizer in a folder; `name` is what the folder was named by."""
     from transformers import AutoTokenizer
 
+    option = _gguf_option(gguf_file(folder))
     try:
         with quiet():
-            option = _gguf_option(gguf_file(folder))
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **option)
-    except PktError:
-        raise
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise PktError(f"{name}: no usable tokenizer there ({first_line(error)}); save one beside the model") from error
 

@@ -146,7 +146,9 @@ class Model:
 
     @cached_property
     def _checked(self) -> CheckpointFiles | None:
-        return check_weights(self.weights, quantized=quantization(self.config) is not None)
+        # The configuration first: it tells a folder that is no model at all.
+        quantized = quantization(self.config) is not None
+        return check_weights(self.weights, quantized=quantized)
 
     def check_dequantized(self) -> None:
         """Refuse quantized weights that cannot be made whole here, from the configuration alone."""

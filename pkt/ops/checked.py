@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pkt.errors import PktError
-from pkt.ops import reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -119,11 +118,7 @@ def linear_sensitivity_(
     _check_scores("linear_sensitivity_", acc, w=w, x=x, dy=dy)
     _check_linear("linear_sensitivity_", acc.shape, w, x, dy, seq_starts, seq_lens)
     _check_power("linear_sensitivity_", power)
-    add: Callable[..., None] = torch.ops.pkt.linear_sensitivity_
-    if acc.device.type == "cpu" and (power, weighted) != (1, True):
-        # pkt._C has the first measure only.
-        add = reference.linear_sensitivity_
-    add(acc, w, x, dy, seq_starts, seq_lens, power, weighted)
+    torch.ops.pkt.linear_sensitivity_(acc, w, x, dy, seq_starts, seq_lens, power, weighted)
 
 
 def linear_sensitivity_tiles_(

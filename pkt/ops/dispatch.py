@@ -134,7 +134,6 @@ def warn_once(message: str) -> None:
     warnings.warn(message, PktWarning, stacklevel=4)
 
 
-_COMPILED_FOR_CPU = ("linear_sensitivity_", "best_window")  # beside those of _RSVD
 _RSVD: dict[str, Callable[..., Any]] = {"rsvd": rsvd_reference.rsvd, "rsvd_batch": rsvd_reference.rsvd_batch}
 
 
@@ -165,12 +164,10 @@ def implementation(name: str, device: str | torch.device) -> tuple[str, str]:
     device = torch.device(device)
     if (name, device.type.upper()) in _COMPILED:
         return "C++" if device.type == "cpu" else "CUDA", "pkt._C is built"
-    if name in _RSVD or (name in _COMPILED_FOR_CPU and device.type == "cpu"):
-        return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
-    if device.type == "cuda":
+    if device.type == "cuda" and name in _TRITON:
         reason = no_triton(torch.cuda.current_device() if device.index is None else device.index)
         return ("torch", reason) if reason else ("Triton", "compute capability 8.0 or above")
-    return "torch", "the CPU implementation"
+    return "torch", "pkt._C is not built" if _extension is None else f"pkt._C has no {device.type} part"
 
 
 def _fake_nothing(*args: Any) -> None:

@@ -72,27 +72,8 @@ class RunFolder:
 
     def bind(self, inputs: dict[str, Any]) -> None:
         """Refuse to continue a run of other inputs, naming what differs; sweep away what an interrupted write left."""
-        file = self.path / "run.json"
-        if file.is_file():
-            # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
-            self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
-            try:
-                self.value = read_json(file)
-            except PktError as error:
-                raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
-            recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
-            if recorded and self.value.get("format") == "pkt-run-1":
-                raise PktError(
-                    f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
-                )
-            if not recorded or self.value.get("format") != RUN_FORMAT:
-                raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
-            different = difference(recorded, inputs)
-            if different:
-                raise PktError(
-                    f"{self.path} holds an unfinished run of other inputs ({', '.join(different)}); finish it with the old ones, "
-                    "or start over with --force"
-                )
+        if (self.path / "run.json").is_file():
+            self.check(inputs)
         else:
             self.clear()
             self.value = {"format": RUN_FORMAT, "inputs": inputs}
@@ -102,6 +83,32 @@ class RunFolder:
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name.endswith(".tmp"):
                 entry.unlink()
+
+    def check(self, inputs: dict[str, Any]) -> None:
+        """Read what the run is of; refuse it when that is not these inputs."""
+        file = self.path / "run.json"
+        # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
+        self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
+        try:
+            self.value = read_json(file)
+        except PktError as error:
+            raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
+        recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
+        if recorded and self.value.get("format") == "pkt-run-1":
+            raise PktError(
+                f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
+            )
+        if not recorded or self.value.get("format") != RUN_FORMAT:
+            raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
+        different = difference(recorded, inputs)
+        if not different and list(recorded) != list(inputs):
+            # Steps and scores are by number.
+            different = ["their order changed"]
+        if different:
+            raise PktError(
+                f"{self.path} holds an unfinished run of other inputs ({', '.join(different)}); finish it with the old ones, "
+                "or start over with --force"
+            )
 
     def _write(self) -> None:
         with atomic_file(self.path / "run.json") as scratch:

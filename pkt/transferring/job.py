@@ -42,8 +42,8 @@ class Recipe:
     options: PlanOptions
     factorization: Factorization
 
-    def entries(self, name: str) -> dict[str, Any]:
-        """Of an identity."""
+    def identity(self, name: str) -> dict[str, Any]:
+        """What is compared when a result by this recipe is used again."""
         found = _of_options(self.options.as_dict(), self.factorization.as_dict())
         return {f"{entry} of {name}": value for entry, value in found.items()} if name else found
 
@@ -162,7 +162,7 @@ class Job:
         return {
             **_of_models(self.teacher.identity(), self.student.identity()),
             **{f"seeds {name}".strip(): found.fingerprint for name, found in seeds.items()},
-            **{k: v for name, recipe in recipes.items() for k, v in recipe.entries(name).items()},
+            **{k: v for name, recipe in recipes.items() for k, v in recipe.identity(name).items()},
             **self._choices(recipes),
         }
 
@@ -211,17 +211,18 @@ class Job:
             if done is None:
                 return None
             found[result] = done
-        run = run_path(out)
+        run = RunFolder(run_path(out))
         for i, task in enumerate(self.seeds):
-            target, left = out / task / SCORES, run / f"scores-{i}.safetensors"
+            target, left = out / task / SCORES, run.scores_file(i)
             if self.keep_scores != "none" and not target.is_file():
                 # Interrupted between the last two renames.
                 if not left.is_file():
                     raise PktError(
                         f"{out} was made without keeping scores; name another folder, or replace it with --force"
                     )
+                run.check(self.inputs())
                 os.replace(left, target)
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run.path, ignore_errors=True)
         return found
 
     def _finished_one(self, folder: Path, result: Result) -> Extraction | None:
@@ -231,9 +232,9 @@ class Job:
     def check_output(self, out: Path, *, force: bool) -> None:
         """Refuse an output that holds something else; results that an interrupted run already wrote are no such thing."""
         folders = {folder_of(out, result): result for result in self.results}
-        between = {parent for folder in folders for parent in folder.parents if out == parent or out in parent.parents}
-        ours = {*folders, *between, *(out / task / SCORES for task in self.seeds)}
-        if out in folders or any(set(folder.iterdir()) - ours for folder in between if folder.is_dir()):
+        above = {out, *(out / task for task in self.seeds)} - folders.keys()
+        ours = {*folders, *above, *(out / task / SCORES for task in self.seeds)}
+        if not out.is_dir() or not above or any(set(f.iterdir()) - ours for f in above if f.is_dir()):
             check_output_folder(out, force=force)
             return
         for folder, result in folders.items():

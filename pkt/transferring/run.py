@@ -339,10 +339,8 @@ class Runner:
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
             task = tasks.index(result[0])
-            own = losses[task]
-            found[result] = Extraction(
-                pairs, energies, made, {**self.job.provenance(result), "losses": self.job.losses(task, own)}
-            )
+            provenance = {**self.job.provenance(result), "losses": self.job.losses(task, losses[task])}
+            found[result] = Extraction(pairs, energies, made, provenance)
         if self.job.keep_scores != "none":
             assert self.folder is not None
             for task, own in enumerate(losses):

@@ -1,23 +1,27 @@
-// The CUDA implementation on an emulated GPU, and the CPU implementations without torch: for the tests, by ctypes.
+// The CUDA implementation on an emulated GPU: for the tests, by ctypes.
 
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "abs_products.h"
-#include "block_krylov.h"
+#include "export.h"
 #include "rsvd_pipeline.h"
 
 namespace {
 
+int unaligned = 0;  // products of the last call whose matrix does not begin on 16 bytes
+
 // rsvd_pipeline.h's Device: fresh memory is NaN, products are sums in fp32.
 struct Emulated {
-  using Given = pkt::Matrix;
+  using Given = pkt::Stored;
   using Buffer = std::shared_ptr<std::vector<unsigned char>>;
 
-  pkt::Matrix matrix(const Given& given) const { return given; }
+  template <class T>
+  pkt::Stored stored(const Given& given) const {
+    return given;
+  }
   template <class T>
   Buffer allocate(int64_t rows, int64_t columns) const {
     return std::make_shared<std::vector<unsigned char>>(rows * columns * sizeof(T), 0xFF);
@@ -26,10 +30,18 @@ struct Emulated {
   static T* data(const Buffer& buffer) {
     return reinterpret_cast<T*>(buffer->data());
   }
+  template <class T>
+  static const T* end(const pkt::Matrix& a) {
+    return static_cast<const T*>(a.a) + (a.n - 1) * a.row_stride + (a.m - 1) * a.col_stride + 1;
+  }
   void zero(const Buffer& buffer) const { buffer->assign(buffer->size(), 0); }
   template <class T>
-  void multiply(const Given&, const pkt::Matrix& a, const Buffer& right, const Buffer& out) const {
-    const T *left = static_cast<const T*>(a.a), *factor = data<T>(right);
+  void multiply(const Given& given, const pkt::Matrix& a, const Buffer& right, const Buffer& out) const {
+    const T *left = static_cast<const T*>(a.a), *factor = data<T>(right), *first = static_cast<const T*>(given.matrix.a);
+    if (left < first - given.before || end<T>(a) > end<T>(given.matrix) + given.after) {
+      throw std::runtime_error("a product reads outside the memory that its matrix lies in");
+    }
+    unaligned += reinterpret_cast<uintptr_t>(left) % 16 != 0;
     const int64_t width = static_cast<int64_t>(right->size() / sizeof(T)) / a.m;
     for (int64_t row = 0; row < a.n; ++row) {
       for (int64_t j = 0; j < width; ++j) {
@@ -44,29 +56,22 @@ struct Emulated {
 };
 
 template <class T>
-cudaError_t emulated(const pkt::Matrix* a, const pkt::Factors* out, int count, const pkt::Options& options,
+cudaError_t emulated(const pkt::Stored* a, const pkt::Factors* out, int count, const pkt::Options& options,
                      int64_t shared_limit) {
   return pkt::factorize<T>(Emulated{}, {a, a + count}, options, {out, out + count}, static_cast<size_t>(shared_limit),
                            nullptr);
 }
 
-void run_threads(int64_t count, const std::function<void(int64_t)>& f) {
-  std::vector<std::thread> pool;
-  for (int64_t i = 0; i < count; ++i) pool.emplace_back(f, i);
-  for (std::thread& thread : pool) thread.join();
-}
-
 }  // namespace
-
-#define PKT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // `reversed` lets the threads of a block take turns backwards: a missing barrier then shows as another result. Returns
 // why it was refused, or nothing.
-PKT_EXPORT const char* pkt_emulated_cuda(const pkt::Matrix* a, const pkt::Factors* out, int count,
+PKT_EXPORT const char* pkt_emulated_cuda(const pkt::Stored* a, const pkt::Factors* out, int count,
                                          const pkt::Options* options, int64_t shared_limit, int reversed) {
   static std::string refusal;
   pkt::emulation::reversed = reversed != 0;
-  const pkt::Dtype dtype = a[0].dtype;
+  unaligned = 0;
+  const pkt::Dtype dtype = a[0].matrix.dtype;
   try {
     const auto run = dtype == pkt::Dtype::bf16   ? emulated<pkt::Bf16>
                      : dtype == pkt::Dtype::fp16 ? emulated<pkt::Fp16>
@@ -79,14 +84,4 @@ PKT_EXPORT const char* pkt_emulated_cuda(const pkt::Matrix* a, const pkt::Factor
   return nullptr;
 }
 
-// `level` as for cpu_kernels; returns the kernels' name.
-PKT_EXPORT const char* pkt_cpu(const pkt::Matrix* a, const pkt::Factors* out, const pkt::Options* options,
-                               int64_t threads, int level) {
-  const pkt::CpuKernels& kernels = pkt::cpu_kernels(level);
-  pkt::block_krylov_svd(*a, *options, *out, {threads, run_threads}, kernels);
-  return kernels.name;
-}
-
-PKT_EXPORT void pkt_abs_products(const pkt::Scored* scored, int64_t threads, int level) {
-  pkt::add_abs_products(*scored, {threads, run_threads}, pkt::cpu_kernels(level));
-}
+PKT_EXPORT int pkt_unaligned_products() { return unaligned; }
