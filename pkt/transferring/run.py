@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import shutil
 import signal
@@ -49,7 +50,7 @@ from pkt.streaming import (
 )
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Extractor
-from pkt.transferring.job import Job, Recipe, Result, SeedsLike
+from pkt.transferring.job import Job, Recipe, Result, SeedsLike, day_of
 
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
@@ -171,6 +172,8 @@ def transfer_recipes(
     has no folder of its own. Scores that are kept lie in `out`/task. map_vocabulary: True, or both tokenizers, for the
     recipes whose options say so.
     """
+    out = None if out is None else Path(out)
+    today = day_of(out, itertools.product(seeds, recipes)) if out is not None and resume and not force else None
     job = Job(
         Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
         Model.of(student, "a student (a model, or the path of its checkpoint)"),
@@ -182,13 +185,14 @@ def transfer_recipes(
         execution=execution,
         limits=limits,
         keep_scores=keep_scores,
+        today=today,
     )
     job.identify(progress=listeners.progress)
     if limits.scratch is not None:
         with os_errors(f"making the folder {limits.scratch}"):
             Path(limits.scratch).mkdir(parents=True, exist_ok=True)
     if out is not None:
-        return _into(Path(out), job, listeners, resume=resume, force=force)
+        return _into(out, job, listeners, resume=resume, force=force)
     if keep_scores != "none":
         raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
     with tempfile.TemporaryDirectory(prefix="pkt-", dir=limits.scratch) as folder:
