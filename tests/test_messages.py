@@ -123,7 +123,7 @@ def test_samples_in_place_of_batches_are_told(seed_file: Path, tokenizer: Any) -
     for batches, words in given:
         with pytest.raises(pkt.PktError, match=words):
             pkt.sensitivity(model, batches, progress=False)
-    with pytest.raises(pkt.PktError, match="a tokenizer is needed, .* not NoneType"):
+    with pytest.raises(pkt.PktError, match=r"a tokenizer is needed, .* not NoneType"):
         pkt.load_seeds(seed_file, None)
 
 
