@@ -217,7 +217,7 @@ def test_half_types_lose_no_more_than_the_module_itself(family: str, dtype: torc
     for layer in half.model.layers:
         layer.mlp.experts.forward = layer.mlp.experts.forward  # its own, which autograd sees
     plain = pkt.sensitivity(half, ALONE, progress=False)
-    for name in expected:
+    for name in (n for n in expected if ".experts." in n):
         allowed = 2 * oracle.relative_error(plain[name], expected[name]) + oracle.FLOOR[dtype]
         assert oracle.relative_error(sens[name], expected[name]) < allowed, name
 
@@ -311,7 +311,7 @@ NOT_FOLLOWED = {
 TABLES = {
     "scaled": lambda m, ids: nn.Embedding.forward(m, ids) * 5.0,
     "indexed": lambda m, ids: m.weight[ids],
-    "normed": lambda m, ids: F.rms_norm(F.embedding(ids, m.weight, 5), m.weight.shape[1:]),
+    "normed": lambda m, ids: F.rms_norm(F.embedding(ids, m.weight, 5), m.weight.shape[1:], eps=1e-6),
     "one-hot": lambda m, ids: F.one_hot(ids, 67).to(m.weight.dtype) @ m.weight,
 }
 
