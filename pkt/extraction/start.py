@@ -85,6 +85,8 @@ class Start:
     @property
     def how(self) -> str:
         """What it is, in words."""
+        if "control" in self.provenance:
+            return f"a control of one, {self.provenance['control']}"
         return {"transplant": "what a teacher learnt, cut to this student", "start": "a start of the student's own"}[
             self.kind
         ]

@@ -58,7 +58,7 @@ def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[
     if kind in Start.KINDS:
         start = Start.load(folder)
         return {
-            "is": f"a {kind}: {start.how}, as an ordinary LoRA that is kept",
+            "is": f"a {kind}: {start.how}, as an ordinary LoRA" + (" that is kept" if start.mode == "add" else ""),
             "student": start.student.get("name"),
             **start.provenance.get("told", {}),
             "holds": str(start),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,6 @@ class Evaluation:
     exact_match: float | None = None
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     data: Seeds,
@@ -43,34 +44,58 @@ def evaluate(
 
     Raises `PktError` for rows with tokens that the model does not have, and for a loss that is not finite.
     """
+    losses = row_losses(model, data, batch_size=batch_size)
+    matches = row_matches(model, data, tokenizer, max_new_tokens=max_new_tokens) if exact_match else None
+    loss, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
+    share = None if matches is None else sum(matches) / len(data)
+    return Evaluation(len(data), tokens, loss / max(1, tokens), share)
+
+
+@torch.no_grad()
+def row_losses(model: Any, data: Seeds, *, batch_size: int = 32) -> list[tuple[float, int]]:
+    """Of each row the negative log-likelihood of its answer's tokens, summed, in nats, and how many they are.
+
+    Raises `PktError` for rows with tokens that the model does not have, and for a loss that is not finite.
+    """
     data.check_vocabulary(model.get_input_embeddings().weight.shape[0], "the model")
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    loss, tokens = 0.0, 0
-    try:
-        order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
+    found: dict[int, tuple[float, int]] = {}
+    order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
+    with _measured(model):
         for start in range(0, len(order), batch_size):
-            batch = collate([data[i] for i in order[start : start + batch_size]], data.pad_id)
-            batch = {k: v.to(device) for k, v in batch.items()}
+            chosen = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in collate([data[i] for i in chosen], data.pad_id).items()}
             labels = batch.pop("labels")
             counts = (labels[:, 1:] != IGNORE).sum(1)
-            loss += float((per_sample_loss(model(**batch, use_cache=False).logits, labels).double() * counts).sum())
-            tokens += int(counts.sum())
-        matched = None
-        if exact_match:
-            if tokenizer is None or not all(e.prompt_ids for e in data):
-                raise PktError("exact match needs the tokenizer and rows with a prompt")
-            texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens)
-            good = sum(
-                final_answer(t) == final_answer(_plain(e.answer, tokenizer)) for t, e in zip(texts, data, strict=True)
-            )
-            matched = good / len(data)
+            losses = per_sample_loss(model(**batch, use_cache=False).logits, labels).double() * counts
+            found |= dict(zip(chosen, zip(losses.tolist(), counts.tolist(), strict=True), strict=True))
+    total = sum(loss for loss, _ in found.values())
+    if not math.isfinite(total):
+        raise PktError(
+            f"the loss on {data.source} is {total}; the model's weights are damaged or its training diverged"
+        )
+    return [found[i] for i in range(len(data))]
+
+
+@torch.no_grad()
+def row_matches(model: Any, data: Seeds, tokenizer: Any, *, max_new_tokens: int = 128) -> list[bool]:
+    """Whether each row's final answer is the one that greedy decoding ends with. Needs the tokenizer, and rows with a prompt."""
+    if tokenizer is None or not all(e.prompt_ids for e in data):
+        raise PktError("exact match needs the tokenizer and rows with a prompt")
+    with _measured(model):
+        texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens)
+    return [final_answer(t) == final_answer(_plain(e.answer, tokenizer)) for t, e in zip(texts, data, strict=True)]
+
+
+@contextlib.contextmanager
+def _measured(model: Any) -> Iterator[None]:
+    """In eval mode inside, then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
-    if not math.isfinite(loss):
-        raise PktError(f"the loss on {data.source} is {loss}; the model's weights are damaged or its training diverged")
-    return Evaluation(len(data), tokens, loss / max(1, tokens), matched)
 
 
 def generate(model: Any, tokenizer: Any, examples: list[Example], *, batch_size: int, max_new_tokens: int) -> list[str]:
