@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.extraction.result import Extraction
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import manifest_of, name_kind, read_manifest
+from pkt.options import Mode
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Start:
     kind: str
     pairs: dict[str, Pair]
     student: dict[str, Any]
-    mode: Literal["add", "paired"] = "add"
+    mode: Mode = "add"
     energies: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -38,12 +39,16 @@ class Start:
         return Adapter(self.pairs, str(self.student.get("name", "")), self.student.get("tied_head"))
 
     def __str__(self) -> str:
-        mean = sum(self.energies.values()) / max(1, len(self.energies))
-        what = "kept: the student is changed" if self.mode == "add" else "neutral: the student is as it was"
-        return (
-            f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}; they hold {100 * mean:.1f}% of the change's energy on "
-            "average"
-        )
+        changed = self.mode == "add" and any(bool(p.B.any()) for p in self.pairs.values())
+        what = "kept: the student is changed" if changed else "neutral: the student is as it was"
+        said = f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}"
+        if not self.energies:
+            return said
+        mean = sum(self.energies.values()) / len(self.energies)
+        return f"{said}; they hold {100 * mean:.1f}% of the change's energy on average"
+
+    def __repr__(self) -> str:
+        return f"Start({self.kind}: {self})"
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card. Raises `PktError` where it cannot."""

@@ -23,13 +23,13 @@ from pkt.adapters import WEIGHTS, Pair
 from pkt.errors import PktError
 from pkt.extraction import Start
 from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
-from pkt.manifest import versions
+from pkt.manifest import recorded_day, versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
-from pkt.models import Model, Target, load_model, load_tokenizer
+from pkt.models import Model, Target, load_model
 from pkt.progress import bar
-from pkt.seeds import Seeds, load_seeds
-from pkt.starting import ALPHAS, best_scale
-from pkt.transferring.checkpoints import RunFolder
+from pkt.seeds import Seeds
+from pkt.starting import ALPHAS, best_scale, rows_for
+from pkt.transferring.checkpoints import RunFolder, run_path
 from pkt.transplanting.content import Difference, open_content, pairs_of
 from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled, whole_pairs
 
@@ -106,7 +106,8 @@ def transplant(
     named = named_base(teacher) if base is None and adapter is None else None
     if named is not None and Path(named).is_dir():
         base = named
-    rows = _rows(seeds, student, tokenizer)
+    today = None if out is None or force or not resume else recorded_day(run_path(Path(out)) / "run.json")
+    rows = rows_for(seeds, student, tokenizer, today)
     job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway, control, alpha))
     found = job.find_lineage(lineage, progress)
     content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
@@ -126,14 +127,6 @@ def transplant(
     return start
 
 
-def _rows(seeds: Seeds | str | Path, student: Any, tokenizer: Any) -> Seeds:
-    if isinstance(seeds, Seeds):
-        return seeds
-    if tokenizer is None and isinstance(student, nn.Module):
-        raise PktError("a student in memory needs its tokenizer to read the seeds; pass tokenizer=")
-    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer)
-
-
 class Job:
     """The inputs of a transplant, opened: both models' matrices, the rows, the options."""
 
@@ -143,7 +136,8 @@ class Job:
         self.teacher, self.student, self.base, self.adapter = teacher, student, base, adapter
         self.rows, self.options = rows, options
         self.old, self.new = Matrices(teacher), Matrices(student)
-        rows.check_vocabulary(self.new.spec.vocab_size, self.new.spec.name)
+        spec = self.new.spec
+        rows.check_fits(spec.vocab_size, spec.positions, spec.name)
 
     def find_lineage(self, given: Lineage | str | Path | None, progress: bool) -> Lineage:
         """The given lineage, checked, or one made now. Raises `PktError` for a pair without one."""
@@ -167,6 +161,7 @@ class Job:
             **{f"{name}'s weights": _weights(model) for name, model in models.items() if model is not None},
             "adapter": None if file is None else sha256(file.read_bytes()),
             "seeds": self.rows.fingerprint,
+            **({} if self.rows.today is None else {"today": self.rows.today.isoformat()}),
             "lineage": [found.hidden, found.layers],
             **{f"option {name}": value for name, value in self.options.__dict__.items()},
             "versions": versions(),
