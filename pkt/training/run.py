@@ -108,13 +108,13 @@ def train(
     if out.is_file():
         raise PktError(f"{out} is a file; name a folder that does not exist yet")
     with lock_folder(out, out):
-        checkpoint = start_run(out, job.settings(), force=force)
+        settings = job.settings()
+        checkpoint = start_run(out, settings, force=force)
         if not quietly and job.targets and job.told.a_scale != 1:
             say(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
         begun, model = job.begin()
         if checkpoint is None:
-            recipe_told = {} if recipe == "pkt" else {"recipe": recipe}
-            write_run(out, begun, job.settings(), str(student), recipe_told)
+            write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
         job.finish(model, out, checkpoint, quietly)
     return model
 

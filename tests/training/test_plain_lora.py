@@ -89,8 +89,7 @@ def test_pissa_has_the_leading_directions_and_a_scale_of_a_keeps_the_product(stu
     model, pairs = drawn(student_dir, Lora("pissa", rank=4, modules="q"))
     _, scaled = drawn(student_dir, Lora("pissa", rank=4, modules="q"), 8.0)
     for module, pair in pairs.items():
-        u, s, vt = torch.linalg.svd(model.get_submodule(module).weight)
-        best = float(s[4:].norm())
+        best = float(torch.linalg.svdvals(model.get_submodule(module).weight)[4:].norm())
         assert float((model.get_submodule(module).weight - pair.delta()).norm()) <= 1.02 * best
         torch.testing.assert_close(scaled[module].A, 8 * pair.A)
         torch.testing.assert_close(scaled[module].delta(), pair.delta(), atol=1e-6, rtol=1e-5)

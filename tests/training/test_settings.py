@@ -107,7 +107,8 @@ def test_what_a_default_run_records_is_what_it_was(
     manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
     names = "mode epochs batch_size lr dropout warmup scheduler max_steps seed data extraction student"
     assert list(manifest["settings"]) == names.split()
-    assert list(manifest) == "format kind mode student settings plan versions finished train_loss".split()
+    names = "format kind mode student settings plan versions finished train_loss"
+    assert list(manifest) == names.split()
     assert manifest["settings"]["warmup"] == 0.0
     assert manifest["mode"] == "paired"
 
@@ -220,11 +221,18 @@ def test_the_papers_recipe(student_dir: Path, attention: Extraction, tmp_path: P
     manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
     settings = manifest["settings"]
     assert (manifest["recipe"], manifest["mode"]) == ("paper", "residual")
-    assert {name: settings[name] for name in ("lr", "dropout", "warmup", "train_modules", "a_scale", "scheduler")} == {
-        **{"lr": 3e-4, "dropout": 0.05, "warmup": 0.03, "train_modules": "all", "a_scale": 1.0, "scheduler": "linear"}
+    theirs = {
+        "lr": 3e-4,
+        "dropout": 0.05,
+        "warmup": 0.03,
+        "train_modules": "all",
+        "a_scale": 1.0,
+        "scheduler": "linear",
     }
+    assert {name: settings[name] for name in theirs} == theirs
     assert settings["data"] == Seeds([example], "", 0).fingerprint
     assert len(read_adapter(tmp_path / "run")[0].pairs) == 16
+    assert len(pkt.finalize(tmp_path / "run", tmp_path / "adapter").pairs) == 16
     said: Any = {"mode": "paired", "warmup": 0.0, "train_modules": "extracted", "loss": "answer", "lr": 1e-3}
     pkt.train(student_dir, attention, file, tmp_path / "said", recipe="paper", **few, **said)
     settings = json.loads((tmp_path / "said" / MANIFEST).read_text())["settings"]
