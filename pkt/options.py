@@ -196,6 +196,11 @@ class Training:
         return {name: value for name, value in found.items() if value not in ("auto", False)}
 
 
+def _check_choice(name: str, given: Any, choices: Any) -> None:
+    if given not in get_args(choices):
+        raise PktError(f"{name}={given!r} is unknown; choose one of {', '.join(get_args(choices))}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a recipe settles of a training, unless it is said otherwise; None: not settled.
@@ -268,11 +273,6 @@ def _layers(given: Any) -> str | tuple[int, ...]:
         return tuple(operator.index(i) for i in given)
     except TypeError:
         raise PktError(f"layers={given!r}: give one of {choices}, or a list of the teacher's layers") from None
-
-
-def _check_choice(name: str, given: Any, choices: Any) -> None:
-    if given not in get_args(choices):
-        raise PktError(f"{name}={given!r} is unknown; choose one of {', '.join(get_args(choices))}")
 
 
 def _check_seed(seed: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from pkt.adapters import Adapter, Pair, from_peft, parameter_name
 from pkt.errors import PktError
 from pkt.lora.factors import layer_of, lora_parameters
-from pkt.lora.pissa import initialize_pissa_weights
+from pkt.lora.pissa import pissa_pairs
 from pkt.lora.record import Mode, name_of, parameter_of
 from pkt.lora.wrapping import ADAPTER, expected_warnings, lora_config, wrap
 from pkt.models import Target, quiet, spec_of_model
@@ -67,33 +67,31 @@ def draw_pairs(
     blank = {t.module: _blank(t, lora.rank) for t in targets}
     config = Adapter(blank, name_of(student), spec.head if spec.tied else None).config(alpha=lora.alpha)
     config["init_lora_weights"] = True if lora.init in ("default", "pissa") else lora.init
-    shifted = (
-        {} if mode_of(lora) == "add" else {m: parameter_of(student, parameter_name(m, p)) for m, p in blank.items()}
-    )
-    kept = {m: weight.detach().clone() for m, weight in shifted.items() if weight is not None}
+    untouched = lora.init in (*DRAWN, *NEUTRAL, "pissa")
+    weights = {} if untouched else {m: parameter_of(student, parameter_name(m, p)) for m, p in blank.items()}
+    kept = [(weight, weight.detach().clone()) for weight in weights.values() if weight is not None]
     try:
-        model = _started(student, config, lora.init, rows, seed)
+        model = _started(student, config, lora.init, rows)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise PktError(
-            f"init={lora.init!r}: PEFT cannot start this student so ({error}); choose another, or modules"
+            f"init={lora.init!r}: PEFT cannot start this student so ({error}); choose another, or other modules"
         ) from error
     pairs = {}
     for module, pair in blank.items():
         found = lora_parameters(model, module, pair, ADAPTER)
         assert found is not None
         a, b = (t.detach().clone() for t in from_peft(*found, pair.experts))
-        b = b * layer_of(model, module, pair).scaling[ADAPTER]
-        pairs[module] = Pair(a, b, pair.kind) if pair.kind == "embedding" else Pair(a * a_scale, b / a_scale, pair.kind)
+        pairs[module] = Pair(a, b * layer_of(model, module, pair).scaling[ADAPTER], pair.kind)
+    if lora.init == "pissa":
+        pairs |= pissa_pairs(model, seed=seed, only={m for m, p in pairs.items() if p.kind != "embedding"})
     model.unload()
     with torch.no_grad():
-        for module, weight in kept.items():
-            found_weight = parameter_of(student, parameter_name(module, blank[module]))
-            assert found_weight is not None
-            found_weight.copy_(weight)
-    return pairs
+        for weight, before in kept:
+            weight.copy_(before)
+    return {m: p if p.kind == "embedding" else Pair(p.A * a_scale, p.B / a_scale, p.kind) for m, p in pairs.items()}
 
 
-def _started(student: nn.Module, config: dict[str, Any], init: str, rows: Seeds | None, seed: int) -> Any:
+def _started(student: nn.Module, config: dict[str, Any], init: str, rows: Seeds | None) -> Any:
     """The student wrapped with an adapter at PEFT's start."""
     import peft
 
@@ -124,8 +122,6 @@ def _started(student: nn.Module, config: dict[str, Any], init: str, rows: Seeds 
     if init == "eva":
         with quiet(), expected_warnings():
             peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
-    if init == "pissa":
-        initialize_pissa_weights(model, seed=seed)
     return model
 
 

@@ -61,7 +61,7 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
         {"recipe": "paper"},
         {"train_modules": "all"},
         {"group_by_length": True, "report_to": "none"},
-        {"held_out": True, "eval_steps": 1, "lr": 0.3},
+        {"held_out": True, "eval_steps": 1, "lr": 0.05},
         {"held_out": True, "eval_steps": 3, "micro_batch": 1},
     ],
     ids=str,
