@@ -95,7 +95,8 @@ def _started(student: nn.Module, config: dict[str, Any], init: str, rows: Seeds 
     """The student wrapped with an adapter at PEFT's start."""
     import peft
 
-    batches = [] if rows is None else Seeds(list(rows[:ROWS]), rows.source, rows.pad_id).batches(ROWS_AT_ONCE)
+    shown = Seeds([] if rows is None else list(rows[:ROWS]), "", 0 if rows is None else rows.pad_id)
+    batches = shown.batches(1 if init == "corda" else ROWS_AT_ONCE)  # CorDA takes one row at a time
     if init == "eva":
         config["eva_config"] = peft.EvaConfig(rho=1.0)  # one rank for all
     elif init == "corda":
