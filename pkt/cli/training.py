@@ -176,7 +176,18 @@ def train(
     # One path after the student: the rows alone.
     begun, rows = (None, extraction) if data is None else (extraction, data)
     with resumable(lambda: any(out.glob("checkpoint-*")), force=force):
-        run(student, begun, rows, out, recipe=recipe, dropout=dropout, max_length=max_length, force=force, **options)
+        run(
+            student,
+            begun,
+            rows,
+            out,
+            recipe=recipe,
+            held_out=held_out,
+            dropout=dropout,
+            max_length=max_length,
+            force=force,
+            **options,
+        )
     logs = f"; logs for TensorBoard in {out / 'logs'}" if "tensorboard" in options["report_to"] else ""
     out_console.print(f"{out}: trained{logs}", highlight=False)
     next_line(f"pkt finalize {shlex.quote(str(out))} --out ADAPTER")

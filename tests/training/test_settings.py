@@ -165,22 +165,23 @@ def test_rows_of_like_lengths_come_together(student_dir: Path, tokenizer: Any, t
 
 
 def test_the_best_weights_are_what_a_run_ends_with(
-    student_dir: Path, extraction_dir: Path, rows: Seeds, others: Seeds, tmp_path: Path
+    student_dir: Path, rows: Seeds, others: Seeds, tmp_path: Path
 ) -> None:
-    options = {**FEW, "lr": 0.05, "max_steps": 8}
-    pkt.train(student_dir, extraction_dir, rows, tmp_path / "run", held_out=others, eval_steps=1, **options)
+    # At this rate the second step is better than the start, and the last ones are worse.
+    options = {**FEW, "lr": 0.3, "scheduler": "constant", "rank": 4}
+    pkt.train(student_dir, None, rows, tmp_path / "run", held_out=others, eval_steps=2, **options)
     found = json.loads((tmp_path / "run" / MANIFEST).read_text())["held_out"]
     looks, best = dict(found["looks"]), found["best"]
-    assert list(looks) == list(range(9))
+    assert list(looks) == [0, 2, 4, 6]
     assert best["nll"] == min(looks.values()) == looks[best["step"]]
-    assert 0 < best["step"] < 8
+    assert best["step"] == 2
     assert looks[0] == pytest.approx(evaluate(load_model(student_dir), others).nll, rel=1e-5)
     pkt.finalize(tmp_path / "run", tmp_path / "adapter")
     for folder in (tmp_path / "adapter", tmp_path / "run"):
         assert evaluate(load_with_adapter(student_dir, folder), others).nll == pytest.approx(best["nll"], rel=1e-5)
     # Looking changes nothing: without it the same steps give the weights of the last one.
-    pkt.train(student_dir, extraction_dir, rows, tmp_path / "blind", **options)
-    assert evaluate(load_with_adapter(student_dir, tmp_path / "blind"), others).nll == pytest.approx(looks[8], rel=1e-5)
+    pkt.train(student_dir, None, rows, tmp_path / "blind", **options)
+    assert evaluate(load_with_adapter(student_dir, tmp_path / "blind"), others).nll == pytest.approx(looks[6], rel=1e-5)
 
 
 def test_all_modules_learn_beside_the_extracted_ones(
