@@ -195,12 +195,12 @@ def test_all_modules_learn_beside_the_extracted_ones(
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
     }
     for module, pair in nine.items():
-        # Each pair is [B, −B₀][A; A₀]: what was extracted starts where it did, the others learn from B = 0.
+        # Each pair is [B, −B₀][A; A₀]: what was extracted starts where it did, the others from B₀A₀ = 0.
         assert pair.rank == 2 * attention.rank
         if module in attention.pairs:
             torch.testing.assert_close(pair.A[4:], attention.pairs[module].A)
         else:
-            assert not pair.B[:, 4:].any()
+            assert not (pair.B[:, 4:] @ pair.A[4:]).any()
         assert float(pair.delta().abs().max()) > 0
     done = pkt.finalize(tmp_path / "nine", tmp_path / "adapter")
     assert set(done.pairs) == set(nine)
