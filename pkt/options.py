@@ -26,6 +26,7 @@ TrainModules: TypeAlias = Literal["extracted", "all"]
 TrainingLoss: TypeAlias = Literal["answer", "last", "all"]
 RowTemplate: TypeAlias = Literal["chat", "paper"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+AnswerRule: TypeAlias = Literal["mark", "number"]
 
 
 @dataclass(frozen=True)

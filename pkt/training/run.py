@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
-from pkt.files import as_path, check_apart, is_stored, lock_folder
+from pkt.files import MANIFEST, as_path, check_apart, is_stored, lock_folder
 from pkt.lora import DRAWN, Mode, check_init, check_settings, checked_dropout, draw_pairs, inject, mode_of
-from pkt.models import Model, ModelSpec, Target, check_tokenizer, load_model, load_tokenizer, spec_of
+from pkt.manifest import recorded_day
+from pkt.models import Model, ModelSpec, Target, load_model, load_tokenizer, spec_of
 from pkt.options import Lora, Precision, Recipe, RecipeName, RowTemplate, Training, TrainingLoss, TrainModules
 from pkt.planning import adapted
 from pkt.seeds import Seeds, load_seeds
+from pkt.training.export import read_injected
 from pkt.training.folder import finish_run, say, start_run, write_run
 from pkt.training.trainer import check_machine, check_reporters, fit
 
@@ -77,10 +80,10 @@ def train(
     """
     given = Recipe(mode, lr, warmup, gradient_checkpointing, train_modules, a_scale, loss, template)
     told = given.over(recipe)
-    start = _opened(extraction, data, {"init": init, "rank": rank, "alpha": alpha, "modules": modules}, given)
+    start = _opened(extraction, student, data, {"init": init, "rank": rank, "alpha": alpha, "modules": modules}, given)
     told = replace(told, mode=mode or _usual_mode(start, told), a_scale=_a_scale(start, given, told))
     # What is kept has begun already: it wants about half the usual rate.
-    rate = told.lr or (KEPT_RATE if isinstance(start, Start) and told.mode == "add" else RATE)
+    rate = told.lr or (KEPT_RATE if told.mode == "add" and not isinstance(start, Lora) else RATE)
     options = Training(
         epochs,
         batch_size,
@@ -104,7 +107,8 @@ def train(
     check_apart(out, *(given for given in (extraction, student, data, held_out) if is_stored(given)))
     if held_out is None and eval_steps is not None:
         raise PktError("eval_steps concerns held-out rows; name them (--held-out FILE)")
-    job = _job(student, start, (data, held_out), told, options, dropout, max_length)
+    today = None if force else recorded_day(out / MANIFEST)
+    job = _job(student, start, (data, held_out), told, options, dropout, max_length, today)
     if out.is_file():
         raise PktError(f"{out} is a file; name a folder that does not exist yet")
     with lock_folder(out, out):
@@ -159,6 +163,7 @@ class Job:
             **options.later(),
             **({} if self.held_out is None else {"held_out": self.held_out.fingerprint, "eval_steps": self.eval_steps}),
             "data": self.examples.fingerprint,
+            **({} if self.examples.today is None else {"today": self.examples.today.isoformat()}),
             **begun,
             "student": Model.of(self.student).content()["fingerprint"],
         }
@@ -215,7 +220,9 @@ class Job:
         return draw_pairs(model, self.targets, lora, scale, rows=self.examples, seed=self.options.seed)
 
 
-def _opened(extraction: Any, data: Any, lora: Mapping[str, Any], given: Recipe) -> Extraction | Start | Lora:
+def _opened(
+    extraction: Any, student: Any, data: Any, lora: Mapping[str, Any], given: Recipe
+) -> Extraction | Start | Lora:
     """Where the LoRA starts. Raises `PktError` for what is said of a plain LoRA beside an extraction, and the reverse."""
     said = {name: value for name, value in lora.items() if value is not None}
     if extraction is None:
@@ -236,7 +243,7 @@ def _opened(extraction: Any, data: Any, lora: Mapping[str, Any], given: Recipe) 
         )
     if given.a_scale is not None and given.train_modules != "all":
         raise PktError("a_scale concerns factors that are drawn: those of a plain LoRA, or with train_modules='all'")
-    return open_start(extraction)
+    return (read_injected(extraction, student) if is_stored(extraction) else None) or open_start(extraction)
 
 
 def _usual_mode(start: Extraction | Start | Lora, told: Recipe) -> Mode:
@@ -260,9 +267,9 @@ def _job(
     options: Training,
     dropout: float | None,
     max_length: int,
+    today: datetime.date | None,
 ) -> Job:
     spec, tokenizer = spec_of(student), load_tokenizer(student)
-    check_tokenizer(tokenizer, spec)
     targets = _targets(start, told, spec)
     members: dict[str, Pair | Target] = {t.module: t for t in targets}
     if not isinstance(start, Lora):
@@ -273,8 +280,8 @@ def _job(
         loss, template = told.loss or "answer", told.template or "chat"
         read = given
         if not isinstance(read, Seeds):
-            read = load_seeds(read, tokenizer, loss=loss, max_length=max_length, template=template)
-        read.check_vocabulary(spec.vocab_size, spec.name)
+            read = load_seeds(read, tokenizer, loss=loss, max_length=max_length, today=today, template=template)
+        read.check_fits(spec.vocab_size, spec.positions, spec.name)
         return read
 
     examples, held_out = rows(data[0]), None if data[1] is None else rows(data[1])
