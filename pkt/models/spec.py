@@ -151,6 +151,12 @@ def tables_of(model: nn.Module) -> tuple[Any, Any]:
     return _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is the embedding's."""
+    embedding, head = tables_of(model)
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
 def hidden_size(model: nn.Module) -> int | None:
     """The width of the hidden states between decoder layers, as its configuration or its embedding has it."""
     config: Any = getattr(model, "config", None)
@@ -220,14 +226,12 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     """The spec of a model in memory (its weights may be on the meta device)."""
     layers = decoder_layers(model)
     config: Any = getattr(model, "config", None)
-    embedding = _call(model, "get_input_embeddings")
-    head = _call(model, "get_output_embeddings")
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    embedding, head = tables_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, head_dim = _heads_of(text)
     model_type = str(getattr(config, "model_type", type(model).__name__))
 
-    def described(target: Target, layout: Fused | None = None) -> Target:
+    def placed(target: Target, layout: Fused | None) -> Target:
         """The target with its place in the model and the rows of its roles."""
         name, last = target.module, target.module.split(".")[-1]
         layer = layer_of(name, layers)
@@ -239,41 +243,17 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
             parts=() if layout is None else _fused_rows(layout, target.shape[0], heads, head_dim),
         )
 
-    targets, head_name = [], None
-    for module_name, module in model.named_modules():
-        if module is head:
-            head_name = module_name
-        targets += [described(*found) for found in _experts(module_name, module)]
-        kind = kind_of(module)
-        if kind is None:
-            continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        rows, cols = weight.shape if kind != "conv1d" else weight.t().shape
-        if kind == "linear":
-            # A 4-bit layer packs its weight, so its shape says nothing.
-            rows, cols = int(module.out_features), int(module.in_features)
-        if module is head:
-            if tied:
-                continue
-            role, group = "head", "embedding"
-        elif module is embedding:
-            role, group = "embed", "embedding"
-        else:
-            role, group = role_of(module_name)
-        targets.append(described(Target(module_name, kind, (rows, cols), role, group)))
-    targets = _with_routers(targets)
-    count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
+    targets = _with_routers([placed(*found) for found in _matrices(model)])
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
         model_type=model_type,
         targets=tuple(targets),
         layers=layers,
-        num_layers=count,
+        num_layers=max((t.layer for t in targets if t.layer is not None), default=-1) + 1,
         vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
         head_dim=head_dim,
-        tied=tied,
-        head=head_name,
+        tied=is_tied(model),
+        head=next((n for n, module in model.named_modules() if module is head), None),
         heads=heads,
         positions=position_limit(model, layers),
         config=config.to_dict() if hasattr(config, "to_dict") else {},
@@ -291,6 +271,27 @@ def _heads_of(text: Any) -> tuple[int | None, int | None]:
         return heads, text.hidden_size // heads if head_dim is None and heads else head_dim
     except RuntimeError:
         return heads, None
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
+    """Every matrix by its module, with the layout of its rows where the module says it; a tied head is the embedding."""
+    embedding, head = tables_of(model)
+    roles = {id(embedding): ("embed", "embedding"), id(head): ("head", "embedding")}
+    skipped = head if is_tied(model) else None
+    for name, module in model.named_modules():
+        yield from _experts(name, module)
+        kind = kind_of(module)
+        if kind is not None and module is not skipped:
+            role, group = roles.get(id(module)) or role_of(name)
+            yield Target(name, kind, _product_shape(module, kind), role, group), None
+
+
+def _product_shape(module: Any, kind: Kind) -> tuple[int, int]:
+    if kind == "linear":
+        # A 4-bit layer packs its weight, so its shape says nothing.
+        return int(module.out_features), int(module.in_features)
+    rows, cols = module.weight.shape if kind != "conv1d" else module.weight.t().shape
+    return rows, cols
 
 
 def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,12 @@ class Pairing:
             )
 
     # -- where a matrix comes from
+
+    def possible_feeds(self) -> Iterator[Feed]:
+        """Whatever may feed a matrix while the ranking of the layers is open."""
+        for target in self.targets:
+            for layer in [None] if target.layer is None else self.layers_for(target.layer):
+                yield from self.feeds(target, layer)
 
     def feeds(self, target: Target, layer: int | None) -> list[Feed]:
         """What feeds a student's matrix when teacher layer `layer` does (None outside the layers)."""
