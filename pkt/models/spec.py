@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pkt.errors import PktError
 from pkt.files import sha256
 from pkt.manifest import difference
-from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, Fused, Kind, Runs, known, read_roles, role_of
+from pkt.models.layouts import Place, lies_transposed, lying, runs_of
+from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, UNADAPTABLE, Kind, Runs, known, read_roles, role_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Target:
     suffix: str = ""  # the module's name within its layer; its whole name outside the layers
     experts: int = 0  # of a 3-D parameter [experts, out, in], which `module` then names; `shape` is one expert's
     parts: tuple[tuple[str, Runs], ...] = ()  # the rows of each role of a fused projection
+    head: int = 0  # rows of one head of q, k or v, columns of one of o, where they are known
+    doubt: str = ""  # why its rows or axes cannot be told apart, so that nothing may be cut from it or for it
+    unadaptable: str = ""  # why no adapter can change it
 
     @property
     def parameter(self) -> str:
@@ -118,14 +122,37 @@ def content_kind(recorded: Mapping[str, Any]) -> str:
 
 
 def decoder_layers(model: nn.Module) -> str | None:
-    """The name of the ModuleList that holds the decoder layers: the largest list of like modules, or None."""
-    best, size = None, 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
-            parameters = sum(p.numel() for p in module.parameters())
-            if parameters > size and not isinstance(module[0], nn.Linear):
-                best, size = name, parameters
+    """The name of the ModuleList that holds the decoder layers, or None.
+
+    It is as long as the configuration says, or else its modules are of one class, and it is the largest such: lists inside of
+    layers (experts, adapters) are smaller. Where the model says what its decoder is, no list of a tower is looked at.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "num_hidden_layers", None)
+    decoder = _call(model, "get_decoder")
+    best, rank = None, (False, 0)
+    for name, module in _lists(model, decoder) or _lists(model, None):
+        as_said = len(module) == count
+        if not as_said and len({type(m) for m in module}) > 1:
+            continue
+        found = as_said, sum(p.numel() for p in module.parameters())
+        if found > rank:
+            best, rank = name, found
     return best
+
+
+def _lists(model: nn.Module, part: Any) -> list[tuple[str, nn.ModuleList]]:
+    """The ModuleLists of a model, or of a part of it, that hold more than linear layers."""
+    inside = None if part is None or part is model else {id(m) for m in part.modules()}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and not isinstance(module[0], nn.Linear)
+        and (inside is None or id(module) in inside)
+    ]
 
 
 def plain_head(model: Any) -> tuple[nn.Linear, nn.Module] | None:
@@ -171,29 +198,6 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _fused_rows(layout: Fused, rows: int, heads: int | None, head_dim: int | None) -> tuple[tuple[str, Runs], ...]:
-    """The rows of each role; nothing when they do not come out even, and the matrix is then known only as a whole."""
-    groups: int
-    if "q" in layout.roles:
-        if not heads or not head_dim or rows % head_dim or (rows // head_dim - heads) % 2:
-            return ()
-        kv = (rows // head_dim - heads) // 2
-        sizes = {"q": heads * head_dim, "k": kv * head_dim, "v": kv * head_dim}
-        groups = kv if layout.groups == "kv_heads" else int(layout.groups)
-    else:
-        sizes = dict.fromkeys(layout.roles, rows // len(layout.roles))
-        groups = rows // len(layout.roles) if layout.groups == "rows" else int(layout.groups)
-    if groups < 1 or sum(sizes.values()) != rows or any(size < groups or size % groups for size in sizes.values()):
-        return ()
-    found: dict[str, list[tuple[int, int]]] = {role: [] for role in layout.roles}
-    start = 0
-    for _ in range(groups):
-        for role in layout.roles:
-            found[role].append((start, start + sizes[role] // groups))
-            start += sizes[role] // groups
-    return tuple((role, tuple(found[role])) for role in layout.roles)
-
-
 def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) -> ModelSpec:
     """The spec with more lines for `ROLES`: a mapping or a JSON file, {"name": ["role", "group"]}."""
     if roles is None:
@@ -206,8 +210,8 @@ def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) ->
             continue
         role, group = role_of(target.module, lines)
         layout = FUSED.get(target.module.split(".")[-1]) or FUSED.get(role)
-        parts = () if layout is None else _fused_rows(layout, target.shape[0], spec.heads, spec.head_dim)
-        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts))
+        parts = () if layout is None else runs_of(layout, target.shape[0], None, spec.heads, spec.head_dim)
+        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts, doubt=""))
     return dataclasses.replace(spec, targets=tuple(targets))
 
 
@@ -218,30 +222,35 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     embedding = _call(model, "get_input_embeddings")
     head = _call(model, "get_output_embeddings")
     tied = head is not None and embedding is not None and head.weight is embedding.weight
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(text, "num_attention_heads", None)
     head_dim = getattr(text, "head_dim", None)
     if head_dim is None and heads:
         head_dim = text.hidden_size // heads
     model_type = str(getattr(config, "model_type", type(model).__name__))
 
-    def described(target: Target, layout: Fused | None = None) -> Target:
-        """The target with its place in the model and the rows of its roles."""
-        name, last = target.module, target.module.split(".")[-1]
+    text_type = str(getattr(text, "model_type", model_type))
+    places = {name: Place(module, name.rpartition(".")[2], text) for name, module in model.named_modules()}
+
+    def placed(target: Target) -> Target:
+        """The target with its place in the model, and why no adapter can change it."""
+        name, last = target.module, target.module.rpartition(".")[2]
         layer = layer_of(name, layers)
-        layout = layout or FUSED.get(f"{model_type}:{last}") or FUSED.get(last) or FUSED.get(target.role)
+        unadaptable = target.unadaptable
+        if last in UNADAPTABLE.get(text_type, ()):
+            unadaptable = "PEFT's adapters do not reach it: its module takes its weight past them"
         return dataclasses.replace(
             target,
             layer=layer,
             suffix=name if layer is None else name[len(f"{layers}.{layer}.") if layers else len(f"{layer}.") :],
-            parts=() if layout is None else _fused_rows(layout, target.shape[0], heads, head_dim),
+            unadaptable=unadaptable,
         )
 
     targets, head_name = [], None
     for module_name, module in model.named_modules():
         if module is head:
             head_name = module_name
-        targets += [described(*found) for found in _experts(module_name, module)]
+        targets += [placed(found) for found in _experts(module_name, module, places[module_name])]
         kind = kind_of(module)
         if kind is None:
             continue
@@ -252,14 +261,16 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
             # A 4-bit layer packs its weight, so its shape says nothing.
             rows, cols = int(module.out_features), int(module.in_features)
         if module is head:
-            if tied:
-                continue
-            role, group = "head", "embedding"
+            if not tied:
+                targets.append(placed(Target(module_name, kind, (rows, cols), "head", "embedding")))
         elif module is embedding:
-            role, group = "embed", "embedding"
+            targets.append(placed(Target(module_name, kind, (rows, cols), "embed", "embedding")))
+        elif kind == "embedding":
+            targets.append(placed(Target(module_name, kind, (rows, cols), *role_of(module_name))))
         else:
-            role, group = role_of(module_name)
-        targets.append(described(Target(module_name, kind, (rows, cols), role, group)))
+            owner = places[module_name.rpartition(".")[0]]
+            found = lying(module_name, (rows, cols), owner, text_type)
+            targets.append(placed(Target(module_name, kind, (rows, cols), **vars(found))))
     targets = _with_routers(targets)
     count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
     return ModelSpec(
@@ -277,19 +288,34 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     )
 
 
-def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
-    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out] where their module says so."""
-    for key, parameter in module._parameters.items():
-        if parameter is None or parameter.ndim != 3 or known(key, ROLES) is None:
-            continue
+def _experts(name: str, module: nn.Module, place: Place) -> Iterator[Target]:
+    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out]."""
+    stacked = {
+        key: parameter
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and known(key, ROLES) is not None
+    }
+    transposed, doubt = lies_transposed(module, stacked, place.size("hidden_size"))
+    for key, parameter in stacked.items():
         experts, rows, cols = parameter.shape
-        kind: Kind = "conv1d" if getattr(module, "is_transposed", False) else "linear"
         role, group = role_of(key)
         layout = FUSED.get(role)
         if layout is not None and not getattr(module, "is_concatenated", True):
             layout = dataclasses.replace(layout, groups="rows")
-        shape = (cols, rows) if kind == "conv1d" else (rows, cols)
-        yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
+        shape = (cols, rows) if transposed else (rows, cols)
+        yield Target(
+            f"{name}.{key}",
+            "conv1d" if transposed else "linear",
+            shape,
+            role,
+            group,
+            experts=experts,
+            parts=() if layout is None else runs_of(layout, shape[0], None, None, None),
+            doubt=doubt,
+            unadaptable="PEFT takes these experts for [experts, out, in], and they lie [experts, in, out]"
+            if transposed and not getattr(module, "is_transposed", False)
+            else "",
+        )
 
 
 def _with_routers(targets: list[Target]) -> list[Target]:
@@ -326,5 +352,7 @@ def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
                 if target.layer is not None
                 else "left alone"
             )
-        rows.setdefault(f"{name} {shape}", (name, shape, f"{roles} (each of its experts)" if target.experts else roles))
+        roles = f"{roles} (each of its experts)" if target.experts else roles
+        apart = [reason for reason in (target.doubt, target.unadaptable) if reason]
+        rows.setdefault(f"{name} {shape}", (name, shape, "; ".join([roles, *apart])))
     return list(rows.values())

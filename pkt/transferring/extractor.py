@@ -103,20 +103,21 @@ class Harvest:
             targets[name]["energy"] = energy
         return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _) in found.items()}
 
-    def _best(self) -> list[int]:
-        scored = sorted(
-            (key for key in self.records if isinstance(key, int)), key=lambda k: (-self.records[k]["total"], k)
-        )
-        return scored[: self.pairing.count]
+    def _best(self) -> dict[int, int]:
+        """The student's layer -> the teacher's that feeds it, of those that are scored."""
+        return self.pairing.layering.best({k: r["total"] for k, r in self.records.items() if isinstance(k, int)})
 
     def _forget_losers(self) -> None:
-        best = set(self._best())
+        best = set(self._best().values())
         for key in list(self.factors):
             if isinstance(key, int) and key not in best:
                 self.factors[key] = {}
 
     def layer_map(self) -> list[int]:
-        return sorted(self._best()) if self.pairing.fixed is None else self.pairing.fixed
+        if self.pairing.fixed is not None:
+            return self.pairing.fixed
+        best = self._best()
+        return [best[place] for place in range(self.pairing.count)]
 
     def finish(
         self, weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]]
