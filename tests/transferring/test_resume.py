@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
+import zoo
 from test_streaming import seeds
 
 import pkt
@@ -105,8 +105,8 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        oracle.llama(True, layers=5).save_pretrained(folder / "teacher", max_shard_size="60KB")
-        oracle.llama(True, hidden=36, layers=2, heads=3, kv=1, ffn=48).save_pretrained(folder / "student")
+        zoo.llama(True, layers=5).save_pretrained(folder / "teacher", max_shard_size="60KB")
+        zoo.llama(True, hidden=36, layers=2, heads=3, kv=1, ffn=48).save_pretrained(folder / "student")
         assert self.start("calm").end() == 0
         self.bytes = self.read("calm")
 
