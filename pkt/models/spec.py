@@ -247,9 +247,12 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         )
 
     targets, head_name = [], None
+    towers = _towers(model, config, text)
     for module_name, module in model.named_modules():
         if module is head:
             head_name = module_name
+        if id(module) in towers:
+            continue
         targets += [placed(found) for found in _experts(module_name, module, places[module_name])]
         kind = kind_of(module)
         if kind is None:
@@ -286,6 +289,15 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         heads=heads,
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
+
+
+def _towers(model: nn.Module, config: Any, text: Any) -> set[int]:
+    """The modules of a multimodal model that read something else than text: those outside of its decoder, embedding and head."""
+    decoder = None if text is config else _call(model, "get_decoder")
+    if decoder is None or decoder is model:
+        return set()
+    read = {id(m) for part in (decoder, *tables_of(model)) if part is not None for m in part.modules()}
+    return {id(m) for m in model.modules()} - read
 
 
 def _experts(name: str, module: nn.Module, place: Place) -> Iterator[Target]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.files import os_errors
+from pkt.files import check_output_file
 from pkt.models import Model, ModelSpec, check_tokenizer, checked_device, decoder_layers, kind_of
 from pkt.ops import MEASURES
 from pkt.options import Loss
@@ -132,10 +132,7 @@ def score_checkpoint(
 ) -> Sensitivity:
     """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
     _check_measure(measure)
-    if Path(out).exists():
-        raise PktError(f"{out} exists already; name another file")
-    with os_errors(f"writing {out}"):
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    check_output_file(out, FORMAT)
     named = Model.of(teacher)
     named.check()
     check_tokenizer(named.tokenizer, named.spec)

@@ -8,7 +8,7 @@ from typing import Any
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.extras import needs
-from pkt.files import as_path, check_apart, is_stored, lock_folder
+from pkt.files import as_path, check_apart, check_parent, is_stored, lock_folder, os_errors
 from pkt.lora import Mode, check_settings, checked_dropout, inject
 from pkt.models import Model, check_tokenizer, load_model, load_tokenizer, spec_of
 from pkt.options import Training
@@ -60,11 +60,13 @@ def train(
     needs("tensorboard", "train", "keep the logs of a training run")
     dropout = checked_dropout(ext.pairs, dropout)
     out, student = as_path(out, "the path of a run folder"), as_path(student, "the path of a student")
+    with os_errors(f"writing {out}"):
+        if out.exists() and not out.is_dir():
+            raise PktError(f"{out} is a file; name a folder that does not exist yet")
+        check_parent(out)
     check_apart(out, *(given for given in (extraction, student, data) if is_stored(given)))
     examples, tokenizer = _rows(data, student, max_length)
     settings = _settings(mode, dropout, options, examples, ext, student)
-    if out.is_file():
-        raise PktError(f"{out} is a file; name a folder that does not exist yet")
     with lock_folder(out, out):
         checkpoint = start_run(out, settings, force=force)
         model = _injected(student, ext, mode, dropout, seed)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
+from pkt.files import LOCK, atomic_file, followed, lock_folder, read_json, sha256, write_json, write_tensors
 from pkt.manifest import difference, spoken_name
 from pkt.streaming import Key, MemoryPlan, Progress
 from pkt.transferring.extractor import Harvest
@@ -28,7 +28,8 @@ RUN_FORMAT = "pkt-run-2"
 
 def run_path(out: Path) -> Path:
     """Where an unfinished transfer to `out` keeps its checkpoints."""
-    return out.absolute().parent / f".{out.name}.run"
+    out = followed(out).absolute()
+    return out.parent / f".{out.name}.run"
 
 
 class RunFolder:
@@ -98,8 +99,6 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.endswith(".tmp"):
-                entry.unlink()
 
     def _write(self) -> None:
         with atomic_file(self.path / "run.json") as scratch:

@@ -202,6 +202,8 @@ class Job:
 
     def check_output(self, out: Path, *, force: bool) -> None:
         """Refuse an output that holds something else; tasks that an interrupted run already wrote are no such thing."""
+        if self.several and out.is_dir():
+            sweep_scratch(out)
         if not self.several or not out.is_dir() or {p.name for p in out.iterdir()} - set(self.seeds):
             check_output_folder(out, force=force)
             return
@@ -220,7 +222,6 @@ class Job:
         for task, (name, extraction) in enumerate(extractions.items()):
             target = out / name if name else out
             if force or not self.several or not self.finished_one(target, name):
-                sweep_scratch(target)
                 extraction.save(target, force=force)
             if folder.scores_file(task).is_file():
                 with os_errors(f"writing {target / SCORES}"):
