@@ -133,7 +133,7 @@ def test_an_output_that_cannot_be_is_refused(tmp_path: Path, check: Any) -> None
     ):
         with pytest.raises(pkt.PktError, match=why):
             check(tmp_path / out)
-    with pytest.raises(pkt.PktError, match="is a file|something else"):
+    with pytest.raises(pkt.PktError, match=r"is a file|something else"):
         check(Path("/dev/null"))
 
 

@@ -164,3 +164,23 @@ def extract(
     ext = pkt.extract(teacher, pkt.TransferPlan.from_json(plan), **options)
     ext.save(out, force=force)
     out_console.print(f"{out}: {ext}", highlight=False)
+
+
+@app.command("import", rich_help_panel="Step by step")
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the authors' released code (adapter_model.bin).", show_default=False)
+    ],
+    out: OutDir,
+    student: Annotated[
+        str | None, typer.Option("--student", help="The model it is for, if its files do not say.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Read what the method's authors' released code extracted, as a LoRA folder that pkt trains and finalizes."""
+    from pkt.extraction import import_released
+
+    start = import_released(folder, out, student=student, force=force)
+    out_console.print(f"{out}: {start}", highlight=False)
+    name = shlex.quote(str(start.student["name"]))
+    next_line(f"pkt train {name} {shlex.quote(str(out))} DATA.jsonl --out RUN")

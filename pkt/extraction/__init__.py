@@ -3,6 +3,7 @@
 from pkt.extraction.pairs import assemble as assemble
 from pkt.extraction.pairs import extract as extract
 from pkt.extraction.pairs import factorize_targets as factorize_targets
+from pkt.extraction.released import import_released as import_released
 from pkt.extraction.result import Extraction as Extraction
 from pkt.extraction.result import describe_factorization as describe_factorization
 from pkt.extraction.start import Start as Start

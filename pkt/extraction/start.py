@@ -39,11 +39,9 @@ class Start:
 
     def __str__(self) -> str:
         mean = sum(self.energies.values()) / max(1, len(self.energies))
+        held = f"; they hold {100 * mean:.1f}% of the change's energy on average" if self.energies else ""
         what = "kept: the student is changed" if self.mode == "add" else "neutral: the student is as it was"
-        return (
-            f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}; they hold {100 * mean:.1f}% of the change's energy on "
-            "average"
-        )
+        return f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}{held}"
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card. Raises `PktError` where it cannot."""

@@ -70,7 +70,9 @@ class Place:
         return None
 
 
-def runs_of(layout: Fused, rows: int, place: Place | None, heads: int | None, head: int | None) -> tuple[tuple[str, Runs], ...]:
+def runs_of(
+    layout: Fused, rows: int, place: Place | None, heads: int | None, head: int | None
+) -> tuple[tuple[str, Runs], ...]:
     """The rows of each role; nothing when they do not come out even."""
     groups: int
     kv = 0

@@ -302,7 +302,7 @@ def hollow_model(given: Any, dtype: torch.dtype | None, device: torch.device) ->
 
 
 def save_model(model: Any, folder: Path, source: Any) -> None:
-    """A model as a checkpoint folder, with the tokenizer and the processors of the checkpoint it was made from, where it has them."""
+    """A model as a checkpoint folder, with the tokenizer and the processors of the checkpoint that it was made from."""
     origin = Model.of(source)
     with quiet():
         model.save_pretrained(str(folder))

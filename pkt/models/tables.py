@@ -94,7 +94,9 @@ GATED = Fused(("q", "q_gate"), "heads")
 SIZED: dict[str, tuple[Fused, ...]] = {
     "in_proj_qkvz": (
         Fused(
-            ("delta_q", "delta_k", "delta_v", "delta_z"), "num_k_heads", ("key_dim", "key_dim", "value_dim", "value_dim")
+            ("delta_q", "delta_k", "delta_v", "delta_z"),
+            "num_k_heads",
+            ("key_dim", "key_dim", "value_dim", "value_dim"),
         ),
     ),
     "in_proj_ba": (Fused(("delta_b", "delta_a"), "num_k_heads", ("num_v_heads", "num_v_heads")),),
@@ -129,7 +131,11 @@ MIXERS = ("ssm", "delta", "conv", "linear", "cross")
 # All that `modules=` may name.
 NAMED_ROLES = frozenset(
     {role for role, _ in ROLES.values()}
-    | {role for layout in (*FUSED.values(), GATED, *(f for found in SIZED.values() for f in found)) for role in layout.roles}
+    | {
+        role
+        for layout in (*FUSED.values(), GATED, *(f for found in SIZED.values() for f in found))
+        for role in layout.roles
+    }
     | {f"{mixer}_{role}" for mixer in MIXERS for role in ("q", "k", "v", "o")}
     | {"embed", "head", "o_gate"}
 )

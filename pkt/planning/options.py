@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pkt.errors import PktError
-from pkt.models import FUSED, NAMEDNAMED_ROLES, Model, Runs, Target, shared_vocabulary
+from pkt.models import FUSED, NAMED_ROLES, Model, Runs, Target, shared_vocabulary
 from pkt.options import PlanOptions
 from pkt.planning.regions import STRATEGIES, runs
 

@@ -21,7 +21,7 @@ from pkt.progress import bar
 from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
-from pkt.scoring.result import Sensitivity
+from pkt.scoring.result import FORMAT, Sensitivity
 from pkt.scoring.scorer import score_batches
 from pkt.seeds import Seeds, load_seeds
 

@@ -24,7 +24,12 @@ def config_of(name: str, size: str = "teacher", **fields: Any) -> Any:
 
 def jamba(size: str, layers: int, **fields: Any) -> Any:
     """Attention in layers 1, 5, 9, ...; Mamba in the others."""
-    sizes = {"mamba_d_state": 4, "mamba_dt_rank": 4 if size == "teacher" else 2, "num_experts": 2, "expert_layer_period": 99}
+    sizes = {
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4 if size == "teacher" else 2,
+        "num_experts": 2,
+        "expert_layer_period": 99,
+    }
     period = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_offset": 98}
     return config_of("JambaConfig", size, num_hidden_layers=layers, **sizes, **period, **fields)
 
@@ -52,8 +57,10 @@ LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_he
         (lambda: config_of("Zamba2Config", num_hidden_layers=4, **ZAMBA2), 4),
         (lambda: config_of("BambaConfig", attn_layer_indices=[1], **MAMBA2), 3),
         (lambda: config_of("FalconH1Config", mamba_d_ssm=64, **MAMBA2), 3),
-        (lambda: config_of("Qwen3_5TextConfig", layer_types=["linear_attention", "full_attention", "linear_attention"], **LINEAR), 3),
-        (lambda: config_of("GraniteMoeHybridConfig", layer_types=["mamba", "attention", "mamba"], num_local_experts=2, shared_intermediate_size=16, **MAMBA2), 3),
+        (lambda: config_of("Qwen3_5TextConfig", layer_types=["linear_attention", "full_attention", "linear_attention"],
+                           **LINEAR), 3),
+        (lambda: config_of("GraniteMoeHybridConfig", layer_types=["mamba", "attention", "mamba"], num_local_experts=2,
+                           shared_intermediate_size=16, **MAMBA2), 3),
         (lambda: config_of("RecurrentGemmaConfig", lru_width=32, block_types=["recurrent", "recurrent", "attention"]), 3),
         (lambda: config_of("Lfm2Config", layer_types=["conv", "full_attention", "conv"]), 3),
     ],
@@ -119,7 +126,8 @@ def test_a_hybrid_is_transferred_by_kinds(tmp_path: Path) -> None:
 
 def test_what_cannot_be_adapted_is_refused_before_the_teacher_is_read() -> None:
     def mamba(size: str, layers: int) -> Any:
-        return config_of("Mamba2Config", size, num_hidden_layers=layers, num_heads=8 if size == "teacher" else 4, state_size=4, n_groups=1)  # fmt: skip
+        fields = {"num_heads": 8 if size == "teacher" else 4, "state_size": 4, "n_groups": 1}
+        return config_of("Mamba2Config", size, num_hidden_layers=layers, **fields)
 
     found = pairing(mamba("teacher", 3), mamba("student", 2))
     assert {t.suffix for t in found.targets if t.layer is not None} == {"mixer.in_proj"}
