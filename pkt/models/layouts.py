@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +33,14 @@ class Place:
 
     def product(self, sizes: str) -> int | None:
         """Sizes that the module itself has, multiplied ("n_groups*ssm_state_size"); None where it lacks one."""
-        found = []
+        found = 1
         for name in sizes.split("*"):
             where = self.config if name.startswith("config.") else self.module
-            found.append(getattr(where, name.removeprefix("config."), None))
-        return math.prod(found) if all(isinstance(f, int) for f in found) else None
+            size = getattr(where, name.removeprefix("config."), None)
+            if not isinstance(size, int):
+                return None
+            found *= size
+        return found
 
     @property
     def heads(self) -> int | None:

@@ -89,7 +89,7 @@ SSM = ("ssm_z", "ssm_x", "ssm_B", "ssm_C", "ssm_dt")
 BY_HAND: list[tuple[str, dict[str, Any], str, tuple[str, ...], list[list[int]]]] = [
     ("Qwen3_5TextConfig", LINEAR | {"layer_types": ["linear_attention"] * 2}, "in_proj_qkv",
      ("delta_q", "delta_k", "delta_v"), shares(16, 16, 48)),
-    ("MambaConfig", {"state_size": 4, "time_step_rank": 3}, "in_proj", ("ssm_x", "ssm_z"), shares(64, 64)),
+    ("MambaConfig", {"state_size": 4, "time_step_rank": 3}, "in_proj", ("ssm_x", "ssm_z"), shares(48, 48)),
     ("MambaConfig", {"state_size": 4, "time_step_rank": 3}, "x_proj", ("ssm_dt", "ssm_B", "ssm_C"), shares(3, 4, 4)),
     ("Mamba2Config", {"num_heads": 8, "state_size": 4, "n_groups": 2}, "in_proj", SSM, shares(64, 64, 8, 8, 8)),
     ("BambaConfig", MAMBA2 | {"attn_layer_indices": [1]}, "in_proj", SSM, shares(64, 64, 8, 8, 8)),
@@ -154,7 +154,7 @@ class Experts(nn.Module):
         (Experts((32, 48), (24, 32)), "conv1d", ""),
         (Experts((32, 48), (24, 32), is_transposed=True), "conv1d", ""),
         (Experts((32, 48), (24, 32), is_transposed=False), "linear", "its shape is not that of experts"),
-        (Experts((40, 32), (32, 24)), "linear", "its shape does not tell"),
+        (Experts((40, 32), (32, 24)), "linear", "its shape is not that of experts"),
     ],
 )
 def test_experts_lie_as_their_shapes_fit(experts: nn.Module, kind: str, doubt: str) -> None:
