@@ -26,9 +26,9 @@ class _Kind:
 
 
 def _families(target: Target, roles: Sequence[tuple[str, Runs]]) -> set[str]:
-    """What kinds of mixer or FFN these roles of a matrix are of."""
+    """What kinds of mixer or FFN these roles of a matrix are of; experts feed a dense FFN too."""
     if target.group == "ffn":
-        return {"ffn"}
+        return {"experts"} if target.experts else {"ffn"}
     if target.group != "attention":
         return set()
     prefixes = {role.partition("_")[0] for role, _ in roles}
@@ -58,7 +58,8 @@ class Layering:
         has: list[set[str]] = [set() for _ in range(self.teacher.num_layers)]
         for source in self.teacher.targets:
             if source.layer is not None:
-                has[source.layer] |= _families(source, source.roles()) & wanted
+                found = _families(source, source.roles())
+                has[source.layer] |= (found | {"ffn"} if "experts" in found else found) & wanted
         # What no layer of the teacher has is told matrix by matrix.
         known = set().union(*has)
         places: dict[frozenset[str], list[int]] = {}

@@ -222,7 +222,8 @@ class Pairing:
         return None if found is None or bool(found.experts) != bool(target.experts) else found
 
     def _source(self, target: Target, role: str, layer: int | None, same: Target | None) -> tuple[Target, Runs]:
-        if same is not None and not same.parts and not target.parts and same.role == target.role:
+        alike = same is not None and (same.role == target.role or target.group == "embedding")
+        if same is not None and alike and not same.parts and not target.parts:
             return same, ((0, same.shape[0]),)
         matches = [
             (source, rows)
