@@ -222,8 +222,8 @@ class Pairing:
         return None if found is None or bool(found.experts) != bool(target.experts) else found
 
     def _source(self, target: Target, role: str, layer: int | None, same: Target | None) -> tuple[Target, Runs]:
-        alike = same is not None and (same.role == target.role or target.group == "embedding")
-        if same is not None and alike and not same.parts and not target.parts:
+        comparable = same is not None and (same.role == target.role or target.group == "embedding")
+        if same is not None and comparable and not same.parts and not target.parts:
             return same, ((0, same.shape[0]),)
         matches = [
             (source, rows)
