@@ -1,5 +1,6 @@
 """Regions of the teacher as LoRA factors, and the folder that holds them."""
 
+from pkt.extraction.factorization import SETTLED as SETTLED
 from pkt.extraction.pairs import assemble as assemble
 from pkt.extraction.pairs import extract as extract
 from pkt.extraction.pairs import factorize_targets as factorize_targets

@@ -275,13 +275,13 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
             found = lying(module_name, (rows, cols), owner, text_type)
             targets.append(placed(Target(module_name, kind, (rows, cols), **vars(found))))
     targets = _with_routers(targets)
-    count = max((t.layer for t in targets if t.layer is not None), default=-1) + 1
+    stack: Any = () if layers is None else model.get_submodule(layers)
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
         model_type=model_type,
         targets=tuple(targets),
         layers=layers,
-        num_layers=count,
+        num_layers=len(stack),
         vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
         head_dim=head_dim,
         tied=tied,

@@ -101,7 +101,9 @@ class Pairing:
 
     def _leave_out(self, wanted: list[Target]) -> list[Target]:
         """Without what a difference between the models excludes, noted in one line each."""
+        crossing = _crossing(self.student)
         wanted = self._without(wanted, lambda target: target.unadaptable)
+        wanted = self._without(wanted, lambda target: _NO_TEXT if target.module in crossing else "")
         if self.options.module_map is None:
             wanted = self._without(wanted, self._in_doubt)
         teacher, student = self.teacher, self.student
@@ -309,6 +311,22 @@ class Pairing:
             raise _UnfedError(
                 f"{list(target.stored_shape)}: {source.module} has fewer experts ({source.experts} < {target.experts})"
             )
+
+
+_NO_TEXT = "it works on what cross-attention brings in, and the seeds are text"
+
+
+def _crossing(spec: ModelSpec) -> set[str]:
+    """The matrices of cross-attention, and all of the layers that have no other attention: text does not pass them."""
+    roles: dict[int | None, set[str]] = {}
+    for target in spec.targets:
+        roles.setdefault(target.layer, set()).update(role for role, _ in target.roles())
+    only = {
+        layer
+        for layer, found in roles.items()
+        if layer is not None and any(r.startswith("cross_") for r in found) and not found & set(HEAD_ROWS)
+    }
+    return {t.module for t in spec.targets if t.layer in only or any(r.startswith("cross_") for r, _ in t.roles())}
 
 
 def _numbers(pattern: str, name: str) -> list[str] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.adapters import Pair
-from pkt.extraction import factorize_targets
+from pkt.extraction import SETTLED, factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
 from pkt.options import Factorization
@@ -37,6 +37,9 @@ class Harvest:
         self.records: dict[Key, dict[str, Any]] = {}
         self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
         self.ranked = pairing.ranked
+        self.unsettled: dict[
+            str, float
+        ] = {}  # of targets whose directions the iteration has not found, once it is finished
 
     def places(self, layer: int) -> list[int]:
         """The student's layers that this teacher layer feeds, or may feed while the ranking is open."""
@@ -99,9 +102,11 @@ class Harvest:
 
         entries = {name: [Entry.from_json(e) for e in target["entries"]] for name, target in targets.items()}
         found = factorize_targets(entries, matrix_of, self.factorization)
-        for name, (_, energy) in found.items():
+        for name, (_, energy, unsettled) in found.items():
             targets[name]["energy"] = energy
-        return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _) in found.items()}
+            if unsettled > SETTLED:
+                targets[name]["unsettled"] = unsettled
+        return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _, _) in found.items()}
 
     def _best(self) -> dict[int, int]:
         """The student's layer -> the teacher's that feeds it, of those that are scored."""
@@ -148,5 +153,7 @@ class Harvest:
             entries += mine
             pairs[module] = Pair(A, B, mine[0].kind)
             energies[module] = found["energy"]
+            if "unsettled" in found:
+                self.unsettled[module] = found["unsettled"]
         layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
         return self.chooser.finish(entries, chosen, layer_scores), pairs, energies

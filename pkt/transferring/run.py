@@ -28,7 +28,7 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
 from pkt.files import os_errors
 from pkt.models import Model, read_roles
-from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
+from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split, Svd
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.planning.regions import BLOCK
 from pkt.progress import bar
@@ -75,6 +75,7 @@ def transfer(
     max_rank: int = 64,
     energy: float | None = None,
     split: Split = "b",
+    svd: Svd = "fast",
     loss: Loss = "answer",
     max_length: int = 2048,
     batch_size: int = 8,
@@ -123,7 +124,7 @@ def transfer(
             seed=seed,
         ),
         map_vocabulary=map_vocabulary,
-        factorization=Factorization(rank, max_rank, energy, split, seed),
+        factorization=Factorization(rank, max_rank, energy, split, seed, svd),
         reading=Reading(loss, max_length),
         execution=Execution(batch_size, device, dtype),
         limits=Limits(device_memory, host_memory, scratch, prefetch),
@@ -288,6 +289,8 @@ class Runner:
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
             provenance = {**self.job.provenance(task), "losses": self.job.losses(task, losses[task])}
+            if harvest.unsettled:
+                provenance["unsettled"] = harvest.unsettled
             found[name] = Extraction(pairs, energies, made, provenance)
             if self.job.keep_scores != "none":
                 assert self.folder is not None
