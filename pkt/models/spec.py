@@ -71,6 +71,7 @@ class ModelSpec:
     tied: bool
     head: str | None = None  # the module that gives the logits
     heads: int | None = None
+    multimodal: str = ""  # the name of its class, where that reads more than text
     config: dict[str, Any] = field(repr=False, default_factory=dict)
     content: Mapping[str, str] = field(
         repr=False, default_factory=dict
@@ -287,6 +288,7 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         tied=tied,
         head=head_name,
         heads=heads,
+        multimodal=type(model).__name__ if towers else "",
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
 

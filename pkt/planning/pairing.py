@@ -101,6 +101,11 @@ class Pairing:
 
     def _leave_out(self, wanted: list[Target]) -> list[Target]:
         """Without what a difference between the models excludes, noted in one line each."""
+        if self.student.multimodal:
+            self.notes.append(
+                f"the student is multimodal ({self.student.multimodal}): the adapter is of that class, only the text decoder "
+                f"({self.student.layers}) with its tables is fed"
+            )
         crossing = _crossing(self.student)
         wanted = self._without(wanted, lambda target: target.unadaptable)
         wanted = self._without(wanted, lambda target: _NO_TEXT if target.module in crossing else "")

@@ -145,6 +145,7 @@ def test_a_student_keeps_its_class_and_its_tower(name: str, tmp_path: Path) -> N
     examples = [Example(ids, [-100] * n + ids[n:], ids[:n], "", i) for i, (ids, n) in enumerate(samples, 1)]
     teacher, student = (saved(MADE[name], size, tmp_path / size) for size in ("teacher", "student"))
     ext = pkt.transfer(teacher, student, Seeds(examples, "seeds.jsonl", 3), rank=4, progress=False)
+    assert "the student is multimodal" in ext.plan.notes[0]
     truth = oracle.sensitivity(load_model(teacher), oracle.batched(samples, 1))
     layers = Model.of(teacher).spec.layers
     scored = torch.tensor(ext.plan.layer_scores)
