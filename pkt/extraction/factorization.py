@@ -91,7 +91,7 @@ def factorize_all(matrices: Sequence[Tensor], names: Sequence[str], options: Fac
     for (wanted, _), batch in batches.items():
         U, S, V, stats = _SVD[options.svd]([inputs[i] for i in batch], wanted, options.seed)
         moving = _unsettled([inputs[i] for i in batch], U, S)
-        facts = torch.cat((moving[:, None], stats, torch.stack(S)), 1).cpu().double()
+        facts = torch.cat((moving[:, None], stats, torch.stack(list(S))), 1).cpu().double()
         for i, u, s, v, (left, total, _, _, finite, *values) in zip(batch, U, S, V, facts.tolist(), strict=True):
             if not finite:
                 raise PktError(f"{names[i]} contains NaN or Inf; the checkpoint is damaged")
