@@ -22,6 +22,7 @@ Svd: TypeAlias = Literal["fast", "adaptive", "exact"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 Mode: TypeAlias = Literal["paired", "residual", "add"]
+AnswerRule: TypeAlias = Literal["mark", "number"]
 
 
 @dataclass(frozen=True)

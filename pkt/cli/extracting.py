@@ -122,6 +122,8 @@ def sensitivity(
 
     sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, **options)
     out_console.print(f"{out}: {sens}", highlight=False)
+    if measure == "theta_grad":
+        next_line(f"pkt plan {shlex.quote(str(out))} {shlex.quote(teacher)} STUDENT --out PLAN.json")
 
 
 @app.command(rich_help_panel="Step by step")
@@ -145,6 +147,8 @@ def plan(
     if out is not None:
         made.to_json(out)
     typer.echo(made.to_json() if json_ else str(made))
+    if out is not None and not json_:
+        next_line(f"pkt extract {shlex.quote(teacher)} {shlex.quote(str(out))} --out DIR")
 
 
 @app.command(rich_help_panel="Step by step")
@@ -164,6 +168,7 @@ def extract(
     ext = pkt.extract(teacher, pkt.TransferPlan.from_json(plan), **options)
     ext.save(out, force=force)
     out_console.print(f"{out}: {ext}", highlight=False)
+    next_line(f"pkt train {shlex.quote(ext.plan.student['name'])} {shlex.quote(str(out))} DATA.jsonl --out RUN")
 
 
 @app.command("import", rich_help_panel="Step by step")

@@ -55,6 +55,9 @@ class Extraction:
             "their spectra are flat, and svd='adaptive' or 'exact' (--svd) finds them"
         )
 
+    def __repr__(self) -> str:
+        return f"Extraction({self})"
+
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card.
 

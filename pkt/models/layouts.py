@@ -26,7 +26,7 @@ class Place:
         """The first of these sizes that the module has, or else its configuration."""
         for where in (self.module, getattr(self.module, "config", None), self.config):
             for name in names:
-                found = getattr(where, name, None)
+                found = _setting(where, name)
                 if isinstance(found, int) and not isinstance(found, bool):
                     return found
         return None
@@ -69,6 +69,13 @@ class Place:
                 if isinstance(child, nn.Linear):
                     return child.out_features, child.in_features
                 return weight.shape[1], weight.shape[0]
+        return None
+
+
+def _setting(where: Any, name: str) -> Any:
+    try:
+        return getattr(where, name, None)
+    except RuntimeError:  # a configuration whose layers differ in it (Gemma 4)
         return None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -19,11 +20,12 @@ from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
-from pkt.manifest import difference, versions
-from pkt.models import Model, check_tokenizer, checked_device, content_kind, other_ids, with_roles
+from pkt.manifest import difference, recorded_day, versions
+from pkt.models import Model, checked_device, content_kind, other_ids, with_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
 from pkt.planning import Pairing, read_vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
+from pkt.scoring import KEPT as SCORES
 from pkt.scoring import in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.streaming import samples_of
@@ -31,7 +33,6 @@ from pkt.streaming.memory import parse_size
 from pkt.transferring.checkpoints import RunFolder, run_path
 
 SeedsLike: TypeAlias = Seeds | str | Path
-SCORES = "scores.safetensors"
 
 
 class Job:
@@ -51,6 +52,7 @@ class Job:
         execution: Execution,
         limits: Limits,
         keep_scores: KeepScores,
+        today: datetime.date | None = None,
     ) -> None:
         self.model, self.options, self.factorization = teacher, options, factorization
         if keep_scores not in get_args(KeepScores):
@@ -75,7 +77,7 @@ class Job:
         self.teacher, self.student = (with_roles(model.spec, options.roles) for model in (teacher, student))
         self.pairing = Pairing(self.teacher, self.student, options, self.vocabulary)
         check_rank_fits(self.pairing, factorization)
-        self.several = isinstance(seeds, Mapping)
+        self.several, self.today = isinstance(seeds, Mapping), today
         self.seeds = self._read_seeds(seeds if isinstance(seeds, Mapping) else {"": seeds}, tokenizer, reading)
         self.orders = [longest_first(found) for found in self.seeds.values()]
         self._note_other_ids(student, tokenizer)
@@ -93,9 +95,8 @@ class Job:
         found: dict[str, Seeds] = {}
         for name, given in named.items():
             if not isinstance(given, Seeds):
-                check_tokenizer(tokenizer, self.teacher)
-                given = load_seeds(given, tokenizer, loss=reading.loss, max_length=reading.max_length)
-            given.check_vocabulary(self.teacher.vocab_size, self.teacher.name)
+                given = load_seeds(given, tokenizer, loss=reading.loss, max_length=reading.max_length, today=self.today)
+            given.check_fits(self.teacher.vocab_size, self.teacher.positions, self.teacher.name)
             found[name] = given
         return found
 
@@ -152,10 +153,15 @@ class Job:
             **self.made_of(self.seeds),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
+            **self._day(),
             "device": self.device.type,
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
             "versions": versions(),
         }
+
+    def _day(self) -> dict[str, Any]:
+        days = [seeds.today.isoformat() for seeds in self.seeds.values() if seeds.today is not None]
+        return {"today": days[0]} if days else {}
 
     def provenance(self, task: int) -> dict[str, Any]:
         seeds = list(self.seeds.values())[task]
@@ -229,6 +235,12 @@ class Job:
 
     def finished_one(self, target: Path, name: str) -> bool:
         return _finished(target, self.made_of({"": self.seeds[name]})) is not None
+
+
+def day_of(out: Path, tasks: Iterable[str]) -> datetime.date | None:
+    """The day that an unfinished or finished transfer to `out` read its seeds on, where their chat template prints it."""
+    files = [run_path(out) / "run.json", *(out / name / MANIFEST for name in tasks)]
+    return next(filter(None, map(recorded_day, files)), None)
 
 
 def check_rank_fits(pairing: Pairing, options: Factorization) -> None:

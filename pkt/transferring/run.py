@@ -49,7 +49,7 @@ from pkt.streaming import (
 )
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Harvest
-from pkt.transferring.job import Job, SeedsLike
+from pkt.transferring.job import Job, SeedsLike, day_of
 
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
@@ -107,6 +107,10 @@ def transfer(
     on_memory is told what will be used before any weight is read; on_tick of each finished layer; on_plan of each plan.
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
     """
+    out = None if out is None else Path(out)
+    today = None
+    if out is not None and resume and not force:
+        today = day_of(out, seeds if isinstance(seeds, Mapping) else ("",))
     job = Job(
         Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
         Model.of(student, "a student (a model, or the path of its checkpoint)"),
@@ -129,9 +133,10 @@ def transfer(
         execution=Execution(batch_size, device, dtype),
         limits=Limits(device_memory, host_memory, scratch, prefetch),
         keep_scores=keep_scores,
+        today=today,
     )
     listeners = Listeners(progress, on_memory, on_plan, on_tick)
-    return job.result(_run(job, None if out is None else Path(out), listeners, resume=resume, force=force))
+    return job.result(_run(job, out, listeners, resume=resume, force=force))
 
 
 def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, force: bool) -> dict[str, Extraction]:
