@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError
-from pkt.models import MIXERS, ModelSpec, Runs, Target
+from pkt.models import ModelSpec, Runs, Target
 from pkt.planning.regions import select_layers
 
 # A student's matrix in a layer, and the roles of it that are fed.
@@ -25,14 +25,11 @@ class _Kind:
     layers: list[int]
 
 
-def _families(target: Target, roles: Sequence[tuple[str, Runs]]) -> set[str]:
-    """What kinds of mixer or FFN these roles of a matrix are of; experts feed a dense FFN too."""
+def _kinds_of(target: Target, roles: Sequence[tuple[str, Runs]]) -> set[str]:
+    """What a layer with these roles of a matrix has: those of its mixer one by one, an FFN, experts (which feed a dense FFN too)."""
     if target.group == "ffn":
         return {"experts"} if target.experts else {"ffn"}
-    if target.group != "attention":
-        return set()
-    prefixes = {role.partition("_")[0] for role, _ in roles}
-    return {p if p in MIXERS else "attention" for p in prefixes}
+    return {role for role, _ in roles if role} if target.group == "attention" else set()
 
 
 class Layering:
@@ -53,12 +50,12 @@ class Layering:
         needs: list[set[str]] = [set() for _ in range(self.count)]
         for target, roles in fed:
             if target.layer is not None and target.layer < self.count:
-                needs[target.layer] |= _families(target, roles)
+                needs[target.layer] |= _kinds_of(target, roles)
         wanted = set().union(*needs)
         has: list[set[str]] = [set() for _ in range(self.teacher.num_layers)]
         for source in self.teacher.targets:
             if source.layer is not None:
-                found = _families(source, source.roles())
+                found = _kinds_of(source, source.roles())
                 has[source.layer] |= (found | {"ffn"} if "experts" in found else found) & wanted
         # What no layer of the teacher has is told matrix by matrix.
         known = set().union(*has)
@@ -73,8 +70,8 @@ class Layering:
             alike = [layer for layer, found in enumerate(has) if need <= found]
         if len(alike) < count:
             raise PktError(
-                f"{count} of the student's layers have {' and '.join(sorted(need))}, and only {len(alike)} of the teacher's "
-                f"{self.teacher.num_layers} layers ({', '.join(map(str, alike)) or 'none'}) have that; name the teacher's layer "
+                f"{count} of the student's layers have {', '.join(sorted(need))}, and only {len(alike)} of the teacher's "
+                f"{self.teacher.num_layers} layers ({', '.join(map(str, alike)) or 'none'}) have those; name the teacher's layer "
                 f"for each of the student's {student.num_layers} with layers= (--layers 0,2,5,...), one may feed several"
             )
         return alike

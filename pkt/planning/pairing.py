@@ -115,6 +115,7 @@ class Pairing:
         wanted = self._without(wanted, lambda target: target.unadaptable)
         wanted = self._without(wanted, lambda target: _NO_TEXT if target.module in crossing else "")
         if self.options.module_map is None:
+            wanted = self._without(wanted, _in_another_list)
             wanted = self._without(wanted, self._in_doubt)
         teacher, student = self.teacher, self.student
         tables = [t for t in wanted if t.group == "embedding"]
@@ -324,6 +325,16 @@ class Pairing:
             raise _UnfedError(
                 f"{list(target.stored_shape)}: {source.module} has fewer experts ({source.experts} < {target.experts})"
             )
+
+
+def _in_another_list(target: Target) -> str:
+    """Why a matrix with a number of its own is in none of the decoder layers: a second stack, whose layers are not chosen."""
+    inside = target.group in ("attention", "ffn") and any(part.isdigit() for part in target.module.split("."))
+    return (
+        "it is in another list of modules than the decoder layers; feed it with --map"
+        if inside and target.layer is None
+        else ""
+    )
 
 
 _NO_TEXT = "it works on what cross-attention brings in, and the seeds are text"

@@ -124,6 +124,29 @@ def test_a_hybrid_is_transferred_by_kinds(tmp_path: Path) -> None:
     pkt.inject(made[1], ext)
 
 
+def test_layers_that_lack_a_role_feed_none_that_has_it() -> None:
+    """Gemma 3n's last layers take their keys from earlier ones."""
+    teacher = transformers.AutoModelForCausalLM.from_config(config_of("LlamaConfig", num_hidden_layers=4))
+    for layer in teacher.model.layers[2:3]:
+        del layer.self_attn.k_proj
+    llama = config_of("LlamaConfig", "student")
+    assert pairing(teacher, llama).choose_layers(torch.tensor([1.0, 0.0, 9.0, 2.0])) == [0, 3]
+    assert pairing(teacher, llama, modules="all,-k").choose_layers(torch.tensor([1.0, 0.0, 9.0, 2.0])) == [2, 3]
+
+
+def test_a_second_stack_is_left_out_with_a_line() -> None:
+    made = []
+    for size in ("teacher", "student"):
+        model = transformers.AutoModelForCausalLM.from_config(config_of("LlamaConfig", size))
+        model.model.draft = torch.nn.ModuleList([type(model.model.layers[0])(model.config, 0)])
+        made.append(model)
+    found = pairing(*made)
+    assert not any("draft" in t.module for t in found.targets)
+    assert any(
+        note.startswith("model.draft.0.self_attn.q_proj is left out: it is in another list") for note in found.notes
+    )
+
+
 def test_what_cannot_be_adapted_is_refused_before_the_teacher_is_read() -> None:
     def mamba(size: str, layers: int) -> Any:
         fields = {"num_heads": 8 if size == "teacher" else 4, "state_size": 4, "n_groups": 1}
