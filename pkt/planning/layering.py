@@ -26,7 +26,7 @@ class _Kind:
 
 
 def _kinds_of(target: Target, roles: Sequence[tuple[str, Runs]]) -> set[str]:
-    """What a layer with these roles of a matrix has: those of its mixer one by one, an FFN, experts (which feed a dense FFN too)."""
+    """What a layer with these roles of a matrix has: its mixer's one by one, an FFN, experts (which feed a dense FFN too)."""
     if target.group == "ffn":
         return {"experts"} if target.experts else {"ffn"}
     return {role for role, _ in roles if role} if target.group == "attention" else set()
