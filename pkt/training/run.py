@@ -9,7 +9,7 @@ from typing import Any
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.extras import needs
-from pkt.files import MANIFEST, as_path, check_apart, check_parent, is_stored, lock_folder, os_errors
+from pkt.files import MANIFEST, as_path, check_apart, check_parent, followed, is_stored, lock_folder, os_errors
 from pkt.lora import Mode, check_settings, checked_dropout, inject
 from pkt.manifest import recorded_day
 from pkt.models import Model, load_model, load_tokenizer, spec_of
@@ -63,7 +63,7 @@ def train(
     options = Training(epochs, batch_size, micro_batch, lr, warmup, scheduler, max_steps, save_steps, seed)
     needs("tensorboard", "train", "keep the logs of a training run")
     dropout = checked_dropout(ext.pairs, dropout)
-    out, student = as_path(out, "the path of a run folder"), as_path(student, "the path of a student")
+    out, student = followed(as_path(out, "the path of a run folder")), as_path(student, "the path of a student")
     with os_errors(f"writing {out}"):
         if out.exists() and not out.is_dir():
             raise PktError(f"{out} is a file; name a folder that does not exist yet")
