@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import commands
 import lifecycle
 import pytest
 import torch
@@ -89,6 +90,15 @@ def test_a_released_folder_goes_full_circle(tmp_path: Path, student: Path, state
     pkt.finalize(model, tmp_path / "adapter", student=student)
     final = lifecycle.logits(load_with_adapter(student, tmp_path / "adapter"))
     assert float((final - lifecycle.logits(model)).abs().max()) <= 1e-3 * float(final.abs().max())
+
+
+def test_the_command(tmp_path: Path, student: Path, state: dict[str, Tensor]) -> None:
+    folder, out = written(tmp_path / "lora", state), tmp_path / "start"
+    said = commands.run("import", folder, "--out", out, "--student", student)
+    assert (
+        f"{len(import_released(folder, out, student=student, force=True).pairs)} pairs of rank up to 4, neutral" in said
+    )
+    assert "already holds a result" in commands.fails("import", folder, "--out", out, "--student", student)
 
 
 class Evil:
