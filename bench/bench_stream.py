@@ -114,14 +114,14 @@ def child(folder: Path, layers: int) -> dict[str, Any]:
     ticks: list[Any] = []
     memory: list[Any] = []
     selecting = [0.0]
-    take = pkt.transferring.run.Harvest.take
+    take = pkt.transferring.run.Extractor.take
 
     def timed_take(*args: Any) -> None:
         begin = time.perf_counter()
         take(*args)
         selecting[0] += time.perf_counter() - begin
 
-    pkt.transferring.run.Harvest.take = timed_take
+    pkt.transferring.run.Extractor.take = timed_take
     before = read_so_far()
     with Peak() as peak:
         begin, cpu = time.perf_counter(), time.process_time()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pkt.seeds import Example, Seeds
+
 # Floors of the relative Frobenius error by dtype of the weights (docs/design.md §7).
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -65,6 +67,13 @@ def token_samples(count: int, vocab: int = 67, seed: int = 0, longest: int = 20)
         ids = torch.randint(0, vocab, (size,), generator=generator).tolist()
         samples.append((ids, int(torch.randint(1, size - 2, (), generator=generator))))
     return samples
+
+
+def seeds(count: int = 7, longest: int = 20, seed: int = 0) -> Seeds:
+    rows = []
+    for line, (ids, start) in enumerate(token_samples(count, seed=seed, longest=longest), 1):
+        rows.append(Example(ids, [-100] * start + ids[start:], ids[:start], "", line))
+    return Seeds(rows, "seeds.jsonl", 3)
 
 
 def padded(samples: list[tuple[list[int], int]], pad: int = 3) -> dict[str, Tensor]:

@@ -68,24 +68,26 @@ def transfer(
             on_tick=(lambda tick: typer.echo(json.dumps(dataclasses.asdict(tick)), err=True)) if json_ else None,
             **options,
         )
-    results = {str(out / name): ext for name, ext in found.items()} if isinstance(found, dict) else {str(out): found}
+    several = isinstance(found, dict)
+    results = {str(out / name): ext for name, ext in found.items()} if several else {str(out): found}
     if json_:
-        rows = [
-            {
-                "out": folder,
-                "pairs": len(ext.pairs),
-                "rank": ext.rank,
-                "layers": ext.plan.layer_map,
-                "energies": ext.energies,
-            }
-            for folder, ext in results.items()
-        ]
-        print_json(rows if isinstance(found, dict) else rows[0])
+        rows = [_as_row(folder, ext) for folder, ext in results.items()]
+        print_json(rows if several else rows[0])
         return
     for folder, ext in results.items():
         there = "" if shown else "the result of this command is there already: "
         out_console.print(f"{folder}: {there}{ext}", highlight=False)
         next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
+
+
+def _as_row(folder: str, ext: Any) -> dict[str, Any]:
+    return {
+        "out": folder,
+        "pairs": len(ext.pairs),
+        "rank": ext.rank,
+        "layers": ext.plan.layer_map,
+        "energies": ext.energies,
+    }
 
 
 def _seed_sets(seeds: Path | None, tasks: list[str] | None) -> Any:

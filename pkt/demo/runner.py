@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import pkt
 from pkt.demo.measuring import ASSETS, BATCH, EPOCHS, METHODS, TRAIN_ROWS, measure, rows_head
@@ -25,10 +26,12 @@ from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, write_json
 from pkt.manifest import manifest_of, read_manifest
 from pkt.models import load_model, load_tokenizer
+from pkt.options import Execution, Factorization, PlanOptions
 from pkt.reporting import check_packages
 from pkt.scoring import score_seeds
 from pkt.seeds import Seeds, load_seeds
 from pkt.training import evaluate, final_answer
+from pkt.transferring import Listeners, Recipe, transfer_recipes
 
 RANK = 16
 
@@ -52,7 +55,7 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     _start(out, force=force)
     tokenizer = load_tokenizer(ASSETS / "student")
     rows, test_rows = load_seeds(TRAIN, tokenizer), load_seeds(TEST, tokenizer)
-    ext, folders = _extract(out, rows, say)
+    ext, folders, scored = _extract(out, rows, say)
     results = _compare(folders, out, seeds, say)
     gap = results[next(iter(results))].pop("finalize_gap")
     say("[bold]3. finalized[/bold] to a plain LoRA and loaded with PEFT on the untouched student:")
@@ -74,7 +77,7 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     }
     summary["verdict"].append(exact_match_note(summary))
     show(console, summary)
-    _write(out, summary, picture_of(ext, summary, rows_head(load_seeds(SEEDS, tokenizer))))
+    _write(out, summary, picture_of(ext, summary, scored))
     say(f"{out / 'demo.png'} and {out / 'demo.html'} show it; {time.perf_counter() - begin:.0f} seconds in all")
     return summary
 
@@ -90,22 +93,28 @@ def _start(out: Path, *, force: bool) -> None:
         write_json(out / MANIFEST, manifest_of("demo", {"finished": False}))
 
 
-def _extract(out: Path, rows: Seeds, say: Say) -> tuple[Extraction, dict[str, Path]]:
-    """PKT's extraction; and the folders of it, of a random window, and of the student's own principal factors."""
+def _extract(out: Path, rows: Seeds, say: Say) -> tuple[Extraction, dict[str, Path], dict[str, Tensor]]:
+    """PKT's extraction; the folders of it, of a random window, and of the student's own principal factors; the scores."""
     folders = {"PKT": out / "extraction", "random": out / "random-window", "own": out / "student-own"}
-    teacher, student = ASSETS / "teacher", ASSETS / "student"
-    common: dict[str, Any] = {"rank": RANK, "dtype": torch.float32}
+    student, ranks, scored = ASSETS / "student", Factorization(RANK), {}
     say("[bold]1. transfer[/bold]: score the teacher on 32 seeds, cut the student's shape out of it, factorize")
-    ext = pkt.transfer(teacher, student, SEEDS, out=folders["PKT"], force=True, **common)
+    made = transfer_recipes(
+        ASSETS / "teacher",
+        student,
+        {"": SEEDS},
+        {"PKT": Recipe(PlanOptions(), ranks), "random": Recipe(PlanOptions(select="random", layers="random"), ranks)},
+        execution=Execution(dtype=torch.float32),
+        listeners=Listeners(on_scores=lambda task, scores: scored.update({n: s.clone() for n, s in scores.items()})),
+    )
+    for (_, name), extraction in made.items():
+        extraction.save(folders[name])
+    ext = made["", "PKT"]
     for line in (*ext.plan.summary(), str(ext)):
         say(f"   {line}")
-    pkt.transfer(
-        teacher, student, SEEDS, out=folders["random"], select="random", layers="random", progress=False, **common
-    )
     model = load_model(student, dtype=torch.float32)
     scores = score_seeds(model, rows_head(rows), progress=False)
     pkt.extract(model, pkt.plan(scores, model, model), rank=RANK, progress=False).save(folders["own"])
-    return ext, folders
+    return ext, folders, scored
 
 
 def _compare(folders: dict[str, Path], out: Path, seeds: int, say: Say) -> dict[str, dict[str, Any]]:

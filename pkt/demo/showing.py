@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
-import pkt
 from pkt.demo.measuring import ASSETS, HELD_OUT, RATES
 from pkt.extraction import Extraction
-from pkt.models import load_model, spec_of
+from pkt.models import spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
-from pkt.seeds import Seeds
 
 
 def verdict(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -85,31 +84,25 @@ def show(console: Any, summary: dict[str, Any]) -> None:
         console.print(line, highlight=False)
 
 
-def picture_of(ext: Extraction, summary: dict[str, Any], seeds: Seeds) -> bytes:
+def picture_of(ext: Extraction, summary: dict[str, Any], scores: Mapping[str, Tensor]) -> bytes:
     figure, (layers, window, nll, match) = new_figure(17, 3.6, 4)
     plot_layers(layers, ext.plan)
     downs = {t.module for t in spec_of(ASSETS / "teacher").targets if t.role == "down"}
     source = next(e.source for e in ext.plan.entries if e.source in downs)
-    sens = pkt.sensitivity(
-        load_model(ASSETS / "teacher", dtype=torch.float32),
-        seeds.batches(8),
-        params=[f"{source}.weight"],
-        progress=False,
-    )
-    plot_window(window, sens[f"{source}.weight"], ext.plan, source)
+    plot_window(window, scores[f"{source}.weight"], ext.plan, source)
     methods = summary["methods"]
     plot_methods(
         nll, {n: r["nll"] for n, r in methods.items()}, summary["untrained"]["nll"], "test NLL, lower is better"
     )
-    scores = {n: [100 * m for m in r["exact_match"]] for n, r in methods.items()}
+    matches = {n: [100 * m for m in r["exact_match"]] for n, r in methods.items()}
     plot_methods(
         match,
-        scores,
+        matches,
         100 * summary["untrained"]["exact_match"],
         "exact match %, higher is better",
         guess=100 * summary["guess"]["exact_match"],
     )
-    match.set_yticks(range(len(scores)), [""] * len(scores))
+    match.set_yticks(range(len(matches)), [""] * len(matches))
     return png_bytes(figure)
 
 

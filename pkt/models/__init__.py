@@ -22,6 +22,7 @@ from pkt.models.spec import content_kind as content_kind
 from pkt.models.spec import decoder_layers as decoder_layers
 from pkt.models.spec import described as described
 from pkt.models.spec import hidden_size as hidden_size
+from pkt.models.spec import is_tied as is_tied
 from pkt.models.spec import kind_of as kind_of
 from pkt.models.spec import layer_of as layer_of
 from pkt.models.spec import plain_head as plain_head

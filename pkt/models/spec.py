@@ -179,6 +179,12 @@ def tables_of(model: nn.Module) -> tuple[Any, Any]:
     return _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is the embedding's."""
+    embedding, head = tables_of(model)
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
 def hidden_size(model: nn.Module) -> int | None:
     """The width of the hidden states between decoder layers, as its configuration or its embedding has it."""
     config: Any = getattr(model, "config", None)
@@ -225,15 +231,12 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     """The spec of a model in memory (its weights may be on the meta device)."""
     layers = decoder_layers(model)
     config: Any = getattr(model, "config", None)
-    embedding = _call(model, "get_input_embeddings")
-    head = _call(model, "get_output_embeddings")
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    embedding, head = tables_of(model)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, head_dim = _heads_of(text)
     model_type = str(getattr(config, "model_type", type(model).__name__))
-
     text_type = str(getattr(text, "model_type", model_type))
-    places = {name: Place(module, name.rpartition(".")[2], text) for name, module in model.named_modules()}
+    towers = _towers(model, config, text)
 
     def placed(target: Target) -> Target:
         """The target with its place in the model, and why no adapter can change it."""
@@ -249,35 +252,7 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
             unadaptable=unadaptable,
         )
 
-    targets, head_name = [], None
-    towers = _towers(model, config, text)
-    for module_name, module in model.named_modules():
-        if module is head:
-            head_name = module_name
-        if id(module) in towers:
-            continue
-        targets += [placed(found) for found in _experts(module_name, module, places[module_name])]
-        kind = kind_of(module)
-        if kind is None:
-            continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        rows, cols = weight.shape if kind != "conv1d" else weight.t().shape
-        if kind == "linear":
-            # A 4-bit layer packs its weight, so its shape says nothing.
-            rows, cols = int(module.out_features), int(module.in_features)
-        if module is head:
-            if not tied:
-                targets.append(placed(Target(module_name, kind, (rows, cols), "head", "embedding")))
-        elif module is embedding:
-            targets.append(placed(Target(module_name, kind, (rows, cols), "embed", "embedding")))
-        elif kind == "embedding":
-            targets.append(placed(Target(module_name, kind, (rows, cols), *role_of(module_name))))
-        else:
-            owner = places[module_name.rpartition(".")[0]]
-            found = lying(module_name, (rows, cols), owner, text_type)
-            targets.append(placed(Target(module_name, kind, (rows, cols), **vars(found))))
-    targets = _with_routers(targets)
+    targets = _with_routers([placed(found) for found in _matrices(model, text, text_type, towers)])
     stack: Any = () if layers is None else model.get_submodule(layers)
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
@@ -287,8 +262,8 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         num_layers=len(stack),
         vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
         head_dim=head_dim,
-        tied=tied,
-        head=head_name,
+        tied=is_tied(model),
+        head=next((n for n, module in model.named_modules() if module is head), None),
         heads=heads,
         multimodal=type(model).__name__ if towers else "",
         positions=position_limit(model, layers),
@@ -316,6 +291,34 @@ def _towers(model: nn.Module, config: Any, text: Any) -> set[int]:
         return set()
     read = {id(m) for part in (decoder, *tables_of(model)) if part is not None for m in part.modules()}
     return {id(m) for m in model.modules()} - read
+
+
+def _matrices(model: nn.Module, text: Any, text_type: str, towers: set[int]) -> Iterator[Target]:
+    """Every matrix by its module, with what it is for and how it lies; a tied head is the embedding, a tower's are none."""
+    embedding, head = tables_of(model)
+    tables = {id(embedding): ("embed", "embedding"), id(head): ("head", "embedding")}
+    skipped = head if is_tied(model) else None
+    places = {name: Place(module, name.rpartition(".")[2], text) for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if id(module) in towers:
+            continue
+        yield from _experts(name, module, places[name])
+        kind = kind_of(module)
+        if kind is None or module is skipped:
+            continue
+        shape = _product_shape(module, kind)
+        if kind == "embedding" or id(module) in tables:
+            yield Target(name, kind, shape, *(tables.get(id(module)) or role_of(name)))
+        else:
+            yield Target(name, kind, shape, **vars(lying(name, shape, places[name.rpartition(".")[0]], text_type)))
+
+
+def _product_shape(module: Any, kind: Kind) -> tuple[int, int]:
+    if kind == "linear":
+        # A 4-bit layer packs its weight, so its shape says nothing.
+        return int(module.out_features), int(module.in_features)
+    rows, cols = module.weight.shape if kind != "conv1d" else module.weight.t().shape
+    return rows, cols
 
 
 def _experts(name: str, module: nn.Module, place: Place) -> Iterator[Target]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from pkt.errors import PktError, short_list
 from pkt.models import EXPERT_PARAMETERS, HEAD_COLUMNS, HEAD_ROWS, ModelSpec, Runs, Target
 from pkt.options import PlanOptions
 from pkt.planning.layering import Layering
-from pkt.planning.options import Vocabulary, check_options, chosen_parts
+from pkt.planning.options import Vocabulary, check_options, chosen_parts, dense_beside_experts
 from pkt.planning.regions import Region, through
 
 
@@ -133,9 +133,8 @@ class Pairing:
         if any(t.experts for t in wanted) and not any(t.experts for t in teacher.targets):
             self.notes.append("the student's experts are left out: the teacher has none")
             wanted = [t for t in wanted if not t.experts]
-        dense = [t for t in wanted if t.group == "ffn" and not t.experts]
-        if dense and any(t.experts for t in student.targets):
-            # PEFT reads gate_proj, up_proj and down_proj of a model with experts as names of old for these.
+        dense = dense_beside_experts(student, wanted)
+        if dense:
             self.notes.append(
                 f"the student's FFNs beside its experts are left out ({dense[0].suffix}, ...): PEFT takes their names for the "
                 "experts'"
@@ -213,6 +212,12 @@ class Pairing:
             )
 
     # -- where a matrix comes from
+
+    def possible_feeds(self) -> Iterator[Feed]:
+        """Whatever may feed a matrix while the ranking of the layers is open."""
+        for target in self.targets:
+            for layer in [None] if target.layer is None else self.layers_for(target.layer):
+                yield from self.feeds(target, layer)
 
     def feeds(self, target: Target, layer: int | None) -> list[Feed]:
         """What feeds a student's matrix when teacher layer `layer` does (None outside the layers)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,57 +57,82 @@ def _describe_tasks(folder: Path, tasks: list[str]) -> dict[str, Any]:
 
 def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[str, Any]:
     """is, student and next of a folder; for an extraction also where it came from."""
-    quoted = shlex.quote(str(folder))
-    if kind == "extraction":
-        ext = Extraction.load(folder)
-        base = ext.plan.student["name"]
-        return {
-            "is": "an extraction: the start of a student's LoRA, not yet trained",
-            "teacher": ext.plan.teacher["name"],
-            "student": base,
-            "seeds": ext.provenance.get("seeds", {}).get("source"),
-            "holds": str(ext),
-            "next": f"pkt train {shlex.quote(base)} {quoted} DATA.jsonl --out RUN",
-        }
-    if kind in Start.KINDS:
-        start = Start.load(folder)
-        return {
-            "is": f"a {kind}: {start.how}, as an ordinary LoRA" + (" that is kept" if start.mode == "add" else ""),
-            "student": start.student.get("name"),
-            **start.provenance.get("told", {}),
-            "holds": str(start),
-            "next": f"pkt train {shlex.quote(str(start.student.get('name')))} {quoted} DATA.jsonl --out RUN, or serve it as it is",
-        }
-    if kind == "run" and manifest["settings"].get("epochs"):
-        finished = manifest.get("finished")
-        return {
-            "is": f"a training run ({manifest['mode']}, {'finished' if finished else 'unfinished'})",
-            "student": manifest["student"],
-            "next": f"pkt finalize {quoted} --out ADAPTER" if finished else "the same pkt train command resumes it",
-        }
-    if kind == "run":
+    if kind in _DESCRIBED:
+        return _DESCRIBED[kind](folder, manifest)
+    if kind is not None and not (folder / CONFIG).is_file():
+        return {"is": f"a folder of pkt's ({kind})", "next": "look at the files in it"}
+    return _foreign(folder)
+
+
+def _extraction(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    ext = Extraction.load(folder)
+    base = ext.plan.student["name"]
+    return {
+        "is": "an extraction: the start of a student's LoRA, not yet trained",
+        "teacher": ext.plan.teacher["name"],
+        "student": base,
+        "seeds": ext.provenance.get("seeds", {}).get("source"),
+        "holds": str(ext),
+        "next": _train_line(base, folder),
+    }
+
+
+def _start(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    start = Start.load(folder)
+    return {
+        "is": f"a {manifest['kind']}: {start.how}, as an ordinary LoRA"
+        + (" that is kept" if start.mode == "add" else ""),
+        "student": start.student.get("name"),
+        **start.provenance.get("told", {}),
+        "holds": str(start),
+        "next": f"{_train_line(str(start.student.get('name')), folder)}, or serve it as it is",
+    }
+
+
+def _train_line(student: str, folder: Path) -> str:
+    return f"pkt train {shlex.quote(student)} {shlex.quote(str(folder))} DATA.jsonl --out RUN"
+
+
+def _run(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    if not manifest["settings"].get("epochs"):
         return {
             "is": f"an adapter injected by pkt ({manifest['mode']}), to be trained by any PEFT trainer",
             "student": manifest["student"],
             "next": "train it, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
         }
-    if kind == "adapter":
-        # Servers of LoRA know modules; how many take parameters of experts nobody here has tried.
-        others = "" if read_json(folder / CONFIG).get("target_parameters") else ", vLLM or any LoRA server"
-        return {
-            "is": f"a plain LoRA finalized by pkt (it was injected as {manifest['mode']})",
-            "student": manifest["base"],
-            "next": f"load it with PeftModel.from_pretrained{others}",
-        }
-    if kind in ("residual-base", "model"):
-        what = {
-            "residual-base": "the shifted base (W − B₀A₀) of a residual injection; only its own adapter makes it the student",
-            "model": "a whole model: a student with a finalized adapter merged in",
-        }[kind]
-        student = str(manifest.get("student") or manifest.get("base"))
-        return {"is": what, "student": student, "next": "load it with AutoModelForCausalLM.from_pretrained"}
-    if kind is not None and not (folder / CONFIG).is_file():
-        return {"is": f"a folder of pkt's ({kind})", "next": "look at the files in it"}
+    finished = manifest.get("finished")
+    return {
+        "is": f"a training run ({manifest['mode']}, {'finished' if finished else 'unfinished'})",
+        "student": manifest["student"],
+        "next": _finalize_line(folder) if finished else "the same pkt train command resumes it",
+    }
+
+
+def _finalize_line(folder: Path) -> str:
+    return f"pkt finalize {shlex.quote(str(folder))} --out ADAPTER"
+
+
+def _adapter(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    # Servers of LoRA know modules; how many take parameters of experts nobody here has tried.
+    others = "" if read_json(folder / CONFIG).get("target_parameters") else ", vLLM or any LoRA server"
+    return {
+        "is": f"a plain LoRA finalized by pkt (it was injected as {manifest['mode']})",
+        "student": manifest["base"],
+        "next": f"load it with PeftModel.from_pretrained{others}",
+    }
+
+
+def _model(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    what = {
+        "residual-base": "the shifted base (W − B₀A₀) of a residual injection; only its own adapter makes it the student",
+        "model": "a whole model: a student with a finalized adapter merged in",
+    }[manifest["kind"]]
+    student = str(manifest.get("student") or manifest.get("base"))
+    return {"is": what, "student": student, "next": "load it with AutoModelForCausalLM.from_pretrained"}
+
+
+def _foreign(folder: Path) -> dict[str, Any]:
+    """An adapter without pkt.json: a trainer's, of what pkt injected, or not pkt's at all."""
     try:
         source = read_source(folder)
     except PktError as error:
@@ -115,5 +141,15 @@ def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[
     return {
         "is": f"a trained adapter, injected by pkt as {source.mode} (known from {source.how})",
         "student": source.student,
-        "next": f"pkt finalize {quoted} --out ADAPTER",
+        "next": _finalize_line(folder),
     }
+
+
+_DESCRIBED: dict[str | None, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
+    "extraction": _extraction,
+    **dict.fromkeys(Start.KINDS, _start),
+    "run": _run,
+    "adapter": _adapter,
+    "residual-base": _model,
+    "model": _model,
+}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pkt.adapters import Pair
 from pkt.errors import PktError
-from pkt.models import rows_apart
+from pkt.models import is_tied, rows_apart, tables_of
 from pkt.progress import bar
 from pkt.scoring import default_loss
 from pkt.seeds import Seeds
@@ -24,9 +24,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 def added(model: nn.Module, pairs: Mapping[str, Pair], scale: float) -> Iterator[None]:
     """Inside, the modules' outputs are those of W + scale · ΔW; no weight is touched. A tied head is changed with its table."""
     handles = []
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    embedding, head = tables_of(model)
 
     def linear(a: Tensor, b: Tensor) -> Any:
         return lambda module, args, out: out + scale * F.linear(F.linear(args[0], a.to(args[0])), b.to(args[0]))
@@ -39,7 +37,7 @@ def added(model: nn.Module, pairs: Mapping[str, Pair], scale: float) -> Iterator
             module = model.get_submodule(name)
             if pair.kind == "embedding":
                 handles.append(module.register_forward_hook(lookup(pair.A, pair.B)))
-                if tied and module is embedding:
+                if module is embedding and is_tied(model):
                     handles.append(head.register_forward_hook(linear(pair.B.t(), pair.A.t())))
             else:
                 handles.append(module.register_forward_hook(linear(pair.A, pair.B)))

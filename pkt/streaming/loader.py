@@ -57,7 +57,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 @dataclass
-@dataclass
 class _Group:
     """Tensors that have come together: the buffer they are in, where it goes back to, and the event that they are there."""
 

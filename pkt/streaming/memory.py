@@ -14,7 +14,7 @@ import torch
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.models import hidden_size, layer_of, plain_head, tables_of
+from pkt.models import hidden_size, is_tied, layer_of, plain_head, tables_of
 from pkt.options import Select
 from pkt.planning import STRATEGIES
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
@@ -133,9 +133,9 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
         if parameter.ndim > 1:
             io[index] += sum(parameter.shape[-2:])
             largest, side = max(largest, parameter.numel()), max(side, *parameter.shape)
-    embedding, head = tables_of(model)
+    embedding, _ = tables_of(model)
     front = 0 if embedding is None else embedding.weight.numel()
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    tied = is_tied(model)
     vocab = 1 if embedding is None else embedding.weight.shape[0]
     dtype = dtype_of(teacher)
     # Gradients between layers of an fp16 model are kept in fp32, whose range they need.

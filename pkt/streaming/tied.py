@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pkt import ops
 from pkt.ops import Measure
 from pkt.scoring import EmbeddingUse, FullSink, HeadUse, RowsUse, Use, measured, real_lengths
 from pkt.streaming.loader import NotLayeredError
@@ -101,7 +102,7 @@ class JoinedSink:
         weight = self.weight[ids].to(embedding.dtype)
         head = head.to(embedding.dtype) * self.scale
         change = measured(weight, head + embedding, self.measure) - measured(weight, head, self.measure)
-        self._change.index_add_(0, torch.searchsorted(self.touched, ids), change.to(self._change.dtype))
+        ops.add_rows_(self._change, torch.searchsorted(self.touched, ids), change.to(self._change.dtype))
 
     def end_batch(self) -> None: ...
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from pkt import ops
+from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.files import LOCK, atomic_file, followed, lock_folder, read_json, sha256, write_json, write_tensors
 from pkt.manifest import difference, spoken_name
+from pkt.planning import Entry
 from pkt.streaming import Key, MemoryPlan, Progress
-from pkt.transferring.extractor import Harvest
+from pkt.transferring.extractor import Choice, Extractor
 
 RUN_FORMAT = "pkt-run-2"
 
@@ -71,27 +73,8 @@ class RunFolder:
 
     def bind(self, inputs: dict[str, Any]) -> None:
         """Refuse to continue a run of other inputs, naming what differs; sweep away what an interrupted write left."""
-        file = self.path / "run.json"
-        if file.is_file():
-            # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
-            self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
-            try:
-                self.value = read_json(file)
-            except PktError as error:
-                raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
-            recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
-            if recorded and self.value.get("format") == "pkt-run-1":
-                raise PktError(
-                    f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
-                )
-            if not recorded or self.value.get("format") != RUN_FORMAT:
-                raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
-            different = difference(recorded, inputs)
-            if different:
-                raise PktError(
-                    f"{self.path} holds an unfinished run of other inputs ({', '.join(different)}); finish it with the old ones, "
-                    "or start over with --force"
-                )
+        if (self.path / "run.json").is_file():
+            self.check(inputs)
         else:
             self.clear()
             self.value = {"format": RUN_FORMAT, "inputs": inputs}
@@ -99,6 +82,32 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
+
+    def check(self, inputs: dict[str, Any]) -> None:
+        """Read what the run is of; refuse it when that is not these inputs."""
+        file = self.path / "run.json"
+        # Known first: a folder that holds finished parts is kept, whatever is wrong with the rest.
+        self.steps = sorted(p.name for p in self.path.glob("step-*.safetensors"))
+        try:
+            self.value = read_json(file)
+        except PktError as error:
+            raise PktError(f"{error}; start over with --force, or delete {self.path}") from error
+        recorded = self.value.get("inputs", {}) if isinstance(self.value, dict) else {}
+        if recorded and self.value.get("format") == "pkt-run-1":
+            raise PktError(
+                f"{self.path} holds an unfinished run of an older pkt; start over with --force, or delete it"
+            )
+        if not recorded or self.value.get("format") != RUN_FORMAT:
+            raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
+        different = difference(recorded, inputs)
+        if not different and list(recorded) != list(inputs):
+            # Steps and scores are by number.
+            different = ["their order changed"]
+        if different:
+            raise PktError(
+                f"{self.path} holds an unfinished run of other inputs ({', '.join(different)}); finish it with the old ones, "
+                "or start over with --force"
+            )
 
     def _write(self) -> None:
         with atomic_file(self.path / "run.json") as scratch:
@@ -124,7 +133,7 @@ class RunFolder:
         self.value["execution"]["halvings"].append({"why": why, "after": len(self.steps)})
         self._write()
 
-    def commit(self, key: Key, progress: Progress, harvests: list[Harvest]) -> None:
+    def commit(self, key: Key, progress: Progress, extractors: Sequence[Extractor]) -> None:
         """A part of every task is finished."""
         number = len(self.steps)
         tensors = {f"grad.{i}": grad for i, grad in enumerate(progress.grads)}
@@ -136,35 +145,32 @@ class RunFolder:
         if key == "head" and any(progress.carried):
             carried = {f"{i}.{k}": t for i, task in enumerate(progress.carried) for k, t in task.items()}
             self._save("tied.safetensors", {}, carried)
-        factors = {}
-        for task, harvest in enumerate(harvests):
-            for name, (A, B) in harvest.factors[key].items():
-                factors[f"{task}.A.{name}"], factors[f"{task}.B.{name}"] = A, B
-        self._save(
-            f"step-{number:04d}.safetensors", {"key": key, "records": [h.records[key] for h in harvests]}, factors
-        )
+        records, factors = [], {}
+        for i, extractor in enumerate(extractors):
+            record, pairs = _stored(extractor.choices[key])
+            records.append(record)
+            for name, pair in pairs.items():
+                factors[f"{i}.A.{name}"], factors[f"{i}.B.{name}"] = pair.A, pair.B
+        self._save(f"step-{number:04d}.safetensors", {"key": key, "records": records}, factors)
         self.steps.append(f"step-{number:04d}.safetensors")
         if number:
             (self.path / f"grad-{number - 1:04d}.safetensors").unlink(missing_ok=True)
 
-    def resume(self, harvests: list[Harvest]) -> Progress | None:
-        """Put finished parts back into the harvests; where the run stands, or None at its beginning."""
+    def resume(self, extractors: Sequence[Extractor], tasks: int) -> Progress | None:
+        """Put finished parts back into the extractors; where the run stands, or None at its beginning."""
+        choices: list[dict[Key, Choice]] = [{} for _ in extractors]
         for number, name in enumerate(self.steps):
             if name != f"step-{number:04d}.safetensors":
                 raise PktError(f"{self.path} lacks step {number}; start over with --force")
             step, factors = self._load(name)
-            key: Key = step["key"]
-            for task, harvest in enumerate(harvests):
-                harvest.records[key] = step["records"][task]
-                names = [n for n in step["records"][task]["entries"] if f"{task}.A.{n}" in factors]
-                harvest.factors[key] = {n: (factors[f"{task}.A.{n}"], factors[f"{task}.B.{n}"]) for n in names}
+            for i, found in enumerate(choices):
+                found[step["key"]] = _restored(step["records"][i], factors, i)
         if not self.steps:
             return None
-        for harvest in harvests:
-            if harvest.ranked:
-                harvest._forget_losers()
+        for extractor, found in zip(extractors, choices, strict=True):
+            extractor.restore(found)
         state, grads = self._load(f"grad-{len(self.steps) - 1:04d}.safetensors")
-        carried: list[dict[str, Tensor]] = [{} for _ in harvests]
+        carried: list[dict[str, Tensor]] = [{} for _ in range(tasks)]
         if (self.path / "tied.safetensors").is_file():
             _, tied = self._load("tied.safetensors")
             for label, tensor in tied.items():
@@ -240,6 +246,32 @@ class RunFolder:
             for name, file in places.items():
                 with safe_open(file, framework="pt") as opened:
                     into.write(opened.get_tensor(name).contiguous().numpy().data)
+
+
+def _stored(choice: Choice) -> tuple[dict[str, Any], dict[str, Pair]]:
+    """What a part gave, as JSON, and its pairs."""
+    targets: dict[str, dict[str, Any]] = {}
+    for name, entries in choice.entries.items():
+        targets[name] = {"entries": [e.to_json() for e in entries]}
+        if name in choice.energies:
+            targets[name]["energy"] = choice.energies[name]
+        if name in choice.unsettled:
+            targets[name]["unsettled"] = choice.unsettled[name]
+    return {"total": choice.total, "entries": targets}, choice.pairs
+
+
+def _restored(record: dict[str, Any], factors: Mapping[str, Tensor], i: int) -> Choice:
+    choice = Choice(record["total"])
+    for name, target in record["entries"].items():
+        choice.entries[name] = [Entry.from_json(e) for e in target["entries"]]
+        if "energy" in target:
+            choice.energies[name] = target["energy"]
+        if "unsettled" in target:
+            choice.unsettled[name] = target["unsettled"]
+        if f"{i}.A.{name}" in factors:
+            kind = choice.entries[name][0].kind
+            choice.pairs[name] = Pair(factors[f"{i}.A.{name}"], factors[f"{i}.B.{name}"], kind)
+    return choice
 
 
 def describe_run(path: Path) -> dict[str, str]:

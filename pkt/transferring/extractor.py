@@ -8,9 +8,10 @@ layers' weights are read once more at the end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,22 +25,31 @@ from pkt.planning import STRATEGIES, Chooser, Entry, Feed, Pairing, TransferPlan
 from pkt.streaming import Key
 
 
-class Harvest:
-    """Regions and factors of one task, taken from each part's scores as soon as they are complete.
+@dataclass
+class Choice:
+    """What one part of the teacher gives to the student: the entries of each target, by (signature, suffix), and their pairs.
 
-    A record is one teacher part's choice: each target's entries by (signature, suffix), JSON, and its factors by the same key.
+    total: Σ S of the part. energies and pairs (on the CPU) are there for the targets that are factorized, unsettled for those whose
+    directions the factorization has not quite found.
+    """
+
+    total: float
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    energies: dict[str, float] = field(default_factory=dict)
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    unsettled: dict[str, float] = field(default_factory=dict)
+
+
+class Extractor:
+    """Regions and factors of one task and recipe, taken from each part's scores as soon as they are complete.
+
     Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
     """
 
     def __init__(self, pairing: Pairing, factorization: Factorization) -> None:
         self.pairing, self.chooser, self.factorization = pairing, Chooser(pairing), factorization
-        self.teacher, self.student, self.options = pairing.teacher, pairing.student, pairing.options
-        self.records: dict[Key, dict[str, Any]] = {}
-        self.factors: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
-        self.ranked = pairing.ranked
-        self.unsettled: dict[
-            str, float
-        ] = {}  # of targets whose directions the iteration has not found, once it is finished
+        self.choices: dict[Key, Choice] = {}
+        self.unsettled: dict[str, float] = {}  # of the student's matrices, once it is finished
 
     def places(self, layer: int) -> list[int]:
         """The student's layers that this teacher layer feeds, or may feed while the ranking is open."""
@@ -49,33 +59,34 @@ class Harvest:
         mine = [
             [t.suffix, *(t.stored_shape if t.experts else t.shape)] for t in self.pairing.targets if t.layer == place
         ]
-        drawn = place if STRATEGIES[self.options.select].per_place else ""
+        drawn = place if STRATEGIES[self.pairing.options.select].per_place else ""
         return sha256(json.dumps([mine, drawn]))[:12]
 
-    def take(self, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
+    def take(self, key: Key, scores: Mapping[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         """Choose and factorize what this part gives to the student."""
         sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
-        record: dict[str, Any] = {"total": sum(sums.values()), "entries": {}}
+        choice = Choice(sum(sums.values()))
         wanted = self._wanted(key, scores)
-        groups = {group for group, _, _ in wanted}
 
         def score_of(source: Target) -> Tensor:
             return scores[source.parameter]
 
         experts_of = self.chooser.expert_chooser(key if isinstance(key, int) else None, score_of)
         for group, target, feeds in wanted:
-            name = f"{group}/{target.suffix}"
-            entries = [
+            choice.entries[f"{group}/{target.suffix}"] = [
                 e for f in feeds for e in self.chooser.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
             ]
-            record["entries"][name] = {"entries": [e.to_json() for e in entries]}
-        at_once = len(groups) == 1 or not self.ranked
-        factors = self._factorize(record["entries"], weight) if at_once else {}
-        self.records[key], self.factors[key] = record, factors
-        if isinstance(key, int) and self.ranked:
-            self._forget_losers()
+        if len({group for group, _, _ in wanted}) == 1 or not self.pairing.ranked:
+            self._factorize(choice, choice.entries, weight)
+        self.choices[key] = choice
+        self._forget_losers()
 
-    def _wanted(self, key: Key, scores: dict[str, Tensor]) -> list[tuple[str, Target, list[Feed]]]:
+    def restore(self, choices: Mapping[Key, Choice]) -> None:
+        """Go on from what parts gave in an earlier process, in their order."""
+        self.choices = dict(choices)
+        self._forget_losers()
+
+    def _wanted(self, key: Key, scores: Mapping[str, Tensor]) -> list[tuple[str, Target, list[Feed]]]:
         """(signature, target, what feeds it) for everything this part's scores decide."""
         wanted: list[tuple[str, Target, list[Feed]]] = []
         if not isinstance(key, int):
@@ -91,32 +102,31 @@ class Harvest:
             wanted += [(group, target, feeds) for target, feeds in mine if feeds]
         return wanted
 
-    def _factorize(
-        self, targets: dict[str, dict[str, Any]], weight: Callable[[str], Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B for each target of one part, whose energies are filled in."""
+    def _factorize(self, choice: Choice, names: Iterable[str], weight: Callable[[str], Tensor]) -> None:
+        """Put the pairs and energies of some targets of one part into its choice."""
 
         def matrix_of(entry: Entry) -> Tensor:
             source = self.pairing.by_module[entry.source]
             return source.oriented(weight(source.parameter), entry.expert)
 
-        entries = {name: [Entry.from_json(e) for e in target["entries"]] for name, target in targets.items()}
-        found = factorize_targets(entries, matrix_of, self.factorization)
-        for name, (_, energy, unsettled) in found.items():
-            targets[name]["energy"] = energy
+        targets = {name: choice.entries[name] for name in names}
+        for name, (pair, energy, unsettled) in factorize_targets(targets, matrix_of, self.factorization).items():
+            choice.pairs[name] = Pair(pair.A.cpu(), pair.B.cpu(), pair.kind)
+            choice.energies[name] = energy
             if unsettled > SETTLED:
-                targets[name]["unsettled"] = unsettled
-        return {name: (pair.A.cpu(), pair.B.cpu()) for name, (pair, _, _) in found.items()}
+                choice.unsettled[name] = unsettled
 
     def _best(self) -> dict[int, int]:
         """The student's layer -> the teacher's that feeds it, of those that are scored."""
-        return self.pairing.layering.best({k: r["total"] for k, r in self.records.items() if isinstance(k, int)})
+        return self.pairing.layering.best({k: c.total for k, c in self.choices.items() if isinstance(k, int)})
 
     def _forget_losers(self) -> None:
+        if not self.pairing.ranked:
+            return
         best = set(self._best().values())
-        for key in list(self.factors):
+        for key, choice in self.choices.items():
             if isinstance(key, int) and key not in best:
-                self.factors[key] = {}
+                choice.pairs = {}
 
     def layer_map(self) -> list[int]:
         if self.pairing.fixed is not None:
@@ -133,27 +143,24 @@ class Harvest:
         keys: list[Key]
         for target in self.pairing.targets:
             if target.layer is None:
-                name, keys = f"/{target.suffix}", [k for k in self.records if not isinstance(k, int)]
+                name, keys = f"/{target.suffix}", [k for k in self.choices if not isinstance(k, int)]
             else:
                 name, keys = f"{self.signature(target.layer)}/{target.suffix}", [chosen[target.layer]]
             # A partial transfer has targets that nothing feeds.
             for k in keys:
-                if name in self.records[k]["entries"]:
+                if name in self.choices[k].entries:
                     place_of[target.module] = k, name
         for key in dict.fromkeys(k for k, _ in place_of.values() if isinstance(k, int)):
-            late = sorted({n for k, n in place_of.values() if k == key and n not in self.factors[key]})
+            late = sorted({n for k, n in place_of.values() if k == key and n not in self.choices[key].pairs})
             if late:
                 with weights_of(key) as weight:
-                    waiting = {name: self.records[key]["entries"][name] for name in late}
-                    self.factors[key].update(self._factorize(waiting, weight))
+                    self._factorize(self.choices[key], late, weight)
         entries, pairs, energies = [], {}, {}
         for module, (part, name) in place_of.items():
-            found, (A, B) = self.records[part]["entries"][name], self.factors[part][name]
-            mine = [Entry.from_json({**e, "target": module}) for e in found["entries"]]
-            entries += mine
-            pairs[module] = Pair(A, B, mine[0].kind)
-            energies[module] = found["energy"]
-            if "unsettled" in found:
-                self.unsettled[module] = found["unsettled"]
-        layer_scores = [self.records[i]["total"] for i in range(self.teacher.num_layers)]
+            choice = self.choices[part]
+            entries += [dataclasses.replace(e, target=module) for e in choice.entries[name]]
+            pairs[module], energies[module] = choice.pairs[name], choice.energies[name]
+            if name in choice.unsettled:
+                self.unsettled[module] = choice.unsettled[name]
+        layer_scores = [self.choices[i].total for i in range(self.pairing.teacher.num_layers)]
         return self.chooser.finish(entries, chosen, layer_scores), pairs, energies

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -35,34 +36,49 @@ from pkt.transferring.checkpoints import RunFolder, run_path
 SeedsLike: TypeAlias = Seeds | str | Path
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How an extraction is made of the scores of a task: which regions, at what rank."""
+
+    options: PlanOptions
+    factorization: Factorization
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What is compared when a result by this recipe is used again."""
+        found = _of_options(self.options.as_dict(), self.factorization.as_dict())
+        return {f"{entry} of {name}": value for entry, value in found.items()} if name else found
+
+
+Result: TypeAlias = tuple[str, str]  # (task, recipe), of which one that stands alone has no name
+
+
+def folder_of(out: Path, result: Result) -> Path:
+    return out.joinpath(*filter(None, result))
+
+
 class Job:
-    """The checked inputs of a transfer: both models' specs, the tasks' seeds, and every option."""
+    """The checked inputs of a transfer: both models' specs, the tasks' seeds, and the recipes of what is made for each task."""
 
     def __init__(
         self,
         teacher: Model,
         student: Model,
-        seeds: SeedsLike | Mapping[str, SeedsLike],
+        seeds: Mapping[str, SeedsLike],
+        recipes: Mapping[str, Recipe],
         tokenizer: Any,
         *,
-        options: PlanOptions,
         map_vocabulary: bool | tuple[Any, Any],
-        factorization: Factorization,
         reading: Reading,
         execution: Execution,
         limits: Limits,
         keep_scores: KeepScores,
         today: datetime.date | None = None,
     ) -> None:
-        self.model, self.options, self.factorization = teacher, options, factorization
         if keep_scores not in get_args(KeepScores):
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
-        self.batch_size, self.dtype, self.limits, self.keep_scores = (
-            execution.batch_size,
-            execution.dtype,
-            limits,
-            keep_scores,
-        )
+        self.model, self.recipes = teacher, dict(recipes)
+        self.limits, self.keep_scores, self.today = limits, keep_scores, today
+        self.batch_size, self.dtype = execution.batch_size, execution.dtype
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise PktError(
                 f"dtype={self.dtype!r} is not a torch.dtype; pass torch.float32, torch.bfloat16 or torch.float16"
@@ -73,21 +89,25 @@ class Job:
         teacher.check()
         if not student.on_hub:
             student.check()  # a Hub student's weights are not needed yet
-        self.vocabulary = read_vocabulary(map_vocabulary, teacher, student)
-        self.teacher, self.student = (with_roles(model.spec, options.roles) for model in (teacher, student))
-        self.pairing = Pairing(self.teacher, self.student, options, self.vocabulary)
-        check_rank_fits(self.pairing, factorization)
-        self.several, self.today = isinstance(seeds, Mapping), today
-        self.seeds = self._read_seeds(seeds if isinstance(seeds, Mapping) else {"": seeds}, tokenizer, reading)
+        wanted = any(recipe.options.map_vocabulary for recipe in self.recipes.values())
+        self.vocabulary = read_vocabulary(map_vocabulary if wanted else False, teacher, student)
+        self.teacher, self.student = teacher.spec, student.spec
+        self.pairings = {name: self._pairing(recipe) for name, recipe in self.recipes.items()}
+        self.seeds = self._read_seeds(seeds, tokenizer, reading)
+        self.results: list[Result] = [(task, recipe) for task in self.seeds for recipe in self.recipes]
         self.orders = [longest_first(found) for found in self.seeds.values()]
         self._note_other_ids(student, tokenizer)
 
+    def _pairing(self, recipe: Recipe) -> Pairing:
+        options = recipe.options
+        teacher, student = (with_roles(spec, options.roles) for spec in (self.teacher, self.student))
+        pairing = Pairing(teacher, student, options, self.vocabulary if options.map_vocabulary else None)
+        check_rank_fits(pairing, recipe.factorization)
+        return pairing
+
     def _read_seeds(self, named: Mapping[str, SeedsLike], tokenizer: Any, reading: Reading) -> dict[str, Seeds]:
-        if not named:
-            raise PktError("no seeds were given")
-        for name in named:
-            if self.several and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-                raise PktError(f"{name!r} cannot name a task's folder; use letters, digits, '-', '_' and '.'")
+        _check_names(named, "seeds", "a task")
+        _check_names(self.recipes, "recipes", "a recipe")
         if tokenizer is None and not all(isinstance(given, Seeds) for given in named.values()):
             if not self.model.is_named:
                 raise PktError("a teacher in memory needs its tokenizer to read the seeds; pass tokenizer=")
@@ -102,13 +122,15 @@ class Job:
 
     def _note_other_ids(self, student: Model, tokenizer: Any) -> None:
         """Say in the plan where tables are fed row by row though the two tokenizers number their tokens differently."""
-        stored = self.model.is_named and student.is_named
-        if not stored or self.vocabulary is not None or all(t.group != "embedding" for t in self.pairing.targets):
+        by_row = [
+            p for p in self.pairings.values() if p.vocabulary is None and any(t.group == "embedding" for t in p.targets)
+        ]
+        if not by_row or not (self.model.is_named and student.is_named):
             return
         with contextlib.suppress(PktError):  # a student need not come with a tokenizer
             count = other_ids(self.model.tokenizer if tokenizer is None else tokenizer, student.tokenizer)
-            if count:
-                self.pairing.notes.append(
+            for pairing in by_row if count else ():
+                pairing.notes.append(
                     f"the student's tokenizer gives {count} tokens other ids than the teacher's, and the tables are fed "
                     "row by row as they are; feed them by tokens with --map-vocabulary, or leave them out with "
                     "--modules all,-embed,-head"
@@ -117,7 +139,9 @@ class Job:
     def identify(self, *, progress: bool) -> None:
         """Hash the teacher's content into what it is known by, once all that is quick has been checked."""
         known = self.model.identified(progress=progress)
-        self.teacher = self.pairing.teacher = dataclasses.replace(self.teacher, content=known.content)
+        self.teacher = dataclasses.replace(self.teacher, content=known.content)
+        for pairing in self.pairings.values():
+            pairing.teacher = dataclasses.replace(pairing.teacher, content=known.content)
 
     def samples(self) -> list[list[dict[str, Tensor]]]:
         """Each task's samples, longest first, as batches of one."""
@@ -134,23 +158,23 @@ class Job:
         """The losses in the order of the file."""
         return in_order_of(found, self.orders[task])
 
-    def made_of(self, seeds: Mapping[str, Seeds]) -> dict[str, Any]:
+    def made_of(self, seeds: Mapping[str, Seeds], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
         """What a result is of, by the names a refusal uses."""
         return {
             **_of_models(self.teacher.identity(), self.student.identity()),
             **{f"seeds {name}".strip(): found.fingerprint for name, found in seeds.items()},
-            **_of_options(self.options.as_dict(), self.factorization.as_dict()),
-            **self._choices(),
+            **{k: v for name, recipe in recipes.items() for k, v in recipe.identity(name).items()},
+            **self._choices(recipes),
         }
 
-    def _choices(self) -> dict[str, Any]:
-        vocabulary = {} if self.vocabulary is None else {"vocabulary": sha256(json.dumps(self.vocabulary))}
-        return {**vocabulary, "dtype": str(self.dtype)}
+    def _choices(self, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+        mapped = self.vocabulary is not None and any(recipe.options.map_vocabulary for recipe in recipes.values())
+        return {**({"vocabulary": sha256(json.dumps(self.vocabulary))} if mapped else {}), "dtype": str(self.dtype)}
 
     def inputs(self) -> dict[str, Any]:
-        """All that the bytes of an unfinished run depend on: what the result is of, and how it is computed."""
+        """All that the bytes of an unfinished run depend on: what the results are of, and how they are computed."""
         return {
-            **self.made_of(self.seeds),
+            **self.made_of(self.seeds, self.recipes),
             "option keep_scores": self.keep_scores,
             "option batch_size": self.batch_size,
             **self._day(),
@@ -163,14 +187,14 @@ class Job:
         days = [seeds.today.isoformat() for seeds in self.seeds.values() if seeds.today is not None]
         return {"today": days[0]} if days else {}
 
-    def provenance(self, task: int) -> dict[str, Any]:
-        seeds = list(self.seeds.values())[task]
+    def provenance(self, result: Result) -> dict[str, Any]:
+        task, recipe = result
         return {
-            "factorization": self.factorization.as_dict(),
+            "factorization": self.recipes[recipe].factorization.as_dict(),
             "teacher": self.teacher.identity(),
             "versions": versions(),
-            "seeds": seeds.describe(),
-            **self._choices(),
+            "seeds": self.seeds[task].describe(),
+            **self._choices({recipe: self.recipes[recipe]}),
         }
 
     def scores_metadata(self, task: int, losses: Sequence[float], tile: int | None) -> dict[str, Any]:
@@ -185,61 +209,74 @@ class Job:
             "provenance": {"seeds": seeds.describe(), "teacher": self.teacher.identity()},
         }
 
-    def finished(self, out: Path) -> dict[str, Extraction] | None:
+    def finished(self, out: Path) -> dict[Result, Extraction] | None:
         """The extractions already in `out`, when they are all there and of the same inputs."""
         found = {}
-        for name, seeds in self.seeds.items():
-            done = _finished(out / name, self.made_of({"": seeds}))
+        for result in self.results:
+            done = self._finished_one(folder_of(out, result), result)
             if done is None:
                 return None
-            found[name] = done
-        run = run_path(out)
-        for task, name in enumerate(self.seeds):
-            target, left = out / name / SCORES, run / f"scores-{task}.safetensors"
+            found[result] = done
+        run = RunFolder(run_path(out))
+        for i, task in enumerate(self.seeds):
+            target, left = out / task / SCORES, run.scores_file(i)
             if self.keep_scores != "none" and not target.is_file():
                 # Interrupted between the last two renames.
                 if not left.is_file():
                     raise PktError(
                         f"{out} was made without keeping scores; name another folder, or replace it with --force"
                     )
+                run.check(self.inputs())
                 os.replace(left, target)
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run.path, ignore_errors=True)
         return found
 
+    def _finished_one(self, folder: Path, result: Result) -> Extraction | None:
+        task, recipe = result
+        return _finished(folder, self.made_of({"": self.seeds[task]}, {"": self.recipes[recipe]}))
+
     def check_output(self, out: Path, *, force: bool) -> None:
-        """Refuse an output that holds something else; tasks that an interrupted run already wrote are no such thing."""
-        if self.several and out.is_dir():
-            sweep_scratch(out)
-        if not self.several or not out.is_dir() or {p.name for p in out.iterdir()} - set(self.seeds):
+        """Refuse an output that holds something else; results that an interrupted run already wrote are no such thing."""
+        folders = {folder_of(out, result): result for result in self.results}
+        above = {out, *(out / task for task in self.seeds)} - folders.keys()
+        for folder in filter(Path.is_dir, above):
+            sweep_scratch(folder)
+        ours = {*folders, *above, *(out / task / SCORES for task in self.seeds)}
+        if not out.is_dir() or not above or any(set(f.iterdir()) - ours for f in above if f.is_dir()):
             check_output_folder(out, force=force)
             return
-        for name in self.seeds:
-            if force or not self.finished_one(out / name, name):
-                check_output_folder(out / name, force=force)
+        for folder, result in folders.items():
+            if force or self._finished_one(folder, result) is None:
+                check_output_folder(folder, force=force)
 
-    def result(self, extractions: dict[str, Extraction]) -> Extraction | dict[str, Extraction]:
-        return extractions if self.several else extractions[""]
-
-    def save(self, extractions: dict[str, Extraction], out: Path, folder: RunFolder, *, force: bool) -> None:
-        """Write every task's folder; each appears whole or not at all."""
-        if force and self.several and (out / MANIFEST).is_file():
+    def save(self, extractions: Mapping[Result, Extraction], out: Path, folder: RunFolder, *, force: bool) -> None:
+        """Write every result's folder; each appears whole or not at all."""
+        several = ("", "") not in extractions
+        if force and several and (out / MANIFEST).is_file():
             # A single extraction of pkt's, which `check_output` found and --force gives up.
             shutil.rmtree(out)
-        for task, (name, extraction) in enumerate(extractions.items()):
-            target = out / name if name else out
-            if force or not self.several or not self.finished_one(target, name):
+        for result, extraction in extractions.items():
+            target = folder_of(out, result)
+            if force or not several or self._finished_one(target, result) is None:
                 extraction.save(target, force=force)
-            if folder.scores_file(task).is_file():
-                with os_errors(f"writing {target / SCORES}"):
-                    os.replace(folder.scores_file(task), target / SCORES)
-
-    def finished_one(self, target: Path, name: str) -> bool:
-        return _finished(target, self.made_of({"": self.seeds[name]})) is not None
+        for i, task in enumerate(self.seeds):
+            if folder.scores_file(i).is_file():
+                with os_errors(f"writing {out / task / SCORES}"):
+                    os.replace(folder.scores_file(i), out / task / SCORES)
 
 
-def day_of(out: Path, tasks: Iterable[str]) -> datetime.date | None:
+def _check_names(named: Mapping[str, Any], what: str, one: str) -> None:
+    """One alone may have no name."""
+    if not named:
+        raise PktError(f"no {what} were given")
+    for name in named:
+        if (name or len(named) > 1) and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise PktError(f"{name!r} cannot name {one}'s folder; use letters, digits, '-', '_' and '.'")
+
+
+def day_of(out: Path, results: Iterable[Result]) -> datetime.date | None:
     """The day that an unfinished or finished transfer to `out` read its seeds on, where their chat template prints it."""
-    files = [run_path(out) / "run.json", *(out / name / MANIFEST for name in tasks)]
+    files = [run_path(out) / "run.json", *(folder_of(out, result) / MANIFEST for result in results)]
     return next(filter(None, map(recorded_day, files)), None)
 
 

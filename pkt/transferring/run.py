@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import shutil
 import signal
@@ -48,11 +49,22 @@ from pkt.streaming import (
     sizes_of,
 )
 from pkt.transferring.checkpoints import RunFolder
-from pkt.transferring.extractor import Harvest
-from pkt.transferring.job import Job, SeedsLike, day_of
+from pkt.transferring.extractor import Extractor
+from pkt.transferring.job import Job, Recipe, Result, SeedsLike, day_of
 
 # Below this many flops a run takes a moment, and measuring the machine first would take longer.
 _WORTH_MEASURING = 2e12
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who is told of a transfer's way: a bar on stderr, and the caller's functions."""
+
+    progress: bool = True
+    on_memory: Callable[[MemoryPlan], None] | None = None
+    on_plan: Callable[[TransferPlan], None] | None = None
+    on_tick: Callable[[Tick], None] | None = None
+    on_scores: Callable[[str, Mapping[str, Tensor]], None] | None = None  # of a task, part by part; gone after the call
 
 
 def transfer(
@@ -107,70 +119,100 @@ def transfer(
     on_memory is told what will be used before any weight is read; on_tick of each finished layer; on_plan of each plan.
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
     """
-    out = None if out is None else Path(out)
-    today = None
-    if out is not None and resume and not force:
-        today = day_of(out, seeds if isinstance(seeds, Mapping) else ("",))
-    job = Job(
-        Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
-        Model.of(student, "a student (a model, or the path of its checkpoint)"),
-        seeds,
-        tokenizer,
-        options=PlanOptions(
-            layers=layers,
-            select=select,
-            modules=modules,
-            align_heads=align_heads,
-            module_map=read_map(module_map),
-            partial=partial,
-            map_vocabulary=map_vocabulary is not False,
-            roles=None if roles is None else read_roles(roles),
-            seed=seed,
-        ),
+    options = PlanOptions(
+        layers=layers,
+        select=select,
+        modules=modules,
+        align_heads=align_heads,
+        module_map=read_map(module_map),
+        partial=partial,
+        map_vocabulary=map_vocabulary is not False,
+        roles=None if roles is None else read_roles(roles),
+        seed=seed,
+    )
+    several = isinstance(seeds, Mapping)
+    found = transfer_recipes(
+        teacher,
+        student,
+        seeds if isinstance(seeds, Mapping) else {"": seeds},
+        {"": Recipe(options, Factorization(rank, max_rank, energy, split, seed, svd))},
+        out=out,
+        resume=resume,
+        force=force,
+        tokenizer=tokenizer,
         map_vocabulary=map_vocabulary,
-        factorization=Factorization(rank, max_rank, energy, split, seed, svd),
         reading=Reading(loss, max_length),
         execution=Execution(batch_size, device, dtype),
         limits=Limits(device_memory, host_memory, scratch, prefetch),
         keep_scores=keep_scores,
+        listeners=Listeners(progress, on_memory, on_plan, on_tick),
+    )
+    return {task: ext for (task, _), ext in found.items()} if several else found["", ""]
+
+
+def transfer_recipes(
+    teacher: Any,
+    student: Any,
+    seeds: Mapping[str, SeedsLike],
+    recipes: Mapping[str, Recipe],
+    *,
+    out: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+    tokenizer: Any = None,
+    map_vocabulary: bool | tuple[Any, Any] = False,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
+    execution: Execution = Execution(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
+    keep_scores: KeepScores = "none",
+    listeners: Listeners = Listeners(),
+) -> dict[Result, Extraction]:
+    """`transfer` of several tasks by several recipes, all from one reading of the teacher: the extraction of each (task, recipe).
+
+    Each has the bytes it has alone. They are written to `out`/task/recipe; one task or one recipe alone may be named "" and then
+    has no folder of its own. Scores that are kept lie in `out`/task. map_vocabulary: True, or both tokenizers, for the
+    recipes whose options say so.
+    """
+    out = None if out is None else Path(out)
+    today = day_of(out, itertools.product(seeds, recipes)) if out is not None and resume and not force else None
+    job = Job(
+        Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
+        Model.of(student, "a student (a model, or the path of its checkpoint)"),
+        seeds,
+        recipes,
+        tokenizer,
+        map_vocabulary=map_vocabulary,
+        reading=reading,
+        execution=execution,
+        limits=limits,
+        keep_scores=keep_scores,
         today=today,
     )
-    listeners = Listeners(progress, on_memory, on_plan, on_tick)
-    return job.result(_run(job, out, listeners, resume=resume, force=force))
-
-
-def _run(job: Job, out: Path | None, listeners: Listeners, *, resume: bool, force: bool) -> dict[str, Extraction]:
-    """The extractions of a job: those that are there already, or made, from an unfinished run's checkpoints where there are."""
     job.identify(progress=listeners.progress)
-    scratch = job.limits.scratch
-    if scratch is not None:
-        with os_errors(f"making the folder {scratch}"):
-            Path(scratch).mkdir(parents=True, exist_ok=True)
-    if out is None:
-        if job.keep_scores != "none":
-            raise PktError(f"keep_scores={job.keep_scores!r} needs an output folder to keep them in; pass out=")
-        with tempfile.TemporaryDirectory(prefix="pkt-", dir=scratch) as folder:
-            return Runner(job, None, Path(folder), listeners).run()
+    if limits.scratch is not None:
+        with os_errors(f"making the folder {limits.scratch}"):
+            Path(limits.scratch).mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        return _into(out, job, listeners, resume=resume, force=force)
+    if keep_scores != "none":
+        raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
+    with tempfile.TemporaryDirectory(prefix="pkt-", dir=limits.scratch) as folder:
+        return Runner(job, None, Path(folder), listeners).run()
+
+
+def _into(out: Path, job: Job, listeners: Listeners, *, resume: bool, force: bool) -> dict[Result, Extraction]:
+    """The extractions of a job in its folder: those that are there already, or made, going on from an unfinished run."""
     finished = job.finished(out) if resume and not force else None
     if finished is not None:
         return finished
     job.check_output(out, force=force)
     with RunFolder.locked(out, fresh=force or not resume) as folder, _stoppable():
         folder.bind(job.inputs())
-        with tempfile.TemporaryDirectory(prefix="activations-", dir=scratch or folder.path) as activations:
+        scratch = job.limits.scratch or folder.path
+        with tempfile.TemporaryDirectory(prefix="activations-", dir=scratch) as activations:
             extractions = Runner(job, folder, Path(activations), listeners).run()
         job.save(extractions, out, folder, force=force)
     return extractions
-
-
-@dataclass(frozen=True)
-class Listeners:
-    """Who is told of a transfer's way: a bar on stderr, and the caller's functions."""
-
-    progress: bool = True
-    on_memory: Callable[[MemoryPlan], None] | None = None
-    on_plan: Callable[[TransferPlan], None] | None = None
-    on_tick: Callable[[Tick], None] | None = None
 
 
 class Runner:
@@ -178,16 +220,19 @@ class Runner:
 
     def __init__(self, job: Job, folder: RunFolder | None, activations: Path, listeners: Listeners) -> None:
         self.job, self.folder, self.activations, self.listeners = job, folder, activations, listeners
-        self.harvests = [Harvest(job.pairing, job.factorization) for _ in job.seeds]
+        self.extractors = {
+            (task, recipe): Extractor(job.pairings[recipe], job.recipes[recipe].factorization)
+            for task, recipe in job.results
+        }
 
-    def run(self) -> dict[str, Extraction]:
+    def run(self) -> dict[Result, Extraction]:
         teacher = open_teacher(self.job.model, self.job.device, self.job.dtype)
         try:
             return self._streamed(teacher)
         except NotLayeredError as error:
             return self._whole(teacher, str(error))
 
-    def _streamed(self, teacher: Teacher) -> dict[str, Extraction]:
+    def _streamed(self, teacher: Teacher) -> dict[Result, Extraction]:
         job = self.job
         if job.teacher.layers is None or job.teacher.num_layers == 0:
             raise NotLayeredError("it has no list of decoder layers")
@@ -197,7 +242,7 @@ class Runner:
         resume = None
         if self.folder is not None:
             sizes = self.folder.execution(sizes, memory)
-            resume = self.folder.resume(self.harvests)
+            resume = self.folder.resume(list(self.extractors.values()), len(job.seeds))
         with self._bar() as tick:
             engine = Engine(
                 teacher,
@@ -237,7 +282,7 @@ class Runner:
             device=job.device,
             batch_size=job.batch_size,
             in_memory=teacher.source is None,
-            choices=[(job.options.select, job.factorization.largest)],
+            choices=[(r.options.select, r.factorization.largest) for r in job.recipes.values()],
             scratch_free=shutil.disk_usage(self.activations).free,
             device_memory=job.device_memory,
             host_memory=job.host_memory,
@@ -250,7 +295,11 @@ class Runner:
         return memory
 
     def _part(self, task: int, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
-        self.harvests[task].take(key, scores, weight)
+        name = list(self.job.seeds)[task]
+        for recipe in self.job.recipes:
+            self.extractors[name, recipe].take(key, scores, weight)
+        if self.listeners.on_scores is not None:
+            self.listeners.on_scores(name, scores)
         if self.job.keep_scores != "none":
             assert self.folder is not None
             self.folder.keep_scores(task, scores, self.tile)
@@ -261,7 +310,7 @@ class Runner:
 
     def _commit(self, key: Key, progress: Progress) -> None:
         if self.folder is not None:
-            self.folder.commit(key, progress, self.harvests)
+            self.folder.commit(key, progress, list(self.extractors.values()))
 
     def _resized(self, sizes: list[list[int]], why: str) -> None:
         if self.folder is not None:
@@ -287,23 +336,25 @@ class Runner:
         self,
         losses: list[list[float]],
         weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]],
-    ) -> dict[str, Extraction]:
+    ) -> dict[Result, Extraction]:
         found = {}
-        for task, (name, harvest) in enumerate(zip(self.job.seeds, self.harvests, strict=True)):
-            made, pairs, energies = harvest.finish(weights_of)
+        tasks = list(self.job.seeds)
+        for result, extractor in self.extractors.items():
+            made, pairs, energies = extractor.finish(weights_of)
             if self.listeners.on_plan is not None:
                 self.listeners.on_plan(made)
-            provenance = {**self.job.provenance(task), "losses": self.job.losses(task, losses[task])}
-            if harvest.unsettled:
-                provenance["unsettled"] = harvest.unsettled
-            found[name] = Extraction(pairs, energies, made, provenance)
-            if self.job.keep_scores != "none":
-                assert self.folder is not None
-                described = functools.partial(self.job.scores_metadata, task, losses[task], self.tile)
-                self.folder.seal_scores(task, described)
+            task = tasks.index(result[0])
+            provenance = {**self.job.provenance(result), "losses": self.job.losses(task, losses[task])}
+            if extractor.unsettled:
+                provenance["unsettled"] = extractor.unsettled
+            found[result] = Extraction(pairs, energies, made, provenance)
+        if self.job.keep_scores != "none":
+            assert self.folder is not None
+            for task, own in enumerate(losses):
+                self.folder.seal_scores(task, functools.partial(self.job.scores_metadata, task, own, self.tile))
         return found
 
-    def _whole(self, teacher: Teacher, why: str) -> dict[str, Extraction]:
+    def _whole(self, teacher: Teacher, why: str) -> dict[Result, Extraction]:
         """A model that is no chain of layers is scored in one piece."""
         import warnings
 
@@ -317,13 +368,17 @@ class Runner:
             sens = score_seeds(
                 model, seeds, batch_size=job.batch_size, progress=self.listeners.progress, recorded=job.teacher
             )
-            made = Chooser(job.pairing).plan(sens)
-            if self.listeners.on_plan is not None:
-                self.listeners.on_plan(made)
-            provenance = {**job.provenance(task), "losses": sens.losses}
-            found[name] = extract(
-                model, made, **job.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
-            )
+            if self.listeners.on_scores is not None:
+                self.listeners.on_scores(name, sens)
+            for recipe, how in job.recipes.items():
+                made = Chooser(job.pairings[recipe]).plan(sens)
+                if self.listeners.on_plan is not None:
+                    self.listeners.on_plan(made)
+                # sens.losses stand in the file's order already.
+                provenance = {**job.provenance((name, recipe)), "losses": sens.losses}
+                found[name, recipe] = extract(
+                    model, made, **how.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
+                )
             if job.keep_scores != "none":
                 assert self.folder is not None
                 sens.save(self.folder.scores_file(task))
@@ -337,13 +392,12 @@ def _even(count: int, size: int) -> list[int]:
 def _tile(job: Job) -> int:
     """The largest power of two up to 64 that divides every side the student cuts, and every row where a role begins."""
     sides = {BLOCK}
-    for target in job.pairing.targets:
-        for layer in [None] if target.layer is None else job.pairing.layers_for(target.layer):
-            for feed in job.pairing.feeds(target, layer):
-                have = sum(b - a for a, b in feed.rows), feed.source.shape[1]
-                sides |= {b for a, b in zip(have, feed.shape, strict=True) if a != b}
-                if have[0] != feed.source.shape[0]:
-                    sides |= {side for run in feed.rows for side in run if side}
+    for pairing in job.pairings.values():
+        for feed in pairing.possible_feeds():
+            have = sum(b - a for a, b in feed.rows), feed.source.shape[1]
+            sides |= {b for a, b in zip(have, feed.shape, strict=True) if a != b}
+            if have[0] != feed.source.shape[0]:
+                sides |= {side for run in feed.rows for side in run if side}
     return math.gcd(BLOCK, *sides)
 
 

@@ -12,6 +12,7 @@ import processes
 import pytest
 import torch
 import zoo
+from oracle import seeds
 from torch import Tensor, nn
 
 import pkt
@@ -19,7 +20,6 @@ from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.ops import dispatch
 from pkt.scoring import score_seeds
-from pkt.seeds import Example, Seeds
 from pkt.streaming import (
     Boundaries,
     Engine,
@@ -36,13 +36,6 @@ from pkt.streaming.microbatches import halved
 from pkt.streaming.parts import LayeredModel
 
 CPU = torch.device("cpu")
-
-
-def seeds(count: int = 7, longest: int = 20, seed: int = 0) -> Seeds:
-    rows = []
-    for line, (ids, start) in enumerate(oracle.token_samples(count, seed=seed, longest=longest), 1):
-        rows.append(Example(ids, [-100] * start + ids[start:], ids[:start], "", line))
-    return Seeds(rows, "seeds.jsonl", 3)
 
 
 def streamed(

@@ -16,7 +16,8 @@ import oracle
 import pytest
 import torch
 import zoo
-from test_streaming import seeds, streamed
+from oracle import seeds
+from test_streaming import streamed
 from torch import Tensor
 
 import pkt

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from test_streaming import seeds
+from oracle import seeds
 
 import pkt
 from pkt import streaming
@@ -27,7 +27,7 @@ from pkt.streaming.parts import LayeredModel
 
 # Processes are forked from one that has imported everything and computed nothing: they start at once.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "test_streaming"])
+SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "oracle"])
 
 
 def work(folder: Path, out: str, slow: float, limit: int, hold: str, tell: Any) -> None:
