@@ -59,9 +59,13 @@ def _window(student: Path, folder: Path) -> tuple[Extraction, dict[str, Tensor]]
     listeners = Listeners(on_scores=lambda task, scores: scored.update({n: s.clone() for n, s in scores.items()}))
     recipe = Recipe(PlanOptions(), Factorization(RANK))
     made = transfer_recipes(
-        ASSETS / "teacher", student, {"": SEEDS}, {"window": recipe}, execution=Execution(dtype=torch.float32),
-        listeners=listeners, progress=False,
-    )  # fmt: skip
+        ASSETS / "teacher",
+        student,
+        {"": SEEDS},
+        {"window": recipe},
+        execution=Execution(dtype=torch.float32),
+        listeners=listeners,
+    )
     made["", "window"].save(folder)
     return made["", "window"], scored
 
