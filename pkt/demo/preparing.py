@@ -56,7 +56,10 @@ def prepare(out: Path, say: Say) -> Prepared:
 def _window(student: Path, folder: Path) -> tuple[Extraction, dict[str, Tensor]]:
     """The paper's extraction for a student, saved, and the teacher's scores that it was planned by."""
     scored: dict[str, Tensor] = {}
-    listeners = Listeners(on_scores=lambda task, scores: scored.update({n: s.clone() for n, s in scores.items()}))
+    listeners = Listeners(
+        progress=False,
+        on_scores=lambda task, scores: scored.update({n: s.clone() for n, s in scores.items()}),
+    )
     recipe = Recipe(PlanOptions(), Factorization(RANK))
     made = transfer_recipes(
         ASSETS / "teacher",
