@@ -41,6 +41,18 @@ class Extraction:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         return (
             f"{len(self.pairs)} pairs of rank {span}; they catch {100 * mean:.1f}% of their regions' energy on average"
+            f"{self._unsettled()}"
+        )
+
+    def _unsettled(self) -> str:
+        """What is to be said of directions that the iteration had not found when it ended."""
+        found: dict[str, float] = self.provenance.get("unsettled", {})
+        if not found:
+            return ""
+        worst = max(found, key=lambda module: found[module])
+        return (
+            f"; {len(found)} of them are not quite the leading directions (residual up to {100 * found[worst]:.0f}%, {worst}): "
+            "their spectra are flat, and svd='adaptive' or 'exact' (--svd) finds them"
         )
 
     def __repr__(self) -> str:
