@@ -275,17 +275,19 @@ def describe_run(path: Path) -> dict[str, str]:
     """What an unfinished run is, how far it came, and how it goes on. Raises `PktError` for a folder that is none."""
     value = read_json(path / "run.json")
     inputs = value.get("inputs") if isinstance(value, dict) else None
-    if not isinstance(inputs, dict) or not {"teacher", "student"} <= set(inputs):
+    if not isinstance(inputs, dict) or "teacher" not in inputs:
         raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
     parts = len(list(path.glob("step-*.safetensors")))
+    what, command = ("transfer", "transfer") if "student" in inputs else ("scoring", "sensitivity")
     given = {spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
     settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
+    over = "with --force it starts over; the folder may be deleted" if "student" in inputs else "or delete the folder"
     return {
-        "is": f"an unfinished transfer: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
+        "is": f"an unfinished {what}: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
         "teacher": str(inputs["teacher"].get("name")),
-        "student": str(inputs["student"].get("name")),
+        **({"student": str(inputs["student"].get("name"))} if "student" in inputs else {}),
         "options": settings,
-        "next": "the same pkt transfer command continues it; with --force it starts over; the folder may be deleted",
+        "next": f"the same pkt {command} command continues it; {over}",
     }
 
 
