@@ -33,7 +33,7 @@ $(OLDEST)/.installed: $(STAMP)
 
 # Every compilation and every number again with that Triton: a quarter of an hour, so outside the gate.
 test-oldest: $(OLDEST)/.installed
-	$(PYTEST) -m slow tests/test_kernels_oldest.py
+	$(PYTEST) -m slow tests/ops/test_kernels_oldest.py
 
 # The clients (TRL, lm-eval, bitsandbytes) are large, so only the slow tests install them. Where the oldest Triton is not
 # installed the tests of it are skipped, and say so.

@@ -15,9 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thre
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import oracle
 import pytest
 import torch
+import zoo
 
 ASSETS = Path(__file__).parents[1] / "pkt" / "demo" / "assets"
 
@@ -32,11 +32,9 @@ def families_table(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     rows: dict[str, Any] = {}
     yield rows
     if request.config.getoption("--write-families"):
-        import families
-
         path = Path(__file__).parents[1] / "bench" / "results" / "families.json"
-        assert set(rows) == set(families.FAMILIES), "run every family's test in one process (-n 0)"
-        ordered = {name: rows[name] for name in families.FAMILIES}
+        assert set(rows) == set(zoo.FAMILIES), "run every family's test in one process (-n 0)"
+        ordered = {name: rows[name] for name in zoo.FAMILIES}
         path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
@@ -55,19 +53,19 @@ def save(model: Any, folder: Path, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    model = oracle.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96, vocab=len(tokenizer))
+    model = zoo.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96, vocab=len(tokenizer))
     return save(model, tmp_path_factory.mktemp("models") / "teacher", tokenizer)
 
 
 @pytest.fixture(scope="session")
 def student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    model = oracle.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=len(tokenizer))
+    model = zoo.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=len(tokenizer))
     return save(model, tmp_path_factory.mktemp("models") / "student", tokenizer)
 
 
 @pytest.fixture(scope="session")
 def tied_student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    model = oracle.llama(True, hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=len(tokenizer))
+    model = zoo.llama(True, hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=len(tokenizer))
     return save(model, tmp_path_factory.mktemp("models") / "tied", tokenizer)
 
 

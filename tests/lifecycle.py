@@ -10,6 +10,7 @@ from typing import Any
 
 import oracle
 import torch
+import zoo
 
 import pkt
 
@@ -21,25 +22,12 @@ MIXED_LAYOUT = "fan_in_fan_out is set to"
 def student(arch: str = "llama", tied: bool = False) -> Any:
     """A model without dropout of its own, so that only LoRA's is left in training mode."""
     if arch == "llama":
-        return oracle.llama(tied, hidden=32, layers=2, heads=4, kv=2, ffn=64)
-    return _gpt2(tied, hidden=32, layers=2)
+        return zoo.llama(tied, hidden=32, layers=2, heads=4, kv=2, ffn=64)
+    return zoo.gpt2_without_dropout(tied, hidden=32, layers=2)
 
 
 def teacher(arch: str = "llama", tied: bool = False) -> Any:
-    return oracle.llama(tied) if arch == "llama" else _gpt2(tied, hidden=48, layers=3)
-
-
-def _gpt2(tied: bool, **size: int) -> Any:
-    from transformers import GPT2LMHeadModel
-
-    config = oracle.gpt2(**size).config
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    config.tie_word_embeddings = tied
-    torch.manual_seed(1)
-    model = GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return zoo.llama(tied) if arch == "llama" else zoo.gpt2_without_dropout(tied, hidden=48, layers=3)
 
 
 def extraction(arch: str = "llama", tied: bool = False, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The formulas of docs/method.md in plain torch and fp64, and the tiny models that tests run them on."""
+"""The formulas of docs/method.md in plain torch and fp64, and random samples to run them on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pkt.seeds import Example, Seeds
 
 # Floors of the relative Frobenius error by dtype of the weights (docs/design.md §7).
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -50,67 +52,6 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return difference / (truth.double().norm().item() or 1.0)
 
 
-def llama(
-    tied: bool = False,
-    *,
-    hidden: int = 48,
-    layers: int = 3,
-    heads: int = 4,
-    kv: int = 2,
-    ffn: int = 80,
-    vocab: int = 67,
-) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        attention_bias=False,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def gpt2(*, hidden: int = 32, layers: int = 2, heads: int = 4, vocab: int = 67) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocab,
-        n_embd=hidden,
-        n_layer=layers,
-        n_head=heads,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-class MLP(nn.Module):
-    """A classifier that has nothing to do with language."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(10, 24), nn.LayerNorm(24), nn.ReLU(inplace=True), nn.Linear(24, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
-
-
 def token_samples(count: int, vocab: int = 67, seed: int = 0, longest: int = 20) -> list[tuple[list[int], int]]:
     """(ids, where the answer starts) of random lengths."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,6 +61,13 @@ def token_samples(count: int, vocab: int = 67, seed: int = 0, longest: int = 20)
         ids = torch.randint(0, vocab, (size,), generator=generator).tolist()
         samples.append((ids, int(torch.randint(1, size - 2, (), generator=generator))))
     return samples
+
+
+def seeds(count: int = 7, longest: int = 20, seed: int = 0) -> Seeds:
+    rows = []
+    for line, (ids, start) in enumerate(token_samples(count, seed=seed, longest=longest), 1):
+        rows.append(Example(ids, [-100] * start + ids[start:], ids[:start], "", line))
+    return Seeds(rows, "seeds.jsonl", 3)
 
 
 def padded(samples: list[tuple[list[int], int]], pad: int = 3) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import families
 import lifecycle
 import oracle
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 import pkt
@@ -59,9 +59,9 @@ def full_circle(student_dir: Path, ext: pkt.Extraction, out: Path) -> None:
     assert float((final - trained).abs().max()) <= 1e-4 * float(trained.abs().max())
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_a_family(family: str, tmp_path: Path, families_table: dict[str, Any]) -> None:
-    teacher, student = families.model(family), families.model(family, "student")
+    teacher, student = zoo.model(family), zoo.model(family, "student")
     families_table[family] = row = {"class": type(teacher).__name__, "error": None, "passed": False}
     sens = pkt.sensitivity(teacher, BATCHES, progress=False)
     row["error"] = error = worst_error(sens, oracle.sensitivity(teacher, oracle.batched(SAMPLES, 1)))
@@ -123,7 +123,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("source", "target", "modules"), PAIRS)
 def test_one_family_feeds_another(source: str, target: str, modules: str, tmp_path: Path) -> None:
-    teacher, student = families.model(source), families.model(target, "student")
+    teacher, student = zoo.model(source), zoo.model(target, "student")
     student.save_pretrained(tmp_path / "student")
     sens = pkt.sensitivity(teacher, BATCHES, progress=False)
     plan = pkt.plan(sens, teacher, student, modules=modules)
@@ -182,9 +182,9 @@ ROLE_NAMES |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_p
 @pytest.mark.parametrize("family", BY_HAND)
 def test_fused_projections_are_cut_into_their_roles(family: str) -> None:
     """With a student of the teacher's own sizes every role comes over whole, and goes back to the same fused matrix."""
-    teacher = families.model(family)
+    teacher = zoo.model(family)
     many = family in ("GPT-2", "GPT-NeoX (Pythia)", "Falcon")
-    student = families.model("Llama", num_key_value_heads=4 if many else 2)
+    student = zoo.model("Llama", num_key_value_heads=4 if many else 2)
     roles = list(BY_HAND[family])
     sens = pkt.sensitivity(teacher, BATCHES[:1], progress=False)
     plan = pkt.plan(sens, teacher, student, modules=",".join(roles))
@@ -204,14 +204,14 @@ def test_fused_projections_are_cut_into_their_roles(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
 def test_the_most_sensitive_expert_feeds_a_dense_ffn(family: str) -> None:
-    teacher = families.model(family)
+    teacher = zoo.model(family)
     sens = pkt.sensitivity(teacher, BATCHES, progress=False)
     experts = "model.layers.1.mlp.experts"
     gate_up, down = (sens[f"{experts}.{n}"].double().flatten(1).sum(1) for n in ("gate_up_proj", "down_proj"))
     best = int((gate_up + down).argmax())
     weight = teacher.get_parameter(f"{experts}.gate_up_proj")[best].detach()
     gate, up = (weight.t()[::2], weight.t()[1::2]) if family == "GPT-OSS" else weight.chunk(2)
-    student = families.model("Llama", intermediate_size=len(gate))
+    student = zoo.model("Llama", intermediate_size=len(gate))
     plan = pkt.plan(sens, teacher, student)
     assert {e.expert for e in plan.entries if e.target.startswith("model.layers.1.mlp")} == {best}
     assert torch.equal(fed(teacher, plan, "model.layers.1.mlp.gate_proj"), gate)
@@ -221,7 +221,7 @@ def test_the_most_sensitive_expert_feeds_a_dense_ffn(family: str) -> None:
 
 
 def test_windows_of_fused_heads_never_cut_one() -> None:
-    teacher, student = families.model("GPT-NeoX (Pythia)"), families.model("Llama", "student")
+    teacher, student = zoo.model("GPT-NeoX (Pythia)"), zoo.model("Llama", "student")
     sens = pkt.sensitivity(teacher, BATCHES, progress=False)
     plan = pkt.plan(sens, teacher, student, modules="q,k,v,o", align_heads=True)
     for entry in plan.entries:
@@ -230,7 +230,7 @@ def test_windows_of_fused_heads_never_cut_one() -> None:
 
 
 def test_roles_and_groups_can_be_left_out() -> None:
-    teacher, student = families.model("Llama"), families.model("Phi-3", "student")
+    teacher, student = zoo.model("Llama"), zoo.model("Phi-3", "student")
     sens = pkt.sensitivity(teacher, BATCHES[:1], progress=False)
 
     def chosen(modules: str) -> set[str]:
@@ -240,12 +240,12 @@ def test_roles_and_groups_can_be_left_out() -> None:
     assert chosen("attention,up") == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj"}
     assert chosen("gate_up") == {"gate_proj", "up_proj"}
     with pytest.raises(pkt.PktError, match=r"no matrix in that place .*--map"):
-        pkt.plan(sens, families.model("OPT"), families.model("Llama", "student"))
+        pkt.plan(sens, zoo.model("OPT"), zoo.model("Llama", "student"))
 
 
 class TestPartial:
     def test_what_fits_is_fed_and_the_rest_stays_zero(self, tmp_path: Path) -> None:
-        teacher, student = families.model("Phi-3", "student"), families.model("Llama")
+        teacher, student = zoo.model("Phi-3", "student"), zoo.model("Llama")
         student.save_pretrained(tmp_path / "student")
         sens = pkt.sensitivity(teacher, BATCHES, progress=False)
         with pytest.raises(pkt.PktError, match=r"2 layers, fewer than the student's 3.*--partial"):
@@ -270,7 +270,7 @@ class TestPartial:
         full_circle(tmp_path / "student", ext, tmp_path / "adapter")
 
     def test_a_role_the_teacher_lacks_is_left_at_zero(self) -> None:
-        teacher, student = families.model("GPT-2"), families.model("Llama", "student")
+        teacher, student = zoo.model("GPT-2"), zoo.model("Llama", "student")
         sens = pkt.sensitivity(teacher, BATCHES[:1], progress=False)
         plan = pkt.plan(sens, teacher, student, partial=True)
         assert not any(e.target.endswith("gate_proj") for e in plan.entries)
@@ -283,8 +283,8 @@ class TestVocabularies:
         return words([f"w{i}" for i in range(60)]), words([f"▁w{i}" for i in (59, 3, 4, 5, 21)] + ["new", "w10"])
 
     def test_tables_are_mapped_by_shared_strings(self, tokenizers: Any, tmp_path: Path) -> None:
-        teacher = families.model("Llama", tie_word_embeddings=False)
-        student = families.model("Qwen3", "student", vocab_size=7)
+        teacher = zoo.model("Llama", tie_word_embeddings=False)
+        student = zoo.model("Qwen3", "student", vocab_size=7)
         sens = pkt.sensitivity(teacher, BATCHES, progress=False)
         mine = words([f"w{i}" for i in (59, 3, 4, 5, 21)] + ["new", "w10"])
         plan = pkt.plan(sens, teacher, student, map_vocabulary=(tokenizers[0], mine))
@@ -311,7 +311,7 @@ class TestVocabularies:
         assert found == [(1, 0), (0, 1)]
 
     def test_what_cannot_be_mapped(self, tokenizers: Any) -> None:
-        teacher, student = families.model("Llama"), families.model("Llama", "student", vocab_size=5)
+        teacher, student = zoo.model("Llama"), zoo.model("Llama", "student", vocab_size=5)
         sens = pkt.sensitivity(teacher, BATCHES[:1], progress=False)
         with pytest.raises(pkt.PktError, match="share no token"):
             pkt.plan(sens, teacher, student, map_vocabulary=(words(["a"]), words(["b"])))
@@ -369,9 +369,9 @@ def invented(width: int, inner: int, depth: int) -> Any:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.tokens = nn.Embedding(families.VOCAB, width)
+            self.tokens = nn.Embedding(zoo.VOCAB, width)
             self.stack = nn.ModuleList(Mixer(width, inner) for _ in range(depth))
-            self.out = nn.Linear(width, families.VOCAB, bias=False)
+            self.out = nn.Linear(width, zoo.VOCAB, bias=False)
             self.post_init()
 
         def get_input_embeddings(self) -> Any:
@@ -389,7 +389,7 @@ def invented(width: int, inner: int, depth: int) -> Any:
             return CausalLMOutput(logits=self.out(hidden))
 
     torch.manual_seed(0)
-    model = MixerLM(MixerConfig(vocab_size=families.VOCAB, hidden_size=width)).eval()
+    model = MixerLM(MixerConfig(vocab_size=zoo.VOCAB, hidden_size=width)).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
     return model
@@ -406,7 +406,7 @@ class TestUnlisted:
         assert len(ext.pairs) == 2 * 3 + 2
 
     def test_another_kind_by_a_map_or_by_roles(self) -> None:
-        teacher, student = invented(32, 48, 3), families.model("Llama", "student")
+        teacher, student = invented(32, 48, 3), zoo.model("Llama", "student")
         sens = pkt.sensitivity(teacher, BATCHES, progress=False)
         with pytest.raises(
             pkt.PktError, match=r"up_proj .*the role 'up'.*--map 'teacher.\*.x=student.\*.y'.*--roles"
@@ -443,7 +443,7 @@ class TestUnlisted:
         ],
     )
     def test_bad_overrides(self, options: Any, message: str) -> None:
-        teacher, student = invented(32, 48, 3), families.model("Llama", "student")
+        teacher, student = invented(32, 48, 3), zoo.model("Llama", "student")
         sens = pkt.sensitivity(teacher, BATCHES[:1], progress=False)
         with pytest.raises(pkt.PktError, match=message):
             pkt.plan(sens, teacher, student, **options)
@@ -491,7 +491,7 @@ def test_a_custom_module_is_planned_and_extracted_by_explicit_pairs() -> None:
 
 
 def test_plans_of_the_first_format_still_load() -> None:
-    teacher, student = families.model("Llama"), families.model("Llama", "student")
+    teacher, student = zoo.model("Llama"), zoo.model("Llama", "student")
     plan = pkt.plan(pkt.sensitivity(teacher, BATCHES[:1], progress=False), teacher, student)
     old = plan.as_dict() | {"format": "pkt-plan-1"}
     assert all(set(e) == {"source", "target", "kind", "score", "share", "region"} for e in old["entries"])
@@ -560,9 +560,9 @@ class TestQuantized:
     def test_a_gguf_teacher_is_scored_at_its_dequantized_weights(self, tmp_path: Path) -> None:
         pytest.importorskip("gguf", reason="the package gguf is not installed")
         sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-        model, student = families.model("Llama", **sizes), families.model("Llama", "student")
+        model, student = zoo.model("Llama", **sizes), zoo.model("Llama", "student")
         (tmp_path / "teacher").mkdir()
-        write_gguf(model, tmp_path / "teacher" / "model.gguf", families.VOCAB)
+        write_gguf(model, tmp_path / "teacher" / "model.gguf", zoo.VOCAB)
         loaded = load_model(tmp_path / "teacher")
         for name, parameter in model.named_parameters():
             # Q8_0: half a step of 1/127 of the largest of 32 weights, and a scale kept in fp16.
@@ -587,7 +587,7 @@ class TestQuantized:
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *rest: None if name in gone else found(name, *rest)
         )
-        student = families.model("Llama", "student")
+        student = zoo.model("Llama", "student")
         (tmp_path / "gguf").mkdir()
         (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
         with pytest.raises(pkt.PktError, match="pip install gguf"):
@@ -597,7 +597,7 @@ class TestQuantized:
             ("bitsandbytes", "install bitsandbytes, or convert it"),
         ):
             folder = tmp_path / method
-            families.model("Llama").save_pretrained(folder)
+            zoo.model("Llama").save_pretrained(folder)
             config = json.loads((folder / "config.json").read_text())
             quantization = {"quant_method": method, "bits": 4, "load_in_4bit": True}
             (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
@@ -611,12 +611,12 @@ class TestQuantized:
     def test_a_bitsandbytes_teacher_is_scored_at_its_dequantized_weights(self, tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        families.model("Llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "whole")
+        zoo.model("Llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "whole")
         packed = AutoModelForCausalLM.from_pretrained(
             tmp_path / "whole", quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
         )
         packed.save_pretrained(tmp_path / "teacher")
-        student = families.model("Llama", "student")
+        student = zoo.model("Llama", "student")
         with pytest.raises(pkt.PktError, match=r"quantized weight; .*dequantize\(\) first"):
             pkt.sensitivity(packed, BATCHES, progress=False)
         with pytest.warns(pkt.PktWarning, match="is loaded whole, not layer by layer: its weights are quantized"):
@@ -629,4 +629,4 @@ class TestQuantized:
 def test_the_table_of_architectures_names_what_is_tested() -> None:
     from pkt.models import TESTED
 
-    assert set(TESTED) == {families.FAMILIES[f]("teacher").model_type for f in families.FAMILIES}
+    assert set(TESTED) == {zoo.FAMILIES[f]("teacher").model_type for f in zoo.FAMILIES}

@@ -12,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 import pkt
@@ -225,7 +226,7 @@ def test_weights_that_are_not_finite_name_the_module(made: pkt.Extraction, teach
 
 
 def test_gpt2_round_trip_through_conv1d(tmp_path: Path) -> None:
-    teacher, student = oracle.gpt2(hidden=48, layers=3, heads=4), oracle.gpt2(hidden=32, layers=2, heads=4)
+    teacher, student = zoo.gpt2(hidden=48, layers=3, heads=4), zoo.gpt2(hidden=32, layers=2, heads=4)
     sens = pkt.sensitivity(teacher, oracle.batched(oracle.token_samples(4), 4), progress=False)
     plan = pkt.plan(sens, teacher, student, modules="ffn")
     ext = pkt.extract(teacher, plan, rank=4, progress=False)

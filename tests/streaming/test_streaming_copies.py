@@ -16,6 +16,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import zoo
 from test_streaming import streamed
 from torch import Tensor
 
@@ -191,7 +192,7 @@ BATCHES = oracle.batched(oracle.token_samples(7), 7)
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A teacher, and its scores where host and device are one memory."""
     folder = tmp_path_factory.mktemp("plain")
-    oracle.llama(True).save_pretrained(folder)
+    zoo.llama(True).save_pretrained(folder)
     return folder, streamed(folder, BATCHES, folder)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pkt
@@ -78,7 +79,7 @@ def test_cudnn_is_not_chosen_while_scoring_on_a_gpu() -> None:
 
 
 def test_every_layer_of_a_model_that_is_scored_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = oracle.llama(layers=3), oracle.batched(oracle.token_samples(2), 2)
+    model, batches = zoo.llama(layers=3), oracle.batched(oracle.token_samples(2), 2)
     plain = pkt.sensitivity(model, batches, progress=False)
     begun: list[Any] = []
     monkeypatch.setattr(OneOrder, "_begin", lambda self, *gradients: begun.append(self))

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 import pkt
@@ -157,8 +158,8 @@ def test_layers_by_every_choice() -> None:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any, pkt.Sensitivity]:
-    teacher = oracle.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96)
-    student = oracle.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64)
+    teacher = zoo.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96)
+    student = zoo.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64)
     return teacher, student, pkt.sensitivity(teacher, oracle.batched(oracle.token_samples(6), 3), progress=False)
 
 
@@ -225,7 +226,7 @@ def test_plan_from_tile_sums(pair: Any) -> None:
 class TestBadInput:
     def test_a_teacher_too_small_lists_every_module(self, pair: Any) -> None:
         _, student, sens = pair
-        small = oracle.llama(hidden=32, layers=4, heads=4, kv=2, ffn=48)
+        small = zoo.llama(hidden=32, layers=4, heads=4, kv=2, ffn=48)
         with pytest.raises(pkt.PktError) as caught:
             pkt.plan(sens, small, student)
         text = str(caught.value)
@@ -243,18 +244,18 @@ class TestBadInput:
     def test_another_architecture_names_the_modules_without_a_source(self, pair: Any) -> None:
         _, student, sens = pair
         with pytest.raises(pkt.PktError, match="no matrix in that place"):
-            pkt.plan(sens, oracle.gpt2(hidden=64, layers=4), student)
+            pkt.plan(sens, zoo.gpt2(hidden=64, layers=4), student)
 
     def test_different_vocabularies_leave_embeddings_out_and_say_so(self, pair: Any) -> None:
         teacher, _, sens = pair
-        other = oracle.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=60)
+        other = zoo.llama(hidden=32, layers=2, heads=4, kv=2, ffn=64, vocab=60)
         plan = pkt.plan(sens, teacher, other)
         assert len(plan.entries) == 14
         assert "vocabularies differ (67 and 60 tokens)" in str(plan)
 
     def test_scores_of_another_model(self, pair: Any) -> None:
         _, student, sens = pair
-        other = oracle.llama(hidden=64, layers=4, heads=8, kv=4, ffn=128)
+        other = zoo.llama(hidden=64, layers=4, heads=8, kv=4, ffn=128)
         with pytest.raises(pkt.PktError, match="in the scores of another model"):
             pkt.plan(sens, other, student)
 

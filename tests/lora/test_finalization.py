@@ -97,7 +97,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                     "final": root / "final" / name,
                     "before": before,
                 }
-    command = [sys.executable, "-c", FRESH, root, Path(__file__).parent]
+    command = [sys.executable, "-c", FRESH, root, Path(__file__).parents[1]]
     done = processes.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for name, case in cases.items():

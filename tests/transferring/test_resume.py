@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from test_streaming import seeds
+import zoo
+from oracle import seeds
 
 import pkt
 from pkt import streaming
@@ -27,7 +27,7 @@ from pkt.streaming.parts import LayeredModel
 
 # Processes are forked from one that has imported everything and computed nothing: they start at once.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "test_streaming"])
+SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "oracle"])
 
 
 def work(folder: Path, out: str, slow: float, limit: int, hold: str, tell: Any) -> None:
@@ -105,8 +105,8 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        oracle.llama(True, layers=5).save_pretrained(folder / "teacher", max_shard_size="60KB")
-        oracle.llama(True, hidden=36, layers=2, heads=3, kv=1, ffn=48).save_pretrained(folder / "student")
+        zoo.llama(True, layers=5).save_pretrained(folder / "teacher", max_shard_size="60KB")
+        zoo.llama(True, hidden=36, layers=2, heads=3, kv=1, ffn=48).save_pretrained(folder / "student")
         assert self.start("calm").end() == 0
         self.bytes = self.read("calm")
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
 
 import pkt
@@ -21,9 +22,9 @@ from pkt.scoring import head as head_loss
 
 SAMPLES = oracle.token_samples(32)
 MODELS = {
-    "llama": lambda: oracle.llama(),
-    "llama-tied": lambda: oracle.llama(True),
-    "gpt2": lambda: oracle.gpt2(),
+    "llama": lambda: zoo.llama(),
+    "llama-tied": lambda: zoo.llama(True),
+    "gpt2": lambda: zoo.gpt2(),
 }
 
 
@@ -84,7 +85,7 @@ def test_half_precision_weights_keep_fp32_scores(scored: Any, dtype: torch.dtype
 
 
 def test_fp16_gradients_that_would_underflow_are_kept() -> None:
-    model = oracle.llama().half()
+    model = zoo.llama().half()
     with torch.no_grad():
         model.lm_head.weight *= 2.0**-9  # gradients below fp16's smallest number without scaling
     truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:6], 1))
@@ -126,7 +127,7 @@ def test_other_measures_of_an_mlp_and_of_what_needs_one_sample_at_a_time(measure
     def loss_fn(m: nn.Module, b: Any) -> Tensor:
         return F.cross_entropy(m(b["x"]), b["labels"], reduction="none")
 
-    mlp = oracle.MLP()
+    mlp = zoo.MLP()
     truth = oracle.sensitivity(mlp, [batch], loss_fn, measure)
     sens = pkt.sensitivity(mlp, [batch], loss_fn=loss_fn, measure=measure, progress=False)
     for name in truth:
@@ -140,7 +141,7 @@ def test_other_measures_of_an_mlp_and_of_what_needs_one_sample_at_a_time(measure
 
 
 def test_a_measure_is_kept_in_the_file_and_refused_by_a_plan(tmp_path: Any) -> None:
-    model = oracle.llama()
+    model = zoo.llama()
     sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:4], 2), measure="fisher", progress=False)
     sens.save(tmp_path / "fisher.safetensors")
     again = pkt.Sensitivity.load(tmp_path / "fisher.safetensors")
@@ -152,7 +153,7 @@ def test_a_measure_is_kept_in_the_file_and_refused_by_a_plan(tmp_path: Any) -> N
 
 
 def test_a_plain_mlp_with_and_without_a_loss_function() -> None:
-    model = oracle.MLP()
+    model = zoo.MLP()
     generator = torch.Generator().manual_seed(0)
     batch = {"x": torch.randn(9, 10, generator=generator), "labels": torch.randint(0, 5, (9,), generator=generator)}
 
@@ -221,7 +222,7 @@ def reading_its_head(tied: bool) -> Any:
             out.last_hidden_state = hidden + torch.tanh(hidden @ weight.t()) @ weight
             return out
 
-    model = oracle.llama(tied)
+    model = zoo.llama(tied)
     model.model.__class__ = Reading
     model.model.reads = (model.lm_head,)
     return model
@@ -288,7 +289,7 @@ def test_mixture_of_experts_is_exact() -> None:
 class OnlyLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = oracle.llama()
+        self.inner = zoo.llama()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
@@ -305,7 +306,7 @@ def test_a_model_that_only_gives_a_scalar_loss_is_run_one_sample_at_a_time() -> 
 
 
 def test_params_chooses_by_expression_and_by_list() -> None:
-    model = oracle.llama()
+    model = zoo.llama()
     batches = oracle.batched(SAMPLES[:4], 4)
     whole = pkt.sensitivity(model, batches, progress=False)
     some = pkt.sensitivity(model, batches, params=r"layers\.1\..*_proj", progress=False)
@@ -318,7 +319,7 @@ def test_params_chooses_by_expression_and_by_list() -> None:
 
 
 def test_the_model_is_restored_after_an_interrupt_and_keeps_its_gradients() -> None:
-    model = oracle.llama()
+    model = zoo.llama()
     model.train()
     model.model.layers[1].eval()
     model.lm_head.weight.requires_grad_(False)
@@ -338,7 +339,7 @@ def test_the_model_is_restored_after_an_interrupt_and_keeps_its_gradients() -> N
 
 
 def test_scores_survive_a_round_trip(tmp_path: Any) -> None:
-    sens = pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:4], 2), progress=False)
+    sens = pkt.sensitivity(zoo.llama(), oracle.batched(SAMPLES[:4], 2), progress=False)
     sens.save(tmp_path / "scores.safetensors")
     again = pkt.Sensitivity.load(tmp_path / "scores.safetensors")
     assert again.shapes == sens.shapes
@@ -350,7 +351,7 @@ def test_scores_survive_a_round_trip(tmp_path: Any) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tile", [None, 16])
 def test_the_head_in_blocks_of_vocabulary(monkeypatch: pytest.MonkeyPatch, tied: bool, tile: int | None) -> None:
-    model = oracle.llama(tied)
+    model = zoo.llama(tied)
     truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:6], 1))
     monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 200})
     sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), tile=tile, progress=False)
@@ -388,7 +389,7 @@ def test_no_gradient_and_no_logits_are_ever_stored(monkeypatch: pytest.MonkeyPat
     """Besides S itself nothing as large as the gradient of an FFN matrix (4 MiB) or as the logits (2.2 MiB) is allocated."""
     from torch.profiler import ProfilerActivity, profile
 
-    model = oracle.llama(hidden=512, layers=2, heads=8, kv=8, ffn=2048, vocab=6000)
+    model = zoo.llama(hidden=512, layers=2, heads=8, kv=8, ffn=2048, vocab=6000)
     batches = [oracle.padded([(ids[:12], 2) for ids, _ in oracle.token_samples(8, vocab=6000, longest=12)])]
     monkeypatch.setattr(head_loss, "BLOCK", {"cpu": 1 << 18})
     monkeypatch.setattr(ops.reference, "GRADIENT_ELEMENTS", 1 << 18)
@@ -403,7 +404,7 @@ def test_no_gradient_and_no_logits_are_ever_stored(monkeypatch: pytest.MonkeyPat
 
 
 def test_under_activation_checkpointing_and_autocast() -> None:
-    model = oracle.llama()
+    model = zoo.llama()
     truth = oracle.sensitivity(model, oracle.batched(SAMPLES[:6], 1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), progress=False)
@@ -432,10 +433,10 @@ class TestBadInput:
         batch = oracle.padded(SAMPLES[:4])
         batch["labels"][2] = -100
         with pytest.raises(pkt.PktError, match="sample 5 has no target token"):
-            pkt.sensitivity(oracle.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
+            pkt.sensitivity(zoo.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
 
     def test_a_loss_that_is_not_finite_names_the_sample(self) -> None:
-        model = oracle.llama()
+        model = zoo.llama()
         with torch.no_grad():
             model.model.embed_tokens.weight[SAMPLES[2][0][0]] = float("nan")
         bad = [i for i in range(4) if SAMPLES[2][0][0] in SAMPLES[i][0]]
@@ -444,7 +445,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("batch", [1, 4])
     def test_a_gradient_that_is_not_finite_names_sample_and_parameter(self, batch: int) -> None:
-        model = oracle.llama()
+        model = zoo.llama()
         handles = []
 
         def spoil(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -471,7 +472,7 @@ class TestBadInput:
         batch = oracle.padded(SAMPLES[:4])
         batch["labels"][2] = -100
         with pytest.raises(SampleError) as caught:
-            pkt.sensitivity(oracle.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
+            pkt.sensitivity(zoo.llama(), [oracle.padded(SAMPLES[4:7]), batch], progress=False)
         assert caught.value.samples == (5,)
         assert str(caught.value.placed("seeds.jsonl:{}".format)).startswith("seeds.jsonl:5 has no target token")
         several = SampleError("{samples}: {not a field}", range(2)).shifted(3)
@@ -480,16 +481,16 @@ class TestBadInput:
 
     def test_an_empty_loader(self) -> None:
         with pytest.raises(pkt.PktError, match="no batches"):
-            pkt.sensitivity(oracle.llama(), [], progress=False)
+            pkt.sensitivity(zoo.llama(), [], progress=False)
 
     def test_what_is_no_model_and_no_batch(self) -> None:
-        model, batch = oracle.llama(), oracle.padded(SAMPLES[:2])
+        model, batch = zoo.llama(), oracle.padded(SAMPLES[:2])
         for bad_model, loader, message in (
             ("teacher", [batch], "takes a model in memory, not 'teacher'"),
             (model, "seeds.jsonl", "read it with pkt.load_seeds"),
             (model, [{k: v for k, v in batch.items() if k != "labels"}], "mappings with 'labels'"),
             (model, [{**batch, "input_ids": batch["input_ids"] + 1000}], "are not all in the model's"),
-            (oracle.llama().to("meta"), [batch], "on the meta device"),
+            (zoo.llama().to("meta"), [batch], "on the meta device"),
         ):
             with pytest.raises(pkt.PktError, match=message):
                 pkt.sensitivity(bad_model, loader, progress=False)  # type: ignore[arg-type]
@@ -501,14 +502,14 @@ class TestBadInput:
 
     def test_unknown_parameters(self) -> None:
         with pytest.raises(pkt.PktError, match="no parameter nothing"):
-            pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:1], 1), params=["nothing"], progress=False)
+            pkt.sensitivity(zoo.llama(), oracle.batched(SAMPLES[:1], 1), params=["nothing"], progress=False)
         with pytest.raises(pkt.PktError, match="no parameter to score"):
-            pkt.sensitivity(oracle.llama(), oracle.batched(SAMPLES[:1], 1), params="nothing", progress=False)
+            pkt.sensitivity(zoo.llama(), oracle.batched(SAMPLES[:1], 1), params="nothing", progress=False)
 
     def test_a_loss_that_ignores_the_parameters(self) -> None:
         with pytest.raises(pkt.PktError, match="does not depend on the parameters"):
             pkt.sensitivity(
-                oracle.llama(),
+                zoo.llama(),
                 oracle.batched(SAMPLES[:1], 1),
                 loss_fn=lambda m, b: torch.zeros(1),
                 progress=False,

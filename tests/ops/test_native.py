@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pkt import ops
 
-CSRC = Path(__file__).parent.parent / "csrc"
-NATIVE = Path(__file__).parent / "native"
+CSRC = Path(__file__).parents[2] / "csrc"
+NATIVE = Path(__file__).parents[1] / "native"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LEVELS = pytest.mark.parametrize("level", [0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
 MEASURES = pytest.mark.parametrize("measure", ops.MEASURES)

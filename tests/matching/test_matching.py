@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from conftest import ASSETS, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -19,34 +20,6 @@ from pkt.models import load_model
 from pkt.transplanting.content import Delta
 
 SMALL = Shape(hidden=40, neurons=48, groups=2, layers=3)
-
-
-def tiny(kind: str, *, seed: int = 0, tied: bool = False) -> Any:
-    """A model of a family with 6 layers of 64 hidden units, its weights spread like those of a trained one."""
-    common = {
-        "vocab_size": 400,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-    }
-    more = {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": tied, "pad_token_id": 0, "eos_token_id": 1}
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**common, **more),
-        "qwen3": lambda: transformers.Qwen3Config(**common, **more),
-        "gemma2": lambda: transformers.Gemma2Config(**common, **more),
-        "phi3": lambda: transformers.Phi3Config(**{**common, "num_attention_heads": 8}, **more),
-        "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=400, n_embd=64, n_inner=96, n_layer=6, n_head=8, tie_word_embeddings=True
-        ),
-    }[kind]()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            # Gains that differ, so that one taken for another shows.
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.02))
-    return model
 
 
 def magnitudes(model: Any) -> dict[str, torch.Tensor]:
@@ -68,7 +41,7 @@ def noisy(model: Any, amount: float, seed: int = 1) -> Any:
     ("kind", "tied"), [("llama", False), ("llama", True), ("qwen3", False), ("gemma2", True), ("phi3", False)]
 )
 def test_units_of_a_descendant_are_found_again(kind: str, tied: bool) -> None:
-    teacher = tiny(kind, tied=tied)
+    teacher = zoo.trained_like(kind, tied=tied)
     true = choose_units(Matrices(teacher), magnitudes(teacher), SMALL)
     found = lineage(teacher, noisy(shrink_to(teacher, true), 0.5), progress=False)
     assert (found.verdict, found.layers) == ("descends", true.layers)
@@ -94,7 +67,7 @@ def shuffled(model: Any, true: Lineage, seed: int) -> tuple[Any, Lineage]:
 
 
 def test_shuffled_units_are_found_again() -> None:
-    teacher = tiny("llama")
+    teacher = zoo.trained_like("llama")
     student, order = shuffled(teacher, choose_units(Matrices(teacher), magnitudes(teacher), SMALL), 3)
     found = lineage(teacher, noisy(student, 0.5), progress=False)
     assert (found.hidden, found.neurons, found.groups, found.queries) == (
@@ -106,7 +79,7 @@ def test_shuffled_units_are_found_again() -> None:
 
 
 def test_equal_widths_and_drift() -> None:
-    teacher = tiny("llama")
+    teacher = zoo.trained_like("llama")
     whole = Shape(hidden=64, neurons=96, groups=4, layers=4)
     true = choose_units(Matrices(teacher), magnitudes(teacher), whole)
     student = shrink_to(teacher, true)
@@ -116,7 +89,7 @@ def test_equal_widths_and_drift() -> None:
 
 
 def test_groups_that_are_means_of_several_are_recognised() -> None:
-    teacher = tiny("llama")
+    teacher = zoo.trained_like("llama")
     config = copy.deepcopy(teacher.config)
     config.num_key_value_heads = 2
     student = AutoModelForCausalLM.from_config(config).float()
@@ -142,13 +115,13 @@ def stranger(seed: int) -> Any:
     torch.manual_seed(seed // 3 if seed % 3 == 2 else 1000 + seed)
     model = AutoModelForCausalLM.from_config(config).float()
     if seed % 3 == 1:
-        model.model.embed_tokens.weight.data = tiny("llama").model.embed_tokens.weight.data[:, 8:48].clone()
+        model.model.embed_tokens.weight.data = zoo.trained_like("llama").model.embed_tokens.weight.data[:, 8:48].clone()
     return model
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_strangers_are_told(seed: int) -> None:
-    teacher = tiny("llama", seed=seed // 3 if seed % 3 == 2 else 0)
+    teacher = zoo.trained_like("llama", seed=seed // 3 if seed % 3 == 2 else 0)
     found = lineage(teacher, stranger(seed), progress=False)
     assert found.verdict == "no lineage", str(found)
 
@@ -315,7 +288,7 @@ def test_a_change_that_only_harms_is_not_kept(family: dict[str, Any], tmp_path: 
 
 def test_a_transplant_goes_on_as_any_lora(family: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     """From the command line: transplanted, inspected, trained from where it is, finalized as the sum."""
-    from test_cli import run
+    from commands import run
 
     from pkt.lora import load_with_adapter
     from pkt.manifest import read_manifest

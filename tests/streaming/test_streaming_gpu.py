@@ -15,7 +15,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from test_streaming import seeds, streamed
+import zoo
+from oracle import seeds
+from test_streaming import streamed
 from torch import Tensor
 
 import pkt
@@ -34,13 +36,13 @@ def windows(ext: Any) -> list[Any]:
 
 
 def student() -> Any:
-    return oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+    return zoo.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    oracle.llama(True, layers=4).save_pretrained(folder)
+    zoo.llama(True, layers=4).save_pretrained(folder)
     return folder
 
 
@@ -53,7 +55,7 @@ def test_every_way_gives_the_windows_of_a_cpu(device: str, teacher: Path, tmp_pa
     for given in (teacher, model):
         assert windows(pkt.transfer(given, student(), rows, device=device, **options)) == windows(expected)
     batches = oracle.batched(oracle.token_samples(7), 7)
-    truth = oracle.sensitivity(oracle.llama(True, layers=4), batches)
+    truth = oracle.sensitivity(zoo.llama(True, layers=4), batches)
     whole = pkt.sensitivity(model, batches, device=device, progress=False)
     ways: list[dict[str, Any]] = [{"resident": True}, {}, {"place": "device"}, {"place": "disk"}, {"prefetch": False}]
     for way in ways:
@@ -70,7 +72,7 @@ def test_the_same_run_gives_the_same_bytes(device: str, tied: bool, tmp_path: Pa
 
     On a GPU it also notes what the order costs: the same scores with it and without, in seconds.
     """
-    model = oracle.llama(tied, layers=3, heads=4, kv=2, **({"hidden": 64, "ffn": 96} if device == "cpu" else WIDE))
+    model = zoo.llama(tied, layers=3, heads=4, kv=2, **({"hidden": 64, "ffn": 96} if device == "cpu" else WIDE))
     model = model.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
     batches = oracle.batched(oracle.token_samples(8, longest=24 if device == "cpu" else 400), 8)
     where = checked_device(device)
@@ -146,7 +148,7 @@ def fresh() -> int:
 
 def warm(**options: Any) -> None:
     """The same on two layers: libraries have their workspaces afterwards."""
-    pkt.transfer(oracle.llama(layers=2, **WIDE).cuda(), student(), seeds(4, 200), rank=4, progress=False, **options)
+    pkt.transfer(zoo.llama(layers=2, **WIDE).cuda(), student(), seeds(4, 200), rank=4, progress=False, **options)
 
 
 @gpu
@@ -154,7 +156,7 @@ def test_a_model_that_is_there_is_not_copied() -> None:
     """`device="cuda"` names the device of a model on cuda:0: at its peak the run has one copy of the weights."""
     warm(device="cuda")
     before = fresh()
-    model = oracle.llama(layers=24, **WIDE).cuda()
+    model = zoo.llama(layers=24, **WIDE).cuda()
     weights = torch.cuda.memory_allocated() - before
     pkt.transfer(model, student(), seeds(4, 40), rank=4, progress=False, device="cuda")
     assert torch.cuda.max_memory_allocated() - before < 1.2 * weights
@@ -163,7 +165,7 @@ def test_a_model_that_is_there_is_not_copied() -> None:
 @gpu
 def test_what_is_planned_is_what_is_taken(tmp_path: Path) -> None:
     """The allocator's reserve, which is what other programs see gone, against the plan."""
-    oracle.llama(layers=24, **WIDE).save_pretrained(tmp_path / "teacher")
+    zoo.llama(layers=24, **WIDE).save_pretrained(tmp_path / "teacher")
     warm(device="cuda")
     fresh()
     before, planned = torch.cuda.memory_reserved(), []
@@ -176,7 +178,7 @@ def test_what_is_planned_is_what_is_taken(tmp_path: Path) -> None:
 @gpu
 def test_an_allocation_that_fails_halves_the_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit lies between what one sample and what eight at once take: the run must halve, finish, and find the same."""
-    model, rows = oracle.llama(layers=2, **WIDE).cuda(), seeds(8, 400)
+    model, rows = zoo.llama(layers=2, **WIDE).cuda(), seeds(8, 400)
     options: Any = {"rank": 4, "progress": False, "device": "cuda", "device_memory": "40GB"}
     peaks = {}
     for size in (1, 8):

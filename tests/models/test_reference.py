@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 
 import pkt
@@ -32,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    oracle.llama().save_pretrained(tmp_path / "model")
+    zoo.llama().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -155,7 +156,7 @@ def test_tensors_that_do_not_fit_are_named(folder: Path) -> None:
 
 
 def tied(folder: Path, head: torch.Tensor | None) -> Path:
-    oracle.llama(True).save_pretrained(folder)
+    zoo.llama(True).save_pretrained(folder)
     if head is not None:
         weights = load_file(folder / "model.safetensors")
         save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
@@ -164,7 +165,7 @@ def tied(folder: Path, head: torch.Tensor | None) -> Path:
 
 def test_tied_is_what_the_loaded_model_is(tmp_path: Path) -> None:
     """The file may hold another head than the embedding, the same one, or none; transformers ties the last two."""
-    embedding = oracle.llama(True).get_input_embeddings().weight.detach()
+    embedding = zoo.llama(True).get_input_embeddings().weight.detach()
     other = embedding.clone()
     other[-1, -1] += 1
     for name, head in {"none": None, "same": embedding.clone(), "other": other}.items():
@@ -183,7 +184,7 @@ def test_tied_is_what_the_loaded_model_is(tmp_path: Path) -> None:
 def test_scores_of_an_untied_head_under_a_tied_configuration(
     tokenizer: Any, student_dir: Path, seed_file: Path, tmp_path: Path
 ) -> None:
-    model = oracle.llama(True, hidden=48, layers=3, heads=6, kv=3, ffn=96, vocab=len(tokenizer))
+    model = zoo.llama(True, hidden=48, layers=3, heads=6, kv=3, ffn=96, vocab=len(tokenizer))
     model.save_pretrained(tmp_path / "t")
     tokenizer.save_pretrained(tmp_path / "t")
     weights = load_file(tmp_path / "t" / "model.safetensors")
@@ -313,7 +314,7 @@ def test_a_sign_counts_in_a_tensors_hash() -> None:
 
 
 def test_a_model_in_memory_is_known_by_its_weights() -> None:
-    model = oracle.llama()
+    model = zoo.llama()
     before = Model.of(model).content()
     assert before["fingerprint"].startswith("memory:")
     assert Model.of(model).content() == before

@@ -14,7 +14,7 @@ import processes
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "pkt" / "demo" / "assets"
 SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32}
 

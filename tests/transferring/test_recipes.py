@@ -8,18 +8,18 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
+import zoo
+from oracle import seeds
 from safetensors.torch import load_file, save_file
-from test_streaming import seeds
 
 import pkt
 from pkt.options import Execution, Factorization, Limits, PlanOptions
 from pkt.transferring import Listeners, Recipe, transfer_recipes
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "test_streaming"])
+SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "pkt.transferring", "oracle"])
 ONE, OTHER = {"rank": 4}, {"select": "random", "layers": "random", "modules": "attention", "rank": 3, "seed": 5}
 SETTINGS: dict[str, Any] = {"execution": Execution(3), "limits": Limits(host_memory="1100kB")}
 
@@ -34,8 +34,8 @@ def tasks() -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    oracle.llama(hidden=48, layers=4, heads=4, kv=2, ffn=64).save_pretrained(tmp_path / "teacher")
-    oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48).save_pretrained(tmp_path / "student")
+    zoo.llama(hidden=48, layers=4, heads=4, kv=2, ffn=64).save_pretrained(tmp_path / "teacher")
+    zoo.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48).save_pretrained(tmp_path / "student")
     return tmp_path
 
 

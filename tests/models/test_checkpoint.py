@@ -9,9 +9,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
+import zoo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -101,14 +101,14 @@ def test_json_that_python_cannot_hold_is_one_line(text: str, tmp_path: Path) -> 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    oracle.llama().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    zoo.llama().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     return tmp_path / "sharded"
 
 
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
-    oracle.llama().save_pretrained(tmp_path / "single")
+    zoo.llama().save_pretrained(tmp_path / "single")
     return tmp_path / "single"
 
 
@@ -128,7 +128,7 @@ def test_a_stray_copy_is_not_the_checkpoint(single: Path, sharded: Path) -> None
 
 def test_shards_that_the_index_does_not_list_are_not_the_checkpoint(sharded: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    other = oracle.llama()
+    other = zoo.llama()
     for parameter in other.parameters():
         parameter.data.normal_()
     other.save_pretrained(tmp_path / "earlier", max_shard_size="30KB")

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import families
 import oracle
 import processes
 import pytest
 import torch
+import zoo
+from oracle import seeds
 from torch import Tensor, nn
 
 import pkt
@@ -19,7 +20,6 @@ from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.ops import dispatch
 from pkt.scoring import score_seeds
-from pkt.seeds import Example, Seeds
 from pkt.streaming import (
     Boundaries,
     Engine,
@@ -36,13 +36,6 @@ from pkt.streaming.microbatches import halved
 from pkt.streaming.parts import LayeredModel
 
 CPU = torch.device("cpu")
-
-
-def seeds(count: int = 7, longest: int = 20, seed: int = 0) -> Seeds:
-    rows = []
-    for line, (ids, start) in enumerate(oracle.token_samples(count, seed=seed, longest=longest), 1):
-        rows.append(Example(ids, [-100] * start + ids[start:], ids[:start], "", line))
-    return Seeds(rows, "seeds.jsonl", 3)
 
 
 def streamed(
@@ -82,69 +75,12 @@ def streamed(
     return found
 
 
-def mistral() -> Any:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(1)
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=67,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=5,
-        )
-    ).eval()
-
-
-def gemma() -> Any:
-    """Tied, scaled embeddings, and layers that alternate between sliding and full attention."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(2)
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=67,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=4,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        )
-    ).eval()
-
-
-def mixture() -> Any:
-    """Fused experts, which no tap can follow: samples must go one by one."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(3)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=67,
-            hidden_size=32,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-    ).eval()
-    model.set_experts_implementation("eager")
-    return model
-
-
 MODELS = {
-    "llama": oracle.llama,
-    "tied": lambda: oracle.llama(True),
-    "gpt2": oracle.gpt2,
-    "sliding window": mistral,
-    "gemma": gemma,
+    "llama": zoo.llama,
+    "tied": lambda: zoo.llama(True),
+    "gpt2": zoo.gpt2,
+    "sliding window": zoo.mistral,
+    "gemma": zoo.gemma,
 }
 
 
@@ -169,7 +105,7 @@ class TestScores:
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
     def test_experts_are_scored_one_sample_at_a_time(self, tmp_path: Path) -> None:
-        model = mixture()
+        model = zoo.mixture()
         batches = oracle.batched(oracle.token_samples(4), 2)
         truth = oracle.sensitivity(model, batches)
         found = streamed(model, batches, tmp_path, micro=2)
@@ -179,7 +115,7 @@ class TestScores:
     @pytest.mark.parametrize("measure", ["grad", "fisher", "theta_grad_squared"])
     @pytest.mark.parametrize("tied", [False, True])
     def test_other_measures_agree_with_autograd_in_fp64(self, measure: str, tied: bool, tmp_path: Path) -> None:
-        model, batches = oracle.llama(tied), oracle.batched(oracle.token_samples(7), 3)
+        model, batches = zoo.llama(tied), oracle.batched(oracle.token_samples(7), 3)
         truth, found = (
             oracle.sensitivity(model, batches, measure=measure),
             streamed(model, batches, tmp_path, measure=measure),
@@ -190,7 +126,7 @@ class TestScores:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
-        model = oracle.llama().to(dtype)
+        model = zoo.llama().to(dtype)
         batches = oracle.batched(oracle.token_samples(5), 5)
         whole = pkt.sensitivity(model, batches, progress=False)
         model.save_pretrained(tmp_path / "teacher")
@@ -204,7 +140,7 @@ class TestScores:
         self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(dispatch, "native_halves", frozenset)
-        oracle.llama().to(dtype).save_pretrained(tmp_path / "teacher")
+        zoo.llama().to(dtype).save_pretrained(tmp_path / "teacher")
         model = load_model(tmp_path / "teacher")
         batches = oracle.batched(oracle.token_samples(5), 5)
         truth = oracle.sensitivity(model, batches)
@@ -226,7 +162,7 @@ class TestScores:
         self, family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(dispatch, "native_halves", lambda: {torch.bfloat16, torch.float16})
-        families.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
+        zoo.model(family).to(dtype).save_pretrained(tmp_path / "teacher")
         loaded, teacher = load_model(tmp_path / "teacher"), open_teacher(tmp_path / "teacher", CPU)
         wanted = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
         assert torch.float32 in wanted.values() or (family == "GPT-OSS" and dtype == torch.bfloat16)
@@ -241,7 +177,7 @@ class TestScores:
         engine.close()
 
     def test_placement_and_prefetch_never_change_a_byte_and_micro_batches_little(self, tmp_path: Path) -> None:
-        oracle.llama(True).save_pretrained(tmp_path / "teacher")
+        zoo.llama(True).save_pretrained(tmp_path / "teacher")
         batches = oracle.batched(oracle.token_samples(7), 7)
         first = streamed(tmp_path / "teacher", batches, tmp_path)
         for options in (
@@ -259,13 +195,13 @@ class TestScores:
 
     def test_a_checkpoint_in_shards_and_one_without_its_prefix(self, tmp_path: Path) -> None:
         batches = oracle.batched(oracle.token_samples(3), 3)
-        model = oracle.llama()
+        model = zoo.llama()
         model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
         assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
         first = streamed(model, batches, tmp_path)
         found = streamed(tmp_path / "sharded", batches, tmp_path)
         assert all(torch.equal(first[n], found[n]) for n in first)
-        small = oracle.gpt2()
+        small = zoo.gpt2()
         small.transformer.save_pretrained(tmp_path / "headless")
         teacher = open_teacher(tmp_path / "headless", CPU)
         assert teacher.source is not None
@@ -287,7 +223,7 @@ class TestScores:
             rope_scaling={**rope, "original_max_position_embeddings": 64},
             max_position_embeddings=512,
         )
-        for model in (LlamaForCausalLM(config), gemma()):
+        for model in (LlamaForCausalLM(config), zoo.gemma()):
             model.to(torch.bfloat16).save_pretrained(tmp_path / "m")
             hollow, loaded = open_teacher(tmp_path / "m", CPU).model, load_model(tmp_path / "m")
             buffers = dict(hollow.named_buffers())
@@ -297,7 +233,7 @@ class TestScores:
                 assert torch.equal(buffers[name], buffer)
 
     def test_a_model_that_is_no_chain_of_layers_is_refused_by_the_engine(self, tmp_path: Path) -> None:
-        model = oracle.llama()
+        model = zoo.llama()
         plain = model.model.forward
         batches = oracle.batched(oracle.token_samples(2), 2)
 
@@ -355,8 +291,8 @@ class TestTransfer:
     )
     @pytest.mark.parametrize("tied", [False, True])
     def test_the_extraction_is_that_of_the_three_steps(self, options: Any, tied: bool, tmp_path: Path) -> None:
-        model = oracle.llama(tied, layers=4)
-        student = oracle.llama(tied, hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        model = zoo.llama(tied, layers=4)
+        student = zoo.llama(tied, hidden=36, layers=2, heads=3, kv=1, ffn=48)
         rows = seeds()
         model.save_pretrained(tmp_path / "teacher")
         sens = score_seeds(model, rows, batch_size=3, progress=False)
@@ -374,7 +310,7 @@ class TestTransfer:
         assert {k: ext.provenance[k] for k in whole.provenance} == whole.provenance
 
     def test_a_student_whose_layers_differ_in_shape(self, tmp_path: Path) -> None:
-        model, student = oracle.llama(layers=4), oracle.llama(hidden=24, layers=2, heads=2, kv=1, ffn=40)
+        model, student = zoo.llama(layers=4), zoo.llama(hidden=24, layers=2, heads=2, kv=1, ffn=40)
         small = nn.Linear(24, 32, bias=False)
         student.model.layers[1].mlp.up_proj = small
         rows = seeds()
@@ -386,8 +322,8 @@ class TestTransfer:
         assert all(torch.allclose(ext.pairs[n].delta(), whole.pairs[n].delta(), atol=1e-5) for n in whole.pairs)
 
     def test_several_tasks_from_one_reading(self, tmp_path: Path) -> None:
-        oracle.llama(True, layers=3).save_pretrained(tmp_path / "teacher")
-        student = oracle.llama(True, hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        zoo.llama(True, layers=3).save_pretrained(tmp_path / "teacher")
+        student = zoo.llama(True, hidden=36, layers=2, heads=3, kv=1, ffn=48)
         tasks = {"math": seeds(5), "code": seeds(4, seed=1)}
         options: Any = {"rank": 4, "batch_size": 3, "progress": False}
         both = pkt.transfer(tmp_path / "teacher", student, tasks, out=tmp_path / "out", **options)
@@ -402,8 +338,8 @@ class TestTransfer:
 
     @pytest.mark.parametrize("keep", ["full", "tiles"])
     def test_kept_scores_make_the_same_plan_without_the_teacher(self, keep: Any, tmp_path: Path) -> None:
-        model = oracle.llama(hidden=64, ffn=128, layers=3)
-        student = oracle.llama(hidden=32, layers=2, heads=2, kv=1, ffn=64)
+        model = zoo.llama(hidden=64, ffn=128, layers=3)
+        student = zoo.llama(hidden=32, layers=2, heads=2, kv=1, ffn=64)
         rows = seeds()
         ext = pkt.transfer(
             model, student, rows, out=tmp_path / "out", rank=4, batch_size=3, progress=False, keep_scores=keep
@@ -423,8 +359,8 @@ class TestTransfer:
     def test_out_of_memory_halves_the_micro_batch_and_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
-        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        zoo.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = zoo.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
         plain = LayeredModel.call
         runs: list[Any] = []
 
@@ -454,8 +390,8 @@ class TestTransfer:
     def test_memory_that_runs_out_in_the_extension_halves_too(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
-        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        zoo.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = zoo.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
         calm = pkt.transfer(tmp_path / "teacher", student, seeds(), rank=4, batch_size=7, progress=False)
         plain, calls = ops.rsvd_batch, []
 
@@ -471,8 +407,8 @@ class TestTransfer:
         assert len(calls) > 2
 
     def test_a_scratch_folder_is_made_where_there_is_none(self, tmp_path: Path) -> None:
-        oracle.llama(layers=3).save_pretrained(tmp_path / "teacher")
-        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        zoo.llama(layers=3).save_pretrained(tmp_path / "teacher")
+        student = zoo.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
         options: Any = {"rank": 4, "progress": False, "host_memory": "2MB"}
         pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "new" / "folder", **options)
         assert list((tmp_path / "new" / "folder").iterdir()) == []
@@ -481,9 +417,9 @@ class TestTransfer:
             pkt.transfer(tmp_path / "teacher", student, seeds(), scratch=tmp_path / "file", **options)
 
     def test_a_model_scored_whole_says_so(self) -> None:
-        model = oracle.llama()
+        model = zoo.llama()
         model.model.layers[2].mlp = model.model.layers[0].mlp
-        student = oracle.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
+        student = zoo.llama(hidden=36, layers=2, heads=3, kv=1, ffn=48)
         with pytest.warns(pkt.PktWarning, match="scored whole"):
             ext = pkt.transfer(model, student, seeds(), rank=4, progress=False, modules="attention")
         assert len(ext.pairs) == 8
@@ -497,7 +433,7 @@ class TestMemoryPlan:
         return plan_memory(sizes, [[128] * 8], device=CPU, batch_size=8, in_memory=False, **limits)
 
     def test_less_memory_means_streaming_then_smaller_batches_then_disk(self) -> None:
-        model = oracle.llama(hidden=128, ffn=256, layers=12)
+        model = zoo.llama(hidden=128, ffn=256, layers=12)
         plenty = self.plan(model)
         assert plenty.resident
         assert set(plenty.places) == {"device"}
@@ -547,7 +483,7 @@ class TestMemoryPlan:
         assert plan.host >= plan.places.count("host") * each
 
     def test_the_plan_in_words(self) -> None:
-        lines = self.plan(oracle.llama()).lines()
+        lines = self.plan(zoo.llama()).lines()
         assert "on the device" in lines[0]
         assert "layer boundaries" in lines[1]
         assert "flops" in lines[2]
@@ -605,7 +541,11 @@ def peak_of(
 ) -> list[int]:
     """Bytes of anonymous memory a run took at its peak, and what was planned."""
     code = CHILD.format(
-        paths=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parents[1])],
+        paths=[
+            str(Path(__file__).parents[1]),
+            str(Path(__file__).parents[2] / "bench"),
+            str(Path(__file__).parents[2]),
+        ],
         tiny=str(tiny),
         student=str(student),
         teacher=str(teacher),
@@ -623,14 +563,14 @@ def peak_of(
 def test_memory_stays_within_the_budget_and_does_not_without_streaming(tmp_path: Path) -> None:
     layers, limit = 24, 40_000_000
     shape: Any = {"hidden": 256, "ffn": 704}
-    teacher = oracle.llama(layers=layers, **shape)
+    teacher = zoo.llama(layers=layers, **shape)
     weights = sum(p.numel() * 4 for p in teacher.parameters())
     largest = sum(p.numel() * 4 for p in teacher.model.layers[0].parameters())
     assert weights >= 8 * largest
     names = [tmp_path / name for name in ("teacher", "student", "tiny")]
     teacher.save_pretrained(names[0])
-    oracle.llama(hidden=128, ffn=352, layers=2).save_pretrained(names[1])
-    oracle.llama(layers=2, **shape).save_pretrained(names[2])
+    zoo.llama(hidden=128, ffn=352, layers=2).save_pretrained(names[1])
+    zoo.llama(layers=2, **shape).save_pretrained(names[2])
     found = [peak_of(*names, limit, streamed=way)[0] for way in (True, False)]
     assert found[0] <= limit < found[1], found
 
@@ -642,10 +582,10 @@ def test_memory_of_a_large_tied_vocabulary_stays_within_the_budget(dtype: torch.
         pytest.skip(f"this CPU has no products in {dtype}")
     limit, vocab = 190_000_000, 32768
     names = [tmp_path / name for name in ("teacher", "student", "tiny")]
-    teacher = oracle.llama(True, hidden=384, ffn=512, layers=6, vocab=vocab).to(torch.bfloat16)
+    teacher = zoo.llama(True, hidden=384, ffn=512, layers=6, vocab=vocab).to(torch.bfloat16)
     teacher.save_pretrained(names[0])
-    oracle.llama(True, hidden=256, ffn=352, layers=2, vocab=vocab).save_pretrained(names[1])
-    tiny: Any = oracle.llama(True, hidden=256, ffn=352, layers=2, vocab=vocab)
+    zoo.llama(True, hidden=256, ffn=352, layers=2, vocab=vocab).save_pretrained(names[1])
+    tiny: Any = zoo.llama(True, hidden=256, ffn=352, layers=2, vocab=vocab)
     tiny.save_pretrained(names[2])
     peak, planned = peak_of(*names, limit, dtype=dtype, count=16, longest=160)
 

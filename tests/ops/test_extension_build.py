@@ -17,7 +17,7 @@ import torch
 import pkt
 from pkt import ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = (80, 90, 100)

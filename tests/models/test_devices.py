@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import zoo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pkt
@@ -30,7 +31,7 @@ def test_a_device_is_what_its_tensors_say(name: Any, meant: str, monkeypatch: py
 
 
 def test_a_model_that_is_there_already_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = oracle.llama()
+    model = zoo.llama()
     assert open_teacher(model, checked_device("cpu:0")).source is None
     on_two_gpus(monkeypatch, current=0)
     with FakeTensorMode():
@@ -40,7 +41,7 @@ def test_a_model_that_is_there_already_is_not_moved(monkeypatch: pytest.MonkeyPa
 
 
 def test_scores_are_kept_on_the_device_that_is_named() -> None:
-    model, batches = oracle.llama(), oracle.batched(oracle.token_samples(2), 2)
+    model, batches = zoo.llama(), oracle.batched(oracle.token_samples(2), 2)
     scores = pkt.sensitivity(model, batches, device="cpu:0", progress=False)
     assert {score.device for score in scores.values()} == {torch.device("cpu")}
     with pytest.raises(pkt.PktError, match="is not a device"):

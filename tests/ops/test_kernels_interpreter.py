@@ -475,7 +475,11 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     pytest.importorskip("triton")
     names = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
     results = tmp_path_factory.mktemp("interpreter") / "results.jsonl"
-    path = [str(Path(__file__).parents[1] / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [
+        str(Path(__file__).parents[1]),
+        str(Path(__file__).parents[2] / "kernels"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
     ran = processes.run([sys.executable, __file__, results, *names], env=environment)
     said = dict(json.loads(line) for line in results.read_text().splitlines()) if results.exists() else {}

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import families
 import lifecycle
 import pytest
 import torch
+import zoo
 from conftest import ASSETS, save
 from lifecycle import logits, steps
 from test_families import BATCHES, places, seeds
@@ -38,12 +38,12 @@ FAMILIES = ("Mixtral", "GPT-OSS")  # [experts, out, in] with gate before up; [ex
 
 @functools.cache
 def scored(family: str, experts: int = 8) -> tuple[Any, Any]:
-    teacher = families.model(family, num_local_experts=experts)
+    teacher = zoo.model(family, num_local_experts=experts)
     return teacher, pkt.sensitivity(teacher, BATCHES, progress=False)
 
 
 def student(family: str = "Mixtral", **change: Any) -> Any:
-    return families.model(family, "student", **change)
+    return zoo.model(family, "student", **change)
 
 
 @functools.cache
@@ -108,7 +108,7 @@ class TestPlan:
     def test_of_equal_sizes_every_expert_comes_over_whole(self, source: str, target: str) -> None:
         teacher, sens = scored(source, 4)
         size = {"moe_intermediate_size": 48} if target == "Qwen3-MoE" else {}
-        plan = pkt.plan(sens, teacher, families.model(target, **size), modules="ffn")
+        plan = pkt.plan(sens, teacher, zoo.model(target, **size), modules="ffn")
         assert plan.notes == ["every expert of the teacher feeds the student's of the same number"]
         ext = pkt.extract(teacher, plan, rank=32, progress=False)
         name = EXPERTS.format(2, "gate_up_proj")
@@ -156,16 +156,16 @@ class TestPlan:
         assert not changed[4:].any()
 
     def test_what_is_left_out_is_said(self) -> None:
-        dense, moe = families.model("Llama"), student()
+        dense, moe = zoo.model("Llama"), student()
         plan = pkt.plan(pkt.sensitivity(dense, BATCHES[:1], progress=False), dense, moe)
         assert plan.notes == ["the student's experts are left out: the teacher has none"]
         assert not any("experts" in e.target for e in plan.entries)
         teacher, sens = scored("Mixtral")
-        beside = families.model("DeepSeek-V3", "student")
+        beside = zoo.model("DeepSeek-V3", "student")
         plan = pkt.plan(sens, teacher, beside, modules="ffn", layers=[1, 2])
         assert "FFNs beside its experts are left out (mlp.gate_proj, ...)" in plan.notes[0]
         assert {e.target.split(".")[-2] for e in plan.entries} == {"experts"}
-        first_dense = families.model("DeepSeek-V3", num_hidden_layers=4)
+        first_dense = zoo.model("DeepSeek-V3", num_hidden_layers=4)
         sens = pkt.sensitivity(first_dense, BATCHES[:1], progress=False)
         with pytest.raises(
             pkt.PktError, match=r"layers\.0\.mlp.* teacher layer 0 has no experts; name .*--layers 1,2,3"
@@ -187,7 +187,7 @@ class TestPlan:
         import transformers
 
         def model(size: str) -> Any:
-            fields = {**families._base(size, num_experts_per_tok=2), **change}
+            fields = {**zoo.base(size, num_experts_per_tok=2), **change}
             fields.pop("head_dim")
             torch.manual_seed(0)
             made = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**fields)).eval()
@@ -546,7 +546,7 @@ def test_the_commands(tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
 
     from pkt.cli import app
 
-    teacher = families.model("Mixtral", num_local_experts=6, vocab_size=len(tokenizer), max_position_embeddings=512)
+    teacher = zoo.model("Mixtral", num_local_experts=6, vocab_size=len(tokenizer), max_position_embeddings=512)
     small = student(vocab_size=len(tokenizer), max_position_embeddings=512)
     folders = save(teacher, tmp_path / "teacher", tokenizer), save(small, tmp_path / "student", tokenizer)
     rows = tmp_path / "rows.jsonl"
@@ -579,7 +579,7 @@ def test_the_commands(tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_training_goes_on_from_its_checkpoint(tokenizer: Any, tmp_path: Path) -> None:
-    teacher = families.model("Mixtral", vocab_size=len(tokenizer), max_position_embeddings=512)
+    teacher = zoo.model("Mixtral", vocab_size=len(tokenizer), max_position_embeddings=512)
     folder = save(student(vocab_size=len(tokenizer), max_position_embeddings=512), tmp_path / "student", tokenizer)
     data = load_seeds(ASSETS / "data" / "train.jsonl", tokenizer, limit=6)
     plan = pkt.plan(

@@ -10,6 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import zoo
 from lifecycle import IDS, contents, extraction, logits, no_warnings, save_quietly, steps, student
 
 import pkt
@@ -389,8 +390,8 @@ def test_a_quantized_student(tmp_path: Path, bits: int) -> None:
 
     # bitsandbytes packs 4-bit weights on the CPU in blocks of 64.
     size = {"hidden": 64, "ffn": 128}
-    oracle.llama(layers=2, **size).save_pretrained(tmp_path / "student")
-    source, target = oracle.llama(**size), oracle.llama(layers=2, **size)
+    zoo.llama(layers=2, **size).save_pretrained(tmp_path / "student")
+    source, target = zoo.llama(**size), zoo.llama(layers=2, **size)
     sens = pkt.sensitivity(source, oracle.batched(oracle.token_samples(4), 2), progress=False)
     ext = pkt.extract(source, pkt.plan(sens, source, target), rank=4, progress=False)
     config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32)
