@@ -28,8 +28,7 @@ from pkt.planning import BLOCK, Pairing, read_vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
 from pkt.scoring import check_measure, check_tile, in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
-from pkt.streaming import samples_of
-from pkt.streaming.memory import parse_size
+from pkt.streaming import parse_size, samples_of
 from pkt.transferring.checkpoints import RunFolder, run_path
 
 SeedsLike: TypeAlias = Seeds | str | Path

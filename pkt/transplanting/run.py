@@ -29,7 +29,7 @@ from pkt.models import Model, Target, load_model, load_tokenizer
 from pkt.progress import bar
 from pkt.seeds import Seeds, load_seeds
 from pkt.starting import best_scale
-from pkt.transferring.checkpoints import RunFolder
+from pkt.transferring import RunFolder
 from pkt.transplanting.content import Difference, open_content, pairs_of
 
 Made = dict[str, tuple[Pair, float]]  # module -> its pair, and the share of the change that it holds
