@@ -22,7 +22,7 @@ from pkt.errors import PktError
 from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
 from pkt.manifest import difference, spoken_name
 from pkt.planning import Entry
-from pkt.streaming import Key, MemoryPlan, Progress
+from pkt.streaming import Key, MemoryPlan, Progress, spoken_size
 from pkt.transferring.extractor import Choice, Extractor
 
 RUN_FORMAT = "pkt-run-2"
@@ -113,6 +113,16 @@ class RunFolder:
     def _write(self) -> None:
         with atomic_file(self.path / "run.json") as scratch:
             write_json(scratch, self.value)
+
+    def check_space(self, size: int) -> None:
+        """Refuse to begin what will not fit on the disk, counting what is here already."""
+        here = sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+        free = shutil.disk_usage(self.path).free
+        if size > here + free:
+            raise PktError(
+                f"{self.path} will need up to {spoken_size(size - here)} more and its disk has {spoken_size(free)} free; "
+                "name an output on a larger disk, or keep fewer scores"
+            )
 
     def execution(self, sizes: list[list[int]], memory: MemoryPlan) -> list[list[int]]:
         """The recorded micro-batches, or these, recorded: they are part of what makes the bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import shutil
 import signal
 import tempfile
@@ -130,12 +131,28 @@ class Reader:
             device_memory=job.device_memory,
             host_memory=job.host_memory,
         )
+        if self.folder is not None:
+            memory.folder = self._folder_bytes(teacher, memory)
+            self.folder.check_space(sum(memory.folder.values()) + (0 if job.limits.scratch else memory.disk))
         if self.listeners.on_memory is not None:
             if memory.flops > _WORTH_MEASURING:
                 dtype = teacher.dtype or next(teacher.model.parameters()).dtype
                 memory.seconds = measured_seconds(memory.flops, dtype, job.device)
             self.listeners.on_memory(memory)
         return memory
+
+    def _folder_bytes(self, teacher: Teacher, memory: MemoryPlan) -> dict[str, int]:
+        scores = 0
+        if self.job.keeps:
+            side = self.job.tile or 1
+            kept = sum(
+                math.prod(-(-n // side) for n in p.shape[-2:]) * math.prod(p.shape[:-2])
+                for p in teacher.model.parameters()
+            )
+            # While one task's parts are joined into its file, they are there twice.
+            scores = 4 * kept * (len(self.job.seeds) + 1)
+        pairs = sum(extractor.saved_bytes() for extractor in self.extractors.values())
+        return {"pairs": pairs, "gradients": memory.checkpoint, "scores to keep": scores}
 
     def _part(self, task: int, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         name = list(self.job.seeds)[task]
