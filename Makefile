@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # pip's own bytecode compilation of the large packages takes longer than their first imports do.
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -q
+# What is imported first is kept compiled, or each of the many processes that tests start would compile torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
-# Two workers, a file of tests each at a time; the long files come early in the alphabet and are started first.
+# Two workers, a file of tests each at a time; tests/conftest.py says which begin first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-oldest lint types imports check real bench clean

@@ -4,11 +4,15 @@
 #include <cmath>
 #include <vector>
 
+#ifndef PKT_LEAST_SHARE  // the tests share out less
+#define PKT_LEAST_SHARE (1 << 18)
+#endif
+
 namespace pkt {
 namespace {
 
-// Fewer entries than this take longer to share out than to add.
-constexpr int64_t kLeastShare = 1 << 15;
+// Fewer entries than these take longer to share out than to add: to wake a thread may take milliseconds.
+constexpr int64_t kLeastShare = PKT_LEAST_SHARE;
 constexpr int64_t kCut = 256;  // shares end at multiples of it, so that vectors stay whole
 
 constexpr int kTensors = 3;  // acc, theta, grad

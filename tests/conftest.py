@@ -22,6 +22,26 @@ import zoo
 ASSETS = Path(__file__).parents[1] / "pkt" / "demo" / "assets"
 
 
+# The files that take a worker longest, which begin first so that no worker ends alone.
+LONGEST = (
+    "test_docs",
+    "test_clients",
+    "test_streaming",
+    "test_kernels_interpreter",
+    "test_bad_input",
+    "test_demo_workers",
+    "test_finalization",
+    "test_resume",
+    "test_cli",
+    "test_extension_build",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-families", action="store_true", help="write bench/results/families.json for the README")
 

@@ -110,6 +110,7 @@ Results = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 def compile_library(to: Path, *flags: str) -> Path:
     common = [
         "-std=c++20",
+        "-DPKT_LEAST_SHARE=32768",  # so that small tensors have several threads
         "-ffp-contract=fast",
         "-fopenmp-simd",
         "-Wall",

@@ -123,7 +123,7 @@ def test_a_recipe_without_a_name_stands_alone(folder: Path) -> None:
     transfer_recipes(*models, {"": seeds(2)}, named, out=folder / "out", keep_scores="tiles", listeners=quiet)
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["scores.safetensors", "x", "y"]
     changed = {**named, "y": recipe(select="random")}
-    with pytest.raises(pkt.PktError, match="option"):
+    with pytest.raises(pkt.PktError, match="select: blocks there, random here"):
         transfer_recipes(*models, {"": seeds(2)}, changed, out=folder / "out", listeners=quiet)
 
 
