@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkt.errors import PktError
+from pkt.errors import PktError, short_list
 from pkt.files import read_json, safetensors_header, sha256, write_json, write_tensors
 from pkt.models import EXPERT_PARAMETERS, PEFT_EMBEDDINGS, Kind, ModelSpec
 
@@ -46,6 +46,9 @@ class Pair:
     A: Tensor  # [rank, in], or [rank, vocabulary]
     B: Tensor  # [out, rank], or [d, rank]
     kind: Kind
+
+    def __repr__(self) -> str:
+        return f"Pair(A {list(self.A.shape)}, B {list(self.B.shape)}, {self.kind})"
 
     @property
     def rank(self) -> int:
@@ -100,6 +103,9 @@ class Adapter:
     def __post_init__(self) -> None:
         # PEFT sees by itself how the parameters of experts lie.
         self.fan_in_fan_out = any(p.kind == "conv1d" and not p.experts for p in self.pairs.values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.pairs)} modules for {self.base or 'a model in memory'})"
 
     def tensors(self) -> dict[str, Tensor]:
         """PEFT's keys. A tied head has the embedding's pair transposed, as PEFT itself saves it."""
@@ -212,9 +218,8 @@ def fits(pairs: Mapping[str, Pair], student: ModelSpec) -> list[str]:
 def check_fit(pairs: Mapping[str, Pair], student: ModelSpec, what: str) -> None:
     faults = fits(pairs, student)
     if faults:
-        listed = "\n  ".join(faults[:40])
         raise PktError(
-            f"{what} does not fit {student.name} ({len(faults)} modules):\n  {listed}\nuse the student it was made for"
+            f"{what} does not fit {student.name} ({len(faults)} modules):\n  {short_list(faults)}\nuse the student it was made for"
         )
 
 

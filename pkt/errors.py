@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class PktError(Exception):
@@ -35,3 +35,9 @@ class SampleError(PktError):
 
 class PktWarning(UserWarning):
     """Something the caller should know, though the result stands."""
+
+
+def short_list(lines: Sequence[str], most: int = 7) -> str:
+    """The indented lines of a message, and how many more there are: what is wrong a hundred times is seen in a few."""
+    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  ".join([*lines[:most], *rest])

@@ -5,6 +5,8 @@ An identity is a mapping of plain values: all that a result depends on, by the n
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import platform
 from collections.abc import Mapping
@@ -58,7 +60,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """pkt.json of a folder that pkt wrote. Raises `PktError` where it is missing, not whole, or of a format unknown here."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise PktError(f"{folder} does not exist; name a folder that pkt wrote")
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise PktError(f"{folder} {what}; name a folder that pkt wrote")
+    tasks = tasks_in(folder)
+    if tasks:
+        raise PktError(f"{folder} holds the results of several tasks; name one of them: {folder / tasks[0]}, ...")
     if not (folder / MANIFEST).is_file():
         raise PktError(f"{folder} has no {MANIFEST}, so pkt did not write it")
     found = read_json(folder / MANIFEST)
@@ -76,6 +82,30 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"read; use the version that wrote it, or make it again"
         )
     return found
+
+
+def tasks_in(folder: Path) -> list[str]:
+    """The names of the results in a folder that holds those of several tasks; none in any other folder."""
+    if (folder / MANIFEST).is_file() or not folder.is_dir():
+        return []
+    return sorted(entry.parent.name for entry in folder.glob(f"*/{MANIFEST}"))
+
+
+def recorded_day(file: Path) -> datetime.date | None:
+    """The day that a chat template was told for what a file of pkt's records, so that the same rows are read as they were then.
+
+    None where it asked for none, and for a file that is not there or not whole: who needs the rest of it says so.
+    """
+    try:
+        found = read_json(file)
+    except PktError:
+        return None
+    entries = found if isinstance(found, dict) else {}
+    for part in (entries, *(entries.get(key) for key in ("inputs", "settings", "seeds"))):
+        if isinstance(part, dict) and isinstance(part.get("today"), str):
+            with contextlib.suppress(ValueError):
+                return datetime.date.fromisoformat(part["today"])
+    return None
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ Split: TypeAlias = Literal["b", "sqrt"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 Mode: TypeAlias = Literal["paired", "residual", "add"]
+AnswerRule: TypeAlias = Literal["mark", "number"]
 
 
 @dataclass(frozen=True)

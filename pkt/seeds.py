@@ -39,6 +39,9 @@ class Seeds(Sequence[Example]):
         self.examples, self.source, self.pad_id = examples, source, pad_id
         self.today = today  # what a chat template that prints the date was told
 
+    def __repr__(self) -> str:
+        return f"Seeds({len(self)} samples, {self.tokens} tokens, {self.source})"
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -55,20 +58,29 @@ class Seeds(Sequence[Example]):
 
     def describe(self) -> dict[str, Any]:
         """What a result records of the seeds it was made from."""
-        return {"source": self.source, "count": len(self), "tokens": self.tokens, "fingerprint": self.fingerprint}
+        found = {"source": self.source, "count": len(self), "tokens": self.tokens, "fingerprint": self.fingerprint}
+        return found if self.today is None else {**found, "today": self.today.isoformat()}
 
     def where(self, index: int) -> str:
         """File and line of an example."""
         return f"{self.source}:{self.examples[index].line}"
 
-    def check_vocabulary(self, vocab_size: int | None, model: str) -> None:
-        """Raises `PktError` when a token id has no row in the model's embedding, naming the line."""
+    def check_fits(self, vocab_size: int | None, positions: int | None, model: str) -> None:
+        """Raises `PktError`, naming the line, for a token id without a row in the model's embedding or a row longer than it reads.
+
+        None: not known, or no limit.
+        """
         for example in self.examples:
-            top = max(example.input_ids)
+            top, length = max(example.input_ids), len(example.input_ids)
             if vocab_size is not None and top >= vocab_size:
                 raise PktError(
                     f"{self.source}:{example.line}: token id {top} does not exist in {model} ({vocab_size} tokens); "
                     "the tokenizer and the model do not belong together"
+                )
+            if positions is not None and length > positions:
+                raise PktError(
+                    f"{self.source}:{example.line}: the row has {length} tokens, and {model} only {positions} positions; cut rows "
+                    f"with max_length={positions} (--max-length {positions}), or shorten them"
                 )
 
     def batches(self, batch_size: int) -> list[dict[str, Tensor]]:
@@ -112,6 +124,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise PktError(
                 f"{path}:{number}: not valid JSON ({error.msg}); each line must be one of {FORMS}"
             ) from error
+        except ValueError as error:  # a number of thousands of digits
+            raise PktError(f"{path}:{number}: not JSON that can be read ({error}); mend the row") from error
         if not isinstance(row, dict):
             raise PktError(f"{path}:{number}: a row must be an object, one of {FORMS}")
         yield number, row
@@ -158,6 +172,8 @@ def load_seeds(
     if not examples:
         raise PktError(f"{path} has no rows; add some of the form {FORMS}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    # What stands in the padding does not count, but a model must have it: a tokenizer may have tokens beyond the model's.
+    pad = min(pad, max(max(e.input_ids) for e in examples))
     return Seeds(examples, str(path), pad, template.today if template.dated else None)
 
 

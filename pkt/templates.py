@@ -60,6 +60,20 @@ class Template:
         return str(text)
 
 
+def turn_end(tokenizer: Any) -> str:
+    """What the chat template puts after an assistant's content; "" without a template, and for one that takes no plain chat."""
+    template = Template(tokenizer, datetime.date.today(), most=1)
+    said = "etaoin"
+    if not template.chat:
+        return ""
+    try:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        _, found, closing = template.render(chat, None, False, "a chat").rpartition(said)
+        return closing if found else ""
+    except PktError:
+        return ""
+
+
 @contextlib.contextmanager
 def _clock(template: Template) -> Iterator[None]:
     """Inside, `strftime_now` of transformers' templates tells the template's own day: transformers takes no other from outside."""

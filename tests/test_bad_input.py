@@ -200,8 +200,7 @@ class TestBadInput:
     def test_tokenizer_and_model_that_disagree(self, transfer: Any, tmp_path: Path, tokenizer: Any) -> None:
         model = zoo.llama(hidden=48, layers=4, heads=6, kv=3, ffn=96, vocab=100)
         message = transfer(teacher=save(model, tmp_path / "small-vocabulary", tokenizer))
-        assert f"the tokenizer has {len(tokenizer)} tokens" in message
-        assert "embeds only 100" in message
+        assert re.search(r"seeds\.jsonl:1: token id \d+ does not exist in .*small-vocabulary \(100 tokens\)", message)
 
     def test_a_teacher_without_tokenizer(self, transfer: Any, broken: Path) -> None:
         for file in broken.glob("tokenizer*"):

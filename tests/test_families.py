@@ -21,6 +21,7 @@ from pkt.lora import load_with_adapter
 from pkt.models import load_model, shared_vocabulary, spec_of
 from pkt.planning.regions import Region
 from pkt.seeds import Example, Seeds
+from pkt.support import TESTED, supported
 
 SAMPLES = oracle.token_samples(3, longest=12)
 BATCHES = oracle.batched(SAMPLES, 2)
@@ -603,7 +604,7 @@ class TestQuantized:
             (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
             with pytest.raises(pkt.PktError, match=message):
                 pkt.transfer(folder, student, seeds())
-        rows = {name: (here, why) for name, here, why in pkt.models.supported()}
+        rows = {name: (here, why) for name, here, why in supported()}
         assert rows["GGUF"] == (False, "pip install gguf")
         assert rows["safetensors"][0]
 
@@ -627,6 +628,4 @@ class TestQuantized:
 
 
 def test_the_table_of_architectures_names_what_is_tested() -> None:
-    from pkt.models import TESTED
-
     assert set(TESTED) == {zoo.FAMILIES[f]("teacher").model_type for f in zoo.FAMILIES}

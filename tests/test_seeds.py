@@ -151,7 +151,7 @@ def test_files_that_are_none(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_token_the_model_does_not_have_names_the_line(tokenizer: Any, seed_file: Path) -> None:
     seeds = pkt.load_seeds(seed_file, tokenizer)
     with pytest.raises(pkt.PktError, match=r"seeds\.jsonl:1: token id \d+ does not exist in the model \(5 tokens\)"):
-        seeds.check_vocabulary(5, "the model")
+        seeds.check_fits(5, None, "the model")
 
 
 # --- chat templates as they are found in the wild -------------------------------------------------------------------

@@ -133,6 +133,8 @@ def sensitivity(
         told = Listeners(on_memory=_print_memory)
         sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, listeners=told, **options)
     out_console.print(f"{out}: {sens}", highlight=False)
+    if measure == "theta_grad":
+        next_line(f"pkt plan {shlex.quote(str(out))} {shlex.quote(teacher)} STUDENT --out PLAN.json")
 
 
 @app.command(rich_help_panel="Step by step")
@@ -156,6 +158,8 @@ def plan(
     if out is not None:
         made.to_json(out)
     typer.echo(made.to_json() if json_ else str(made))
+    if out is not None and not json_:
+        next_line(f"pkt extract {shlex.quote(teacher)} {shlex.quote(str(out))} --out DIR")
 
 
 @app.command(rich_help_panel="Step by step")
@@ -175,3 +179,4 @@ def extract(
     ext = pkt.extract(teacher, pkt.TransferPlan.from_json(plan), **options)
     ext.save(out, force=force)
     out_console.print(f"{out}: {ext}", highlight=False)
+    next_line(f"pkt train {shlex.quote(ext.plan.student['name'])} {shlex.quote(str(out))} DATA.jsonl --out RUN")

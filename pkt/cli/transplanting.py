@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -66,6 +66,20 @@ def transplant(
     lineage_file: Annotated[
         Path | None, typer.Option("--lineage", help="A file of pkt lineage for this pair.", show_default=False)
     ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            "--control",
+            help="What to hold the transplant against: wrong-units, noise, neutral or repruned.",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--alpha", help="How much is kept; else the best of 0, ¼, ½, ¾, 1, 1½ by the seeds.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Go on without lineage, or where every scale harms.")
@@ -83,10 +97,11 @@ def transplant(
     with resumable(run_path(out).is_dir, force=force):
         start = pkt.transplant(
             teacher, student, seeds, base=base, adapter=adapter, out=out, rank=rank, lineage=lineage_file, seed=seed,
-            anyway=anyway, force=force, progress=not json_,
+            control=cast(Any, control), alpha=alpha, anyway=anyway, force=force, progress=not json_,
         )  # fmt: skip
     if json_:
-        print_json({"out": str(out), "alpha": start.provenance["alpha"], "losses": start.provenance["losses"]})
+        names = ("alpha", "own_alpha", "losses", "control", "transplant")
+        print_json({"out": str(out), **{n: start.provenance[n] for n in names if n in start.provenance}})
         return
     _tell(start, out, student)
 

@@ -47,12 +47,14 @@ def models(
     json_: JsonFlag = False,
 ) -> None:
     """Formats and architectures that work here and why not; or each kind of matrix of a model and what it is taken for."""
-    from pkt.models import described, spec_of, supported
-
     if model is not None:
+        from pkt.models import described, spec_of
+
         spec = spec_of(model)
         head, rows = ("matrix", "shape", "role"), [tuple(row) for row in described(spec)]
     else:
+        from pkt.support import supported
+
         head, rows = ("what", "here", "why"), [(name, "yes" if here else "no", why) for name, here, why in supported()]
     if json_:
         print_json([dict(zip(head, row, strict=True)) for row in rows])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pkt.adapters import Pair
-from pkt.errors import PktError
+from pkt.errors import PktError, short_list
 from pkt.extraction.factorization import BATCH, Factors, enough_memory, factorize_all
 from pkt.extraction.result import Extraction
 from pkt.manifest import versions
@@ -57,7 +57,7 @@ def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorizat
             smaller = min(entry.target_shape)
             faults.append(f"{entry.target} {list(entry.target_shape)}: rank {options.rank} is above {smaller}")
     if faults:
-        raise PktError("this plan cannot be extracted:\n  " + "\n  ".join(dict.fromkeys(faults)))
+        raise PktError("this plan cannot be extracted:\n  " + short_list(list(dict.fromkeys(faults))))
 
 
 def factorize_targets(
@@ -137,5 +137,6 @@ def extract(
         "factorization": options.as_dict(),
         "teacher": spec.identity(),
         "versions": versions(),
+        **({"seeds": plan.seeds} if plan.seeds else {}),
     }
     return Extraction(pairs, energies, plan, {**details, **(provenance or {})})

@@ -43,6 +43,9 @@ class Extraction:
             f"{len(self.pairs)} pairs of rank {span}; they catch {100 * mean:.1f}% of their regions' energy on average"
         )
 
+    def __repr__(self) -> str:
+        return f"Extraction({self})"
+
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card.
 

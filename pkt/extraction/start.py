@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.extraction.result import Extraction
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import manifest_of, name_kind, read_manifest
+from pkt.options import Mode
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Start:
     kind: str
     pairs: dict[str, Pair]
     student: dict[str, Any]
-    mode: Literal["add", "paired"] = "add"
+    mode: Mode = "add"
     energies: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -44,6 +45,9 @@ class Start:
             f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}; they hold {100 * mean:.1f}% of the change's energy on "
             "average"
         )
+
+    def __repr__(self) -> str:
+        return f"Start({self.kind}: {self})"
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card. Raises `PktError` where it cannot."""
@@ -85,6 +89,8 @@ class Start:
     @property
     def how(self) -> str:
         """What it is, in words."""
+        if "control" in self.provenance:
+            return f"a control of one, {self.provenance['control']}"
         return {"transplant": "what a teacher learnt, cut to this student", "start": "a start of the student's own"}[
             self.kind
         ]

@@ -26,11 +26,11 @@ from pkt.lora.checking import TOLERANCE, Check, dtype_of, self_check, token_ids_
 from pkt.lora.recognition import Source, read_source
 from pkt.lora.record import SHIFTED, compare_sketch, subtract
 from pkt.lora.wrapping import spec_of_base, unwrapped
-from pkt.manifest import manifest_of, versions
+from pkt.manifest import manifest_of, recorded_day, versions
 from pkt.models import Model, ModelSpec, load_model, save_model, spec_of
 
 
-@dataclass
+@dataclass(repr=False)
 class Finalized(Adapter):
     """The adapter that was written, and what was measured on the way."""
 
@@ -103,7 +103,7 @@ def finalize(
             token_ids = token_ids_of(samples, original, spec.vocab_size)
             result.check = self_check(model_or_dir, source, scratch, original, token_ids)
             _judge(result, model_or_dir, original, exact=rank is None and embeddings)
-        write_json(scratch / MANIFEST, _manifest(result))
+        write_json(scratch / MANIFEST, _manifest(result, model_or_dir))
         _write_card(scratch, result)
         if merge is not None:
             # Both are written whole before either is renamed into place.
@@ -262,7 +262,8 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
         )
 
 
-def _manifest(result: Finalized) -> dict[str, Any]:
+def _manifest(result: Finalized, trained: Any) -> dict[str, Any]:
+    today = recorded_day(Path(trained) / MANIFEST) if is_stored(trained) else None
     entries = {
         "mode": result.mode,
         "base": result.base,
@@ -271,6 +272,7 @@ def _manifest(result: Finalized) -> dict[str, Any]:
         "left_out": result.dropped,
         "check": None if result.check is None else dataclasses.asdict(result.check),
         "versions": versions(),
+        **({} if today is None else {"today": today.isoformat()}),
     }
     return manifest_of("adapter", entries)
 

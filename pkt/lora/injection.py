@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from pkt.adapters import Adapter, Pair, check_fit, parameter_name
-from pkt.errors import PktError, PktWarning
+from pkt.errors import PktError, PktWarning, short_list
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import as_path
 from pkt.lora.factors import arm_pair, layer_of, lora_parameters, shift, start_adapter
@@ -173,7 +173,7 @@ def initialize_lora_weights(
             faults.append(f"{module}: tied to {spec.head}; target both, with ensure_weight_tying=True")
     if faults:
         raise PktError(
-            f"mode={mode!r} cannot fill the adapter {adapter_name!r}; set r and rank_pattern:\n  " + "\n  ".join(faults)
+            f"mode={mode!r} cannot fill the adapter {adapter_name!r}; set r and rank_pattern:\n  {short_list(faults)}"
         )
     adapter = Adapter(pairs, name_of(peft_model.get_base_model()), spec.head if spec.tied else None)
     # auto_mapping is saved as it is, but only for adapters with a task type; without one PEFT writes its own.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.adapters import Adapter, Pair
-from pkt.errors import PktError
+from pkt.errors import PktError, short_list
 from pkt.extraction.factorization import BATCH, factorize_all
 from pkt.lora.factors import start_adapter
 from pkt.lora.record import check_unshifted, name_of
@@ -48,7 +48,7 @@ def initialize_pissa_weights(peft_model: Any, *, adapter_name: str = ADAPTER, se
         raise PktError(
             "PiSSA subtracts the factors from the base's weights, so each layer needs a plain matrix of its own in float32, "
             "float16 or bfloat16; initialize before quantizing, or take these out of target_modules:\n  "
-            + "\n  ".join(faults or [f"no linear layer has the adapter {adapter_name!r}"])
+            + short_list(faults or [f"no linear layer has the adapter {adapter_name!r}"])
         )
     by_rank: dict[int, list[str]] = {}
     for name, layer in layers.items():

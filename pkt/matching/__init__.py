@@ -4,3 +4,6 @@ from pkt.matching.cutting import Cutter as Cutter
 from pkt.matching.lineage import Lineage as Lineage
 from pkt.matching.lineage import lineage as lineage
 from pkt.matching.matrices import Matrices as Matrices
+from pkt.matching.shrinking import Shape as Shape
+from pkt.matching.shrinking import choose_units as choose_units
+from pkt.matching.shrinking import shrink_to as shrink_to

@@ -72,6 +72,9 @@ class Lineage:
     def kin(self) -> bool:
         return self.verdict != "no lineage"
 
+    def __repr__(self) -> str:
+        return f"Lineage({self.verdict}: {self.reason})"
+
     def __str__(self) -> str:
         rows = [("units", "matched", "mean cosine", "chance")]
         rows += [(e.kind, f"{e.matched} of {e.total}", f"{e.cosine:.3f}", f"{e.chance:.3f}") for e in self.evidence]

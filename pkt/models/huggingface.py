@@ -17,7 +17,8 @@ from torch import nn
 from pkt.errors import PktError
 from pkt.files import read_json
 from pkt.models.checkpoint import CONFIG, first_line, gguf_file, inside
-from pkt.models.tables import DEQUANTIZED, TESTED
+from pkt.models.tables import LARGEST
+from pkt.support import DEQUANTIZED
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -46,14 +47,14 @@ def skeleton(config: Any, where: str) -> nn.Module:
     with torch.device("meta"), quiet():
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            kind = getattr(config, "model_type", type(config).__name__)
+        except Exception as error:  # whatever a modeling file does with settings that make no sense
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                kind = getattr(config, "model_type", type(config).__name__)
+                raise PktError(
+                    f"{where}: transformers has no causal language model for {kind!r}; pkt reads decoders (AutoModelForCausalLM)"
+                ) from error
             raise PktError(
-                f"{where}: transformers has no causal language model for {kind!r}; pkt reads decoders (AutoModelForCausalLM)"
-            ) from error
-        except Exception as error:  # whatever a modeling file does with numbers that make no sense
-            raise PktError(
-                f"{where}: no model can be built from this config.json ({type(error).__name__}: {first_line(error)}); "
+                f"{where}: no model can be built from this config.json ({type(error).__name__}: {first_line(error)[:200]}); "
                 "copy it again"
             ) from error
     tie: Any = getattr(model, "tie_weights", None)
@@ -169,8 +170,8 @@ def read_config(folder: Path, name: str) -> Any:
             "into a folder of its own, or merge it"
         )
     gguf = gguf_file(folder)
-    if gguf is None and not isinstance(read_json(inside(folder, CONFIG, folder)), dict):
-        raise PktError(f"{folder / CONFIG} is not a model's configuration; copy it again")
+    if gguf is None:
+        _check_sizes(folder)
     option = _gguf_option(gguf)
     try:
         with quiet():
@@ -184,6 +185,27 @@ def read_config(folder: Path, name: str) -> Any:
     return config
 
 
+def _check_sizes(folder: Path) -> None:
+    """Refuse a configuration that is none, or of sizes that no model has: building one would take hours and all memory."""
+    found = read_json(inside(folder, CONFIG, folder))
+    if not isinstance(found, dict):
+        raise PktError(f"{folder / CONFIG} is not a model's configuration; copy it again")
+    for name, value in _numbers_in(found):
+        most = next((most for pattern, most in LARGEST if re.search(pattern, name)), None)
+        if most is not None and value > most:
+            raise PktError(
+                f"{folder / CONFIG}: {name} is {value:g}, and no model has more than {most:g}; copy the file again"
+            )
+
+
+def _numbers_in(settings: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers_in(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
+
+
 def _unreadable(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"it needs code of its own (auto_map in its {CONFIG}), which pkt never runs; use a model that transformers knows"
@@ -194,6 +216,9 @@ def read_tokenizer(folder: Path, name: str) -> Any:
     """The tokenizer in a folder; `name` is what the folder was named by."""
     from transformers import AutoTokenizer
 
+    if (folder / CONFIG).is_file():
+        # AutoTokenizer reads it too.
+        _check_sizes(folder)
     option = _gguf_option(gguf_file(folder))
     try:
         with quiet():
@@ -273,23 +298,3 @@ def _sizes(found: Sequence[Any]) -> str:
     return ", ".join(
         f"{list(shape)} in {where}" for shape, where in zip(found, ("the files", "the model"), strict=False)
     )
-
-
-def supported() -> list[tuple[str, bool, str]]:
-    """(what, whether it works here, why) for checkpoint formats and architectures."""
-    rows = [
-        ("safetensors", True, "read one decoder layer at a time"),
-        ("pickle (*.bin)", True, "loaded whole, where that is safe; convert to safetensors to stream it"),
-    ]
-    for name, packages in (("GGUF", ("gguf",)), *DEQUANTIZED.items()):
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
-        why = "loaded whole, scored at its dequantized weights"
-        rows.append((name, not missing, f"pip install {' '.join(missing)}" if missing else why))
-    rows.append(("other quantizations", False, "convert to bf16 or fp16 safetensors, or to GGUF"))
-    from transformers import CONFIG_MAPPING
-
-    for name in TESTED:
-        here = name in CONFIG_MAPPING
-        rows.append((name, here, "tested end to end" if here else "this version of transformers does not have it"))
-    rows.append(("other causal language models", True, "by discovery; `pkt models DIR` shows what is found"))
-    return rows

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pkt.errors import PktError
 from pkt.files import sha256
 from pkt.manifest import difference
+from pkt.models.positions import position_limit
 from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, Fused, Kind, Runs, known, read_roles, role_of
 
 
@@ -67,10 +68,14 @@ class ModelSpec:
     tied: bool
     head: str | None = None  # the module that gives the logits
     heads: int | None = None
+    positions: int | None = None  # the longest row in tokens, where it has a table of positions
     config: dict[str, Any] = field(repr=False, default_factory=dict)
     content: Mapping[str, str] = field(
         repr=False, default_factory=dict
     )  # hashes of weights and configuration, where asked for
+
+    def __repr__(self) -> str:
+        return f"ModelSpec({self.name}: {self.model_type}, {self.num_layers} layers, {len(self.targets)} matrices)"
 
     def by_module(self) -> dict[str, Target]:
         return {t.module: t for t in self.targets}
@@ -223,10 +228,7 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     config: Any = getattr(model, "config", None)
     embedding, head = tables_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(text, "num_attention_heads", None)
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None and heads:
-        head_dim = text.hidden_size // heads
+    heads, head_dim = _heads_of(text)
     model_type = str(getattr(config, "model_type", type(model).__name__))
 
     def placed(target: Target, layout: Fused | None) -> Target:
@@ -253,8 +255,22 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         tied=is_tied(model),
         head=next((n for n, module in model.named_modules() if module is head), None),
         heads=heads,
+        positions=position_limit(model, layers),
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
+
+
+def _heads_of(text: Any) -> tuple[int | None, int | None]:
+    """(query heads, their size) of a configuration; None where it has none, or where its layers differ in it (Gemma 4)."""
+    try:
+        heads = getattr(text, "num_attention_heads", None)
+    except RuntimeError:
+        heads = None
+    try:
+        head_dim = getattr(text, "head_dim", None)
+        return heads, text.hidden_size // heads if head_dim is None and heads else head_dim
+    except RuntimeError:
+        return heads, None
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[Target, Fused | None]]:

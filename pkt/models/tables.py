@@ -95,33 +95,25 @@ EXPERT_FILES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_
 # 3-D parameters of experts that PEFT can adapt, as every module registers them: its adapter files say it by nesting alone.
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
-# Quantizations that transformers undoes, and the packages that it takes (GGUF files: gguf).
-DEQUANTIZED: dict[str, tuple[str, ...]] = {"bitsandbytes": ("bitsandbytes", "accelerate")}
-
-# Architectures (model_type) that tests/test_families.py runs end to end. Others work by discovery, or say what is missing.
-TESTED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "falcon",
-    "olmo2",
-    "smollm3",
-    "granite",
-    "mixtral",
-    "qwen3_moe",
-    "gpt_oss",
-    "deepseek_v3",
-)
-
 # Tables that PEFT knows by name.
 PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+# Tables of positions: a row longer than one cannot be read. XGLM's grows, under a name of its own.
+POSITION_TABLES = (
+    "wpe",
+    "embed_positions",
+    "position_embedding",
+    "position_embeddings",
+    "positions_embed",
+    "pos_encoding",
+)
+
+# Names of settings that count modules or sizes, and more than any model has.
+LARGEST = (
+    (r"(layers?|blocks|depth)$", 2_000),
+    (r"(experts|heads?)$", 20_000),
+    (r"(hidden_size|intermediate_size|ffn_dim|d_model|d_ff|n_embd|n_inner|head_dim|vocab_size)$", 20_000_000),
+)
 
 # Settings that make logits something else than the head's product (Gemma 2, Granite, Cohere).
 LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")

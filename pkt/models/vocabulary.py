@@ -1,21 +1,8 @@
-"""Two tokenizers compared, and a tokenizer with the model it is for."""
+"""Two tokenizers compared."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from pkt.errors import PktError
-from pkt.models.spec import ModelSpec
-
-
-def check_tokenizer(tokenizer: Any, spec: ModelSpec) -> None:
-    """Refuse a tokenizer that can produce ids the model has no embedding for."""
-    size = len(tokenizer)
-    if spec.vocab_size is not None and size > spec.vocab_size:
-        raise PktError(
-            f"the tokenizer has {size} tokens but {spec.name} embeds only {spec.vocab_size}; "
-            "use the tokenizer that was saved with the model"
-        )
 
 
 def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:

@@ -76,7 +76,9 @@ def plan(
         options,
         read_vocabulary(map_vocabulary, model, target),
     )
-    return Chooser(pairing).plan(sens)
+    made = Chooser(pairing).plan(sens)
+    made.seeds = sens.provenance.get("seeds", {})
+    return made
 
 
 class Chooser:

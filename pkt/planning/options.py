@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -26,7 +27,9 @@ def read_vocabulary(wanted: bool | tuple[Any, Any], teacher: Model, student: Mod
         if not (teacher.is_named and student.is_named):
             raise PktError("map_vocabulary=True reads the tokenizers of two directories; pass (teacher's, student's)")
         wanted = teacher.tokenizer, student.tokenizer
-    shared = shared_vocabulary(*wanted)
+    # A tokenizer may have tokens beyond its model's table (Gemma 3's has one).
+    most = [model.spec.vocab_size or math.inf for model in (teacher, student)]
+    shared = [pair for pair in shared_vocabulary(*wanted) if pair[0] < most[0] and pair[1] < most[1]]
     if not shared:
         raise PktError("the two tokenizers share no token, so nothing can be mapped; leave map_vocabulary out")
     return runs([t for t, _ in shared]), runs([s for _, s in shared])

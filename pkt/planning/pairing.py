@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pkt.errors import PktError
+from pkt.errors import PktError, short_list
 from pkt.models import EXPERT_PARAMETERS, HEAD_COLUMNS, HEAD_ROWS, ModelSpec, Runs, Target
 from pkt.options import PlanOptions
 from pkt.planning.options import Vocabulary, check_options, chosen_parts
@@ -58,10 +58,15 @@ class Pairing:
             self.outside.setdefault("head", self.outside["embed"])
         self.parts = {t.module: p for t in student.targets if (p := self._parts_of(t))}
         wanted = [t for t in student.targets if t.module in self.parts]
+        for pattern in options.module_map or ():
+            if all(_numbers(pattern, t.module) is None for t in student.targets):
+                raise PktError(
+                    f"module_map (--map) names {pattern}, no matrix of the student's; its names are like {_example(student)}"
+                )
         if not wanted:
             raise PktError(
                 f"modules={options.modules!r} chooses none of the student's matrices; their names are like "
-                f"{student.targets[0].module if student.targets else '(it has none)'}"
+                f"{_example(student)}"
             )
         if any(t.layer is not None for t in wanted):
             self.count = min(student.num_layers, teacher.num_layers) if self.partial else student.num_layers
@@ -101,6 +106,7 @@ class Pairing:
         elif teacher.vocab_size != student.vocab_size and tables:
             self.notes.append(
                 f"embeddings and head are left out: the vocabularies differ ({teacher.vocab_size} and {student.vocab_size} tokens)"
+                "; map_vocabulary= (--map-vocabulary) feeds them by the tokens that both have"
             )
             wanted = [t for t in wanted if t not in tables]
         if any(t.experts for t in wanted) and not any(t.experts for t in teacher.targets):
@@ -132,7 +138,7 @@ class Pairing:
         return range(place, self.teacher.num_layers - self.count + place + 1)
 
     def _check(self) -> None:
-        faults: list[str] = []
+        faults: dict[tuple[str, str], list[str]] = {}  # (what kind of matrix, why in any layer) -> which
         known: dict[tuple[Any, ...], str | None] = {}
         for target in self.targets:
             for layer in [None] if target.layer is None else self.layers_for(target.layer):
@@ -145,12 +151,14 @@ class Pairing:
                         known[key] = str(error)
                 fault = known[key]
                 if fault is not None:
-                    faults.append(f"{target.module} {fault}")
+                    alike = re.sub(r"\.\d+\.", ".*.", fault)
+                    faults.setdefault((target.suffix, alike), []).append(f"{target.module} {fault}")
                     break
         if faults:
-            listed = "\n  ".join(faults)
+            lines = [found[0] + (f" (and {len(found) - 1} like it)" if found[1:] else "") for found in faults.values()]
+            listed, count = short_list(lines), sum(map(len, faults.values()))
             raise PktError(
-                f"{self.teacher.name} cannot feed {self.student.name} ({len(faults)} of {len(self.targets)} matrices):\n"
+                f"{self.teacher.name} cannot feed {self.student.name} ({count} of {len(self.targets)} matrices):\n"
                 f"  {listed}\n"
                 "choose a teacher that is at least as large in every direction, leave these out with modules= (--modules "
                 "all,-k,-v), or feed what fits with partial=True (--partial)"
@@ -274,6 +282,10 @@ class Pairing:
             raise _UnfedError(
                 f"{list(target.stored_shape)}: {source.module} has fewer experts ({source.experts} < {target.experts})"
             )
+
+
+def _example(model: ModelSpec) -> str:
+    return model.targets[0].module if model.targets else "(it has none)"
 
 
 def _numbers(pattern: str, name: str) -> list[str] | None:

@@ -105,6 +105,7 @@ class TransferPlan:
     layer_scores: list[float] = field(default_factory=list)
     layer_shares: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seeds: dict[str, Any] = field(default_factory=dict)  # what the scores were made on, where they say so
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; also written to `path`, atomically, when one is given."""
@@ -124,6 +125,7 @@ class TransferPlan:
             "layer_scores": self.layer_scores,
             "layer_shares": self.layer_shares,
             "notes": self.notes,
+            **({"seeds": self.seeds} if self.seeds else {}),
             "entries": [e.to_json() for e in self.entries],
         }
 
@@ -158,13 +160,15 @@ class TransferPlan:
         if not isinstance(value, dict) or value.get("format") not in READABLE:
             raise PktError(f"{where} is not a plan of this version of pkt ({FORMAT}); make one with `pkt plan`")
         try:
-            return cls(
+            made = cls(
                 [Entry.from_json(e) for e in value["entries"]],
                 *(
                     value[k]
                     for k in ("layer_map", "teacher", "student", "options", "layer_scores", "layer_shares", "notes")
                 ),
             )
+            made.seeds = dict(value.get("seeds", {}))
+            return made
         except (KeyError, TypeError, ValueError) as error:
             raise PktError(
                 f"{where} is incomplete ({type(error).__name__}: {error}); make it again with `pkt plan`"
@@ -179,6 +183,10 @@ class TransferPlan:
             for row in [head, *lines]
         ]
         return "\n".join([*table, *self.summary()])
+
+    def __repr__(self) -> str:
+        names = (str(model.get("name")) for model in (self.teacher, self.student))
+        return f"TransferPlan({len(self.entries)} regions for {len(self.by_target())} matrices, {' -> '.join(names)})"
 
     def summary(self) -> list[str]:
         """What the plan does, in a few lines."""

@@ -12,7 +12,7 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, Start
 from pkt.files import MANIFEST, read_json
 from pkt.lora import read_source
-from pkt.manifest import read_manifest
+from pkt.manifest import name_kind, read_manifest, tasks_in
 from pkt.models import spec_of
 from pkt.transferring import describe_run, run_path
 
@@ -26,6 +26,9 @@ def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, 
         raise PktError(f"{folder} is not a folder; name one that pkt or PEFT wrote")
     if (folder / "run.json").is_file():
         return {"folder": str(folder), **describe_run(folder)}
+    tasks = tasks_in(folder)
+    if tasks and not (folder / CONFIG).is_file():
+        return {"folder": str(folder), **_describe_tasks(folder, tasks)}
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     kind = manifest.get("kind")
     if kind is None and not (folder / CONFIG).is_file():
@@ -40,6 +43,16 @@ def inspect_folder(folder: str | Path, student: str | None = None) -> dict[str, 
             check_fit(split_tied(adapter, spec.head if spec.tied else None).pairs, spec, str(folder))
             found["fits"] = f"yes: every module has its place in {spec.name}"
     return found
+
+
+def _describe_tasks(folder: Path, tasks: list[str]) -> dict[str, Any]:
+    """The results of several tasks, each by what it is and the teacher's layers it comes from."""
+    found: dict[str, Any] = {"is": f"results of several tasks: {', '.join(tasks)}"}
+    for name in tasks:
+        manifest = read_manifest(folder / name)
+        layers = manifest.get("plan", {}).get("layer_map")
+        found[name] = f"{name_kind(manifest)}, from the teacher's layers {layers}" if layers else name_kind(manifest)
+    return {**found, "next": f"name one of them: pkt inspect {shlex.quote(str(folder / tasks[0]))}"}
 
 
 def _describe(folder: Path, kind: str | None, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +80,8 @@ def _extraction(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def _start(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     start = Start.load(folder)
     return {
-        "is": f"a {manifest['kind']}: {start.how}, as an ordinary LoRA that is kept",
+        "is": f"a {manifest['kind']}: {start.how}, as an ordinary LoRA"
+        + (" that is kept" if start.mode == "add" else ""),
         "student": start.student.get("name"),
         **start.provenance.get("told", {}),
         "holds": str(start),

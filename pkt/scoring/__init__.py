@@ -15,6 +15,7 @@ from pkt.scoring.measure import check_tile as check_tile
 from pkt.scoring.measure import score_seeds as score_seeds
 from pkt.scoring.measure import sensitivity as sensitivity
 from pkt.scoring.result import FORMAT as FORMAT
+from pkt.scoring.result import KEPT as KEPT
 from pkt.scoring.result import Sensitivity as Sensitivity
 from pkt.scoring.scorer import PROBE_TOKENS as PROBE_TOKENS
 from pkt.scoring.scorer import Scorer as Scorer

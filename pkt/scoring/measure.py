@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError, SampleError
-from pkt.models import Model, ModelSpec, checked_device, decoder_layers, kind_of
+from pkt.models import Model, ModelSpec, checked_device, decoder_layers, kind_of, position_limit, rows_apart
 from pkt.ops import MEASURES
 from pkt.progress import bar
 from pkt.scoring.attention import one_order
@@ -72,10 +72,15 @@ def sensitivity(
     batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
     if not batches:
         raise PktError("the loader gave no batches; there is nothing to score on")
+    limit = position_limit(model, decoder_layers(model))
     for batch in batches:
-        _check_batch(model, batch, loss_fn)
+        _check_batch(model, batch, loss_fn, limit)
     total = sum(map(batch_size, batches))
-    with one_order(parameters[names[0]].device), bar("scoring", total, unit="samples", shown=progress) as advance:
+    with (
+        one_order(parameters[names[0]].device),
+        rows_apart(model),
+        bar("scoring", total, unit="samples", shown=progress) as advance,
+    ):
         loss, how = loss_fn or default_loss, MEASURES[measure]
         scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
     if place is not None:
@@ -101,7 +106,7 @@ def score_seeds(
     if batch_size < 1:
         raise PktError(f"batch_size={batch_size} must be at least 1")
     spec = recorded or Model.of(teacher).identified()
-    seeds.check_vocabulary(spec.vocab_size, spec.name)
+    seeds.check_fits(spec.vocab_size, spec.positions, spec.name)
     order = longest_first(seeds)
     ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
     try:
@@ -123,7 +128,7 @@ def check_tile(tile: int, shapes: Iterable[Sequence[int]]) -> None:
         raise PktError(f"tile={tile} must be at least 1 and no larger than the largest matrix")
 
 
-def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
+def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None, limit: int | None) -> None:
     """Refuse what would otherwise stop torch inside the model."""
     if loss_fn is None:
         check_labels(batch)
@@ -136,6 +141,11 @@ def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None) -> None:
         raise PktError(
             f"token ids {int(ids.min())} to {int(ids.max())} are not all in the model's {rows}; "
             "the tokenizer and the model do not belong together"
+        )
+    if limit is not None and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] > limit:
+        raise PktError(
+            f"a batch has rows of {ids.shape[1]} tokens, and the model only {limit} positions; cut the rows "
+            f"(max_length={limit} of pkt.load_seeds)"
         )
 
 

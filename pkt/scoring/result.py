@@ -17,6 +17,7 @@ from pkt.files import atomic_file, safetensors_header, write_tensors
 from pkt.models import layer_of
 
 FORMAT = "pkt-sensitivity-1"
+KEPT = "scores.safetensors"  # beside an extraction
 
 
 class Sensitivity(Mapping[str, Tensor]):
@@ -84,19 +85,26 @@ class Sensitivity(Mapping[str, Tensor]):
         """Read what `save` wrote. Raises `PktError` for a file that is missing, truncated or something else."""
         from safetensors.torch import load_file
 
-        header = safetensors_header(Path(path))
+        path = Path(path)
+        if path.is_dir():
+            # What `pkt transfer --keep-scores` leaves in its folders.
+            if not (path / KEPT).is_file():
+                raise PktError(
+                    f"{path} is a folder without {KEPT}; name a file of `pkt sensitivity`, or a folder that was made with "
+                    "--keep-scores"
+                )
+            path = path / KEPT
+        header = safetensors_header(path)
         try:
             meta = json.loads(header.metadata["pkt"])
             if meta["format"] != FORMAT:
                 raise KeyError
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+            rest = {key: meta[key] for key in ("tile", "layers", "losses", "provenance")}
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PktError(f"{path} is not a file of sensitivities; make one with `pkt sensitivity`") from error
-        return cls(
-            load_file(str(path)),
-            {name: tuple(shape) for name, shape in meta["shapes"].items()},
-            tile=meta["tile"],
-            layers=meta["layers"],
-            losses=meta["losses"],
-            provenance=meta["provenance"],
-            measure=meta.get("measure", "theta_grad"),
-        )
+        scores = load_file(str(path))
+        for name, score in scores.items():
+            if not bool(((score >= 0) & score.isfinite()).all()):
+                raise PktError(f"{path}: the scores of {name} are not all finite and positive; make the file again")
+        return cls(scores, shapes, **rest, measure=meta.get("measure", "theta_grad"))

@@ -188,20 +188,20 @@ def _vectors(module: Any, site: Site) -> Forward:
             if size == 1:
                 return plain(*args, **kwargs)
             raise LearntError(site.findings.alone())
-        for key, name in names.items():
-            shape = (size, *[1] * (x.ndim - 2), own[key].shape[0])
-            # An instance attribute is found before the registered parameter, which stays where it is.
-            module.__dict__[key] = _per_sample_copy(
+        copies = {
+            key: _per_sample_copy(
                 site.anchor,
                 own[key].detach(),
-                shape,
+                (size, *[1] * (x.ndim - 2), own[key].shape[0]),
                 lambda grad, name=name, of=own[key]: _vector_use(site, name, grad, tuple(of.shape)),
             )
+            for key, name in names.items()
+        }
         try:
-            y = plain(*args, **kwargs)
+            y = _with_copies(module, plain, copies, args, kwargs)
         finally:
             for key in names:
-                del module.__dict__[key]
+                module.__dict__.pop(key, None)
         if site.probing:
             with torch.no_grad():
                 same = plain(*args, **kwargs)
@@ -210,6 +210,25 @@ def _vectors(module: Any, site: Site) -> Forward:
         return y
 
     return forward
+
+
+def _with_copies(
+    module: Any, plain: Forward, copies: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The module's output with each sample's copy of its vectors; sample by sample where torch takes no batch of them."""
+    # An instance attribute is found before the registered parameter, which stays where it is.
+    module.__dict__.update(copies)
+    try:
+        return plain(*args, **kwargs)
+    except RuntimeError as error:
+        # F.layer_norm and F.rms_norm insist on one vector.
+        if len(args) != 1 or kwargs or "normalized_shape" not in str(error):
+            raise
+    rows = []
+    for index, row in enumerate(args[0].split(1)):
+        module.__dict__.update({key: copy[index].flatten() for key, copy in copies.items()})
+        rows.append(plain(row))
+    return torch.cat(rows)
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pkt.adapters import Pair
 from pkt.errors import PktError
-from pkt.models import is_tied, tables_of
+from pkt.models import is_tied, rows_apart, tables_of
 from pkt.progress import bar
 from pkt.scoring import default_loss
 from pkt.seeds import Seeds
@@ -72,7 +72,7 @@ def best_scale(
     losses: dict[float, float] = {}
     with bar("choosing the scale", len(alphas) if progress else 0, unit="scales") as advance:
         for alpha in alphas:
-            with added(model, pairs, alpha):
+            with added(model, pairs, alpha), rows_apart(model):
                 losses[alpha] = mean_loss(model, batches, device)
             if progress:
                 advance(len(losses))

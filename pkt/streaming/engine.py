@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError, SampleError
+from pkt.models import rows_apart
 from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head, one_order
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory
@@ -115,7 +116,11 @@ class Engine:
         """
         self.where = where
         on_cpu = self.device.type == "cpu"
-        with exact_memory() if on_cpu else torch.cuda.device(self.device), one_order(self.device):
+        with (
+            exact_memory() if on_cpu else torch.cuda.device(self.device),
+            one_order(self.device),
+            rows_apart(self.parts.model),
+        ):
             return self._run_and_halve(tasks, sizes, store, resume, on_sizes)
 
     def _run_and_halve(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pkt.errors import PktError
+from pkt.models import decoder_layers, position_limit, rows_apart, unwrap
+from pkt.options import AnswerRule
 from pkt.scoring import per_sample_loss
 from pkt.seeds import IGNORE, Example, Seeds, collate
-
-MARK = "####"
+from pkt.training.answers import Stops, expected_answers, final_answer
 
 
 @dataclass(frozen=True)
@@ -26,57 +28,105 @@ class Evaluation:
     exact_match: float | None = None
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     data: Seeds,
     *,
     tokenizer: Any = None,
     exact_match: bool = False,
+    answer: AnswerRule = "mark",
     batch_size: int = 32,
     max_new_tokens: int = 128,
 ) -> Evaluation:
     """Evaluate `model` on tokenized rows.
 
-    exact_match: also decode greedily and compare final answers (after "####" when the row has it, else the whole text).
-    Needs the tokenizer, and rows with a prompt.
+    exact_match: also decode greedily, up to the model's own stop tokens or what ends a turn in the chat template, and compare
+    final answers as `answer` says: "mark", what follows "####" when the row has it, else the whole text; "number", the last
+    number (`pkt.training.final_answer`). Needs the tokenizer, and rows with a prompt.
 
-    Raises `PktError` for rows with tokens that the model does not have, and for a loss that is not finite.
+    Raises `PktError` for rows with tokens or positions that the model does not have, and for a loss that is not finite.
     """
-    data.check_vocabulary(model.get_input_embeddings().weight.shape[0], "the model")
-    training = model.training
-    model.eval()
+    matches = None
+    if exact_match:
+        matches = row_matches(model, data, tokenizer, answer=answer, max_new_tokens=max_new_tokens)
+    losses = row_losses(model, data, batch_size=batch_size)
+    loss, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
+    share = None if matches is None else sum(matches) / len(data)
+    return Evaluation(len(data), tokens, loss / max(1, tokens), share)
+
+
+@torch.no_grad()
+def row_losses(model: Any, data: Seeds, *, batch_size: int = 32) -> list[tuple[float, int]]:
+    """Of each row the negative log-likelihood of its answer's tokens, summed, in nats, and how many they are.
+
+    Raises `PktError` for rows with tokens or positions that the model does not have, and for a loss that is not finite.
+    """
+    data.check_fits(model.get_input_embeddings().weight.shape[0], _positions(model), "the model")
     device = next(model.parameters()).device
-    loss, tokens = 0.0, 0
-    try:
-        order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
+    found: dict[int, tuple[float, int]] = {}
+    order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
+    with _measured(model), rows_apart(model):
         for start in range(0, len(order), batch_size):
-            batch = collate([data[i] for i in order[start : start + batch_size]], data.pad_id)
-            batch = {k: v.to(device) for k, v in batch.items()}
+            chosen = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in collate([data[i] for i in chosen], data.pad_id).items()}
             labels = batch.pop("labels")
             counts = (labels[:, 1:] != IGNORE).sum(1)
-            loss += float((per_sample_loss(model(**batch, use_cache=False).logits, labels).double() * counts).sum())
-            tokens += int(counts.sum())
-        matched = None
-        if exact_match:
-            if tokenizer is None or not all(e.prompt_ids for e in data):
-                raise PktError("exact match needs the tokenizer and rows with a prompt")
-            texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens)
-            good = sum(
-                final_answer(t) == final_answer(_plain(e.answer, tokenizer)) for t, e in zip(texts, data, strict=True)
-            )
-            matched = good / len(data)
+            losses = per_sample_loss(model(**batch, use_cache=False).logits, labels).double() * counts
+            found |= dict(zip(chosen, zip(losses.tolist(), counts.tolist(), strict=True), strict=True))
+    total = sum(loss for loss, _ in found.values())
+    if not math.isfinite(total):
+        raise PktError(
+            f"the loss on {data.source} is {total}; the model's weights are damaged or its training diverged"
+        )
+    return [found[i] for i in range(len(data))]
+
+
+@torch.no_grad()
+def row_matches(
+    model: Any, data: Seeds, tokenizer: Any, *, answer: AnswerRule = "mark", max_new_tokens: int = 128
+) -> list[bool]:
+    """Whether each row's final answer (`evaluate` says what that is) is the one that greedy decoding ends with.
+
+    Needs the tokenizer, and rows with a prompt.
+    """
+    wanted = _wanted(model, data, tokenizer, answer)
+    with _measured(model):
+        texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens)
+    return [final_answer(text, answer) == right for text, right in zip(texts, wanted, strict=True)]
+
+
+@contextlib.contextmanager
+def _measured(model: Any) -> Iterator[None]:
+    """In eval mode inside, then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
-    if not math.isfinite(loss):
-        raise PktError(f"the loss on {data.source} is {loss}; the model's weights are damaged or its training diverged")
-    return Evaluation(len(data), tokens, loss / max(1, tokens), matched)
+
+
+def _wanted(model: Any, data: Seeds, tokenizer: Any, answer: AnswerRule) -> list[str]:
+    """What each row's final answer should be. Raises `PktError` for rows that cannot be answered."""
+    limit = _positions(model)
+    if tokenizer is None or not all(e.prompt_ids for e in data):
+        raise PktError("exact match needs the tokenizer and rows with a prompt")
+    for index, example in enumerate(data):
+        if limit is not None and len(example.prompt_ids) >= limit:
+            raise PktError(
+                f"{data.where(index)}: the prompt of {len(example.prompt_ids)} tokens leaves none of the model's {limit} positions "
+                "to answer in; shorten it"
+            )
+    return expected_answers(data, Stops.of(model, tokenizer), tokenizer, answer)
 
 
 def generate(model: Any, tokenizer: Any, examples: list[Example], *, batch_size: int, max_new_tokens: int) -> list[str]:
-    """Greedy continuations of the examples' prompts."""
+    """Greedy continuations of the examples' prompts, up to the end of the turn as `Stops.of` finds it."""
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stops = Stops.of(model, tokenizer)
+    rows, limit = model.get_input_embeddings().weight.shape[0], _positions(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = pad if pad < rows else 0
     texts: dict[int, str] = {}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     for start in range(0, len(order), batch_size):
@@ -88,28 +138,21 @@ def generate(model: Any, tokenizer: Any, examples: list[Example], *, batch_size:
             prompt = examples[i].prompt_ids
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        with rows_apart(model):
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - longest),
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=list(stops.ids) or None,
+                **({"stop_strings": [stops.text], "tokenizer": tokenizer} if stops.text else {}),
+            )
         for i, row in zip(chosen, out[:, longest:].tolist(), strict=True):
-            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+            texts[i] = stops.said(row, tokenizer)
     return [texts[i] for i in range(len(examples))]
 
 
-def _plain(answer: str, tokenizer: Any) -> str:
-    for token in tokenizer.all_special_tokens:
-        answer = answer.replace(token, "")
-    return answer
-
-
-def final_answer(text: str) -> str:
-    """What follows "####", up to the end of its line; the stripped text where there is none."""
-    if MARK not in text:
-        return text.strip()
-    match = re.match(r"\s*([^\n]*)", text.rsplit(MARK, 1)[1])
-    return match[1].strip().rstrip(".") if match else ""
+def _positions(model: Any) -> int | None:
+    plain = unwrap(model)
+    return position_limit(plain, decoder_layers(plain))

@@ -1,17 +1,20 @@
-"""The injected adapter for a trainer that is not ours, with the base it is to be trained on."""
+"""The injected adapter for a trainer that is not ours, with the base it is to be trained on; and how it began, read back."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pkt.adapters import Pair, apply_kinds, check_fit, kinds_of, split_tied
 from pkt.cards import INJECTED, write_card
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
-from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject
-from pkt.manifest import manifest_of, versions
-from pkt.models import Model, save_model
+from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject, read_source
+from pkt.manifest import manifest_of, read_manifest, versions
+from pkt.models import Model, save_model, spec_of
 from pkt.training.folder import write_initial, write_run
 
 
@@ -66,6 +69,36 @@ def write_injected(
         f"{out}: the {mode} adapter, to be trained on {base_path}",
         f"next: train it with any PEFT trainer on {base_path}, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
     ]
+
+
+def read_injected(folder: str | Path, student: str | Path) -> Start | None:
+    """What `write_injected` started from, as a start that can be injected again; None for a folder of another kind.
+
+    Raises `PktError` for one that was trained since, and for another student's.
+    """
+    if not (Path(folder) / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != "run" or "epochs" in manifest["settings"]:
+        return None
+    source, spec = read_source(folder), spec_of(student)
+    adapter = split_tied(source.adapter, spec.head if spec.tied else None)
+    check_fit(adapter.pairs, spec, str(folder))
+    pairs = apply_kinds(adapter, kinds_of(spec, adapter.pairs)).pairs
+    mode: Mode = manifest["mode"]
+    if mode == "paired":
+        pairs = {module: _first_half(pair, module, folder) for module, pair in pairs.items()}
+    return Start("start", pairs, spec.identity(), mode, {}, {"told": {"from": f"what was injected in {folder}"}})
+
+
+def _first_half(pair: Pair, module: str, folder: str | Path) -> Pair:
+    """A₀ and B₀ of A = [A₀; A₀], B = [B₀, −B₀]."""
+    (a, same), (b, opposite) = pair.A.chunk(2, -2), pair.B.chunk(2, -1)
+    if pair.rank % 2 or not (torch.equal(a, same) and torch.equal(b, -opposite)):
+        raise PktError(
+            f"{folder} was trained since it was injected ({module}); finalize it, or train from the extraction it came from"
+        )
+    return Pair(a.contiguous(), b.contiguous(), pair.kind)
 
 
 def _write_base(folder: Path, model: Any, ext: Extraction | Start, student: str | Path) -> None:

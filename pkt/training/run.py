@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.extras import needs
-from pkt.files import as_path, check_apart, is_stored, lock_folder
+from pkt.files import MANIFEST, as_path, check_apart, is_stored, lock_folder
 from pkt.lora import Mode, check_settings, checked_dropout, inject
-from pkt.models import Model, check_tokenizer, load_model, load_tokenizer, spec_of
+from pkt.manifest import recorded_day
+from pkt.models import Model, load_model, load_tokenizer, spec_of
 from pkt.options import Training
 from pkt.seeds import Seeds, load_seeds
+from pkt.training.export import read_injected
 from pkt.training.folder import finish_run, start_run, write_run
 from pkt.training.trainer import fit
 
@@ -51,7 +54,8 @@ def train(
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
     another run's or that another process is writing, a full disk, and the first loss or gradient that is not finite.
     """
-    ext = open_start(extraction)
+    injected = read_injected(extraction, student) if is_stored(extraction) else None
+    ext = injected or open_start(extraction)
     mode = mode or ext.mode
     # What is kept has begun already: it wants about half the usual rate.
     lr = (KEPT_RATE if mode == "add" else RATE) if lr is None else lr
@@ -61,7 +65,8 @@ def train(
     dropout = checked_dropout(ext.pairs, dropout)
     out, student = as_path(out, "the path of a run folder"), as_path(student, "the path of a student")
     check_apart(out, *(given for given in (extraction, student, data) if is_stored(given)))
-    examples, tokenizer = _rows(data, student, max_length)
+    today = None if force else recorded_day(out / MANIFEST)
+    examples, tokenizer = _rows(data, student, max_length, today)
     settings = _settings(mode, dropout, options, examples, ext, student)
     if out.is_file():
         raise PktError(f"{out} is a file; name a folder that does not exist yet")
@@ -75,12 +80,11 @@ def train(
     return model
 
 
-def _rows(data: str | Path | Seeds, student: Path, max_length: int) -> tuple[Seeds, Any]:
+def _rows(data: str | Path | Seeds, student: Path, max_length: int, today: datetime.date | None) -> tuple[Seeds, Any]:
     """The rows as the student reads them, and its tokenizer."""
     spec, tokenizer = spec_of(student), load_tokenizer(student)
-    check_tokenizer(tokenizer, spec)
-    examples = data if isinstance(data, Seeds) else load_seeds(data, tokenizer, max_length=max_length)
-    examples.check_vocabulary(spec.vocab_size, spec.name)
+    examples = data if isinstance(data, Seeds) else load_seeds(data, tokenizer, max_length=max_length, today=today)
+    examples.check_fits(spec.vocab_size, spec.positions, spec.name)
     return examples, tokenizer
 
 
@@ -99,6 +103,7 @@ def _settings(
         "max_steps": options.max_steps,
         "seed": options.seed,
         "data": examples.fingerprint,
+        **({} if examples.today is None else {"today": examples.today.isoformat()}),
         "extraction": ext.adapter().fingerprint(),
         "student": Model.of(student).content()["fingerprint"],
     }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pkt.files import os_errors
-from pkt.models import quiet
+from pkt.models import quiet, rows_apart
 from pkt.options import Training
 from pkt.seeds import Seeds, collate
 from pkt.training.folder import say
@@ -42,7 +42,7 @@ def fit(
             f"{at_once} rows in memory at once: the most up to {options.micro_batch} that divide a batch of "
             f"{options.batch_size}"
         )
-    with _run_environment(out), os_errors(f"training in {out}"):
+    with _run_environment(out), rows_apart(model), os_errors(f"training in {out}"):
         trainer = FiniteTrainer(
             model=model,
             args=_arguments(out, options, at_once, quietly=quietly),

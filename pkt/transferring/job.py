@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -21,18 +22,18 @@ from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
-from pkt.manifest import difference, versions
-from pkt.models import Model, check_tokenizer, checked_device, content_kind, other_ids, with_roles
+from pkt.manifest import difference, recorded_day, versions
+from pkt.models import Model, checked_device, content_kind, other_ids, with_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
 from pkt.planning import BLOCK, Pairing, read_vocabulary
 from pkt.scoring import FORMAT as SCORES_FORMAT
+from pkt.scoring import KEPT as SCORES
 from pkt.scoring import check_measure, check_tile, in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.streaming import parse_size, samples_of
 from pkt.transferring.checkpoints import RunFolder, run_path
 
 SeedsLike: TypeAlias = Seeds | str | Path
-SCORES = "scores.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class ScoringJob:
         limits: Limits,
         measure: str = "theta_grad",
         tile: int | None = None,
+        today: datetime.date | None = None,
     ) -> None:
+        self.today = today
         self.model, self.limits, self.measure, self.tile, self.keeps = teacher, limits, measure, tile, True
         self.batch_size, self.dtype = execution.batch_size, execution.dtype
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
@@ -101,9 +104,8 @@ class ScoringJob:
         found: dict[str, Seeds] = {}
         for name, given in named.items():
             if not isinstance(given, Seeds):
-                check_tokenizer(tokenizer, self.teacher)
-                given = load_seeds(given, tokenizer, loss=reading.loss, max_length=reading.max_length)
-            given.check_vocabulary(self.teacher.vocab_size, self.teacher.name)
+                given = load_seeds(given, tokenizer, loss=reading.loss, max_length=reading.max_length, today=self.today)
+            given.check_fits(self.teacher.vocab_size, self.teacher.positions, self.teacher.name)
             found[name] = given
         return found
 
@@ -142,10 +144,15 @@ class ScoringJob:
         return {
             **self.made_of(),
             "option batch_size": self.batch_size,
+            **self._day(),
             "device": self.device.type,
             "half types of this CPU": sorted(map(str, ops.native_halves())) if self.device.type == "cpu" else [],
             "versions": versions(),
         }
+
+    def _day(self) -> dict[str, Any]:
+        days = [seeds.today.isoformat() for seeds in self.seeds.values() if seeds.today is not None]
+        return {"today": days[0]} if days else {}
 
     def scores_metadata(self, task: int, losses: Sequence[float]) -> dict[str, Any]:
         """What `pkt.Sensitivity.load` wants to know besides the scores."""
@@ -180,11 +187,12 @@ class TransferJob(ScoringJob):
         execution: Execution,
         limits: Limits,
         keep_scores: KeepScores,
+        today: datetime.date | None = None,
     ) -> None:
         if keep_scores not in get_args(KeepScores):
             raise PktError(f"keep_scores={keep_scores!r} is unknown; choose none, tiles or full")
         check_names(recipes, "recipes", "a recipe")
-        super().__init__(teacher, seeds, tokenizer, reading=reading, execution=execution, limits=limits)
+        super().__init__(teacher, seeds, tokenizer, reading=reading, execution=execution, limits=limits, today=today)
         if not student.on_hub:
             student.check()  # a Hub student's weights are not needed yet
         self.recipes, self.student = dict(recipes), student.spec
@@ -311,6 +319,12 @@ def check_names(named: Mapping[str, Any], what: str, one: str) -> None:
     for name in named:
         if (name or len(named) > 1) and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise PktError(f"{name!r} cannot name {one}'s folder; use letters, digits, '-', '_' and '.'")
+
+
+def day_of(out: Path, results: Iterable[Result] = ()) -> datetime.date | None:
+    """The day that an unfinished or finished run to `out` read its seeds on, where their chat template prints it."""
+    files = [run_path(out) / "run.json", *(folder_of(out, result) / MANIFEST for result in results)]
+    return next(filter(None, map(recorded_day, files)), None)
 
 
 def check_rank_fits(pairing: Pairing, options: Factorization) -> None:

@@ -9,6 +9,7 @@ the inputs. The same command continues there after any interruption and ends wit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.streaming import MemoryPlan, NotLayeredError, Tick
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Extractor
-from pkt.transferring.job import Recipe, Result, SeedsLike, TransferJob
+from pkt.transferring.job import Recipe, Result, SeedsLike, TransferJob, day_of
 from pkt.transferring.reader import (
     Listeners,
     Losses,
@@ -140,6 +141,8 @@ def transfer_recipes(
     has no folder of its own. Scores that are kept lie in `out`/task. map_vocabulary: True, or both tokenizers, for the
     recipes whose options say so.
     """
+    out = None if out is None else Path(out)
+    today = day_of(out, itertools.product(seeds, recipes)) if out is not None and resume and not force else None
     job = TransferJob(
         Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
         Model.of(student, "a student (a model, or the path of its checkpoint)"),
@@ -151,10 +154,11 @@ def transfer_recipes(
         execution=execution,
         limits=limits,
         keep_scores=keep_scores,
+        today=today,
     )
     job.identify(progress=listeners.progress)
     if out is not None:
-        return _into(Path(out), job, listeners, resume=resume, force=force)
+        return _into(out, job, listeners, resume=resume, force=force)
     if job.keeps:
         raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
     with activations_folder(job) as activations:

@@ -13,7 +13,7 @@ from pkt.models import Model
 from pkt.options import Execution, Limits, Loss, Reading
 from pkt.scoring import Sensitivity
 from pkt.streaming import NotLayeredError
-from pkt.transferring.job import ScoringJob
+from pkt.transferring.job import ScoringJob, day_of
 from pkt.transferring.reader import Listeners, Reader, score_whole, working_folder
 
 
@@ -54,6 +54,7 @@ def score_checkpoint(
         limits=Limits(device_memory, host_memory, scratch),
         measure=measure,
         tile=tile,
+        today=day_of(out),
     )
     job.identify(progress=listeners.progress)
     with working_folder(out, job, fresh=False) as (folder, activations):

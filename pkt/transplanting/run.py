@@ -7,6 +7,7 @@ folder beside it; the same command continues there after any interruption and en
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import re
@@ -23,14 +24,15 @@ from pkt.adapters import WEIGHTS, Pair
 from pkt.errors import PktError
 from pkt.extraction import Start
 from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
-from pkt.manifest import versions
+from pkt.manifest import recorded_day, versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
 from pkt.models import Model, Target, load_model, load_tokenizer
 from pkt.progress import bar
 from pkt.seeds import Seeds, load_seeds
-from pkt.starting import best_scale
-from pkt.transferring import RunFolder
+from pkt.starting import ALPHAS, best_scale
+from pkt.transferring import RunFolder, run_path
 from pkt.transplanting.content import Difference, open_content, pairs_of
+from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled, whole_pairs
 
 Made = dict[str, tuple[Pair, float]]  # module -> its pair, and the share of the change that it holds
 
@@ -42,10 +44,25 @@ class Options:
     rank: int = 32
     seed: int = 0
     anyway: bool = False
+    control: Control | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise PktError(f"rank={self.rank!r} must be a whole number of at least 1")
+        if self.control is not None and self.control not in CONTROLS:
+            raise PktError(f"control={self.control!r} is unknown; choose one of {', '.join(CONTROLS)}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise PktError(f"alpha={self.alpha!r} must be above 0: it is how much of the change is kept")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is kept: α, the best by the seeds (`own`), and the loss on them at each α tried."""
+
+    alpha: float
+    own: float
+    losses: dict[str, float]
 
 
 def transplant(
@@ -59,6 +76,8 @@ def transplant(
     rank: int = 32,
     lineage: Lineage | str | Path | None = None,
     tokenizer: Any = None,
+    control: Control | None = None,
+    alpha: float | None = None,
     seed: int = 0,
     anyway: bool = False,
     force: bool = False,
@@ -72,7 +91,11 @@ def transplant(
     adapter: a LoRA of `teacher`, which is then the base itself; neither: the difference to the student, which undoes what
     the student became since it was cut. lineage: one made before. The result is W + BA at the scale α of
     {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds; a base that the teacher's card names and that is a folder here is taken
-    where none is given. α = 0 is an error that says not to transplant.
+    where none is given. α = 0 is an error that says not to transplant; `alpha` fixes it.
+
+    control: the same folder for what a transplant is held against, at the transplant's α; its own best α is recorded beside it.
+    "wrong-units": the change on shuffled units; "noise": random directions with its singular values; "neutral": injected so
+    that step 0 is still the student; "repruned": the teacher on the student's units, whole, at whatever rank that takes.
 
     Raises `PktError` for models without lineage (go on with anyway=True), a base or adapter of another model, a teacher that
     changed nothing, and anything that cannot be read, before the work.
@@ -84,8 +107,9 @@ def transplant(
     named = named_base(teacher) if base is None and adapter is None else None
     if named is not None and Path(named).is_dir():
         base = named
-    rows = _rows(seeds, student, tokenizer)
-    job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway))
+    today = None if out is None or force or not resume else recorded_day(run_path(Path(out)) / "run.json")
+    rows = _rows(seeds, student, tokenizer, today)
+    job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway, control, alpha))
     found = job.find_lineage(lineage, progress)
     content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
     with _checkpoints(out, fresh=force or not resume) as steps:
@@ -94,20 +118,22 @@ def transplant(
         made = _pairs(content, job, steps, progress)
         if not made:
             raise PktError(content.nothing)
-        alpha, losses = job.scale({name: pair for name, (pair, _) in made.items()}, progress)
-        start = job.result(made, alpha, losses, content, found)
+        scale = job.scale(made, progress)
+        start = job.result(made, scale, content, found)
+        if control is not None:
+            start = job.control(start, made, content, found, progress)
         if out is not None:
             start.save(out, force=force)
             found.save(Path(out) / "lineage.json")
     return start
 
 
-def _rows(seeds: Seeds | str | Path, student: Any, tokenizer: Any) -> Seeds:
+def _rows(seeds: Seeds | str | Path, student: Any, tokenizer: Any, today: datetime.date | None) -> Seeds:
     if isinstance(seeds, Seeds):
         return seeds
     if tokenizer is None and isinstance(student, nn.Module):
         raise PktError("a student in memory needs its tokenizer to read the seeds; pass tokenizer=")
-    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer)
+    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer, today=today)
 
 
 class Job:
@@ -119,7 +145,8 @@ class Job:
         self.teacher, self.student, self.base, self.adapter = teacher, student, base, adapter
         self.rows, self.options = rows, options
         self.old, self.new = Matrices(teacher), Matrices(student)
-        rows.check_vocabulary(self.new.spec.vocab_size, self.new.spec.name)
+        spec = self.new.spec
+        rows.check_fits(spec.vocab_size, spec.positions, spec.name)
 
     def find_lineage(self, given: Lineage | str | Path | None, progress: bool) -> Lineage:
         """The given lineage, checked, or one made now. Raises `PktError` for a pair without one."""
@@ -143,25 +170,70 @@ class Job:
             **{f"{name}'s weights": _weights(model) for name, model in models.items() if model is not None},
             "adapter": None if file is None else sha256(file.read_bytes()),
             "seeds": self.rows.fingerprint,
+            **({} if self.rows.today is None else {"today": self.rows.today.isoformat()}),
             "lineage": [found.hidden, found.layers],
             **{f"option {name}": value for name, value in self.options.__dict__.items()},
             "versions": versions(),
         }
 
-    def scale(self, pairs: dict[str, Pair], progress: bool) -> tuple[float, dict[str, float]]:
-        """How much is kept, by the seeds. Raises `PktError` where all of it makes the student worse."""
-        model = self.student if isinstance(self.student, nn.Module) else load_model(self.student, dtype=torch.float32)
-        alpha, losses = best_scale(model, pairs, self.rows, progress=progress)
-        if alpha == 0 and not self.options.anyway:
-            told = ", ".join(f"α = {a}: {loss:.3f}" for a, loss in losses.items())
+    def scale(self, made: Made, progress: bool) -> Scale:
+        """How much is kept, by the seeds or as asked. Raises `PktError` where all of it makes the student worse."""
+        asked = self.options.alpha
+        scale = self._try(made, asked, progress)
+        if scale.own == 0 and asked is None and not self.options.anyway:
+            told = ", ".join(f"α = {a}: {loss:.3f}" for a, loss in scale.losses.items())
             raise PktError(
                 f"every scale of the change makes the student worse on the seeds ({told}): do not transplant; train a plain "
                 "LoRA instead"
             )
-        return alpha or 1.0, losses
+        return scale
 
-    def result(self, made: Made, alpha: float, losses: dict[str, float], content: Difference, found: Lineage) -> Start:
+    def _try(self, made: Made, asked: float | None, progress: bool) -> Scale:
+        pairs = {name: pair for name, (pair, _) in made.items()}
+        model = self.student if isinstance(self.student, nn.Module) else load_model(self.student, dtype=torch.float32)
+        alphas = ALPHAS if asked is None else sorted({*ALPHAS, asked})
+        own, losses = best_scale(model, pairs, self.rows, alphas=alphas, progress=progress)
+        return Scale(asked or own or 1.0, own, losses)
+
+    def control(self, kept: Start, made: Made, content: Difference, found: Lineage, progress: bool) -> Start:
+        """What the transplant `kept` is held against, at its α unless asked otherwise; the re-pruned teacher is itself at 1."""
+        kind, theirs = self.options.control, kept.provenance
+        assert kind is not None
+        content, others = self._others(made, content, found)
+        if kind == "neutral":
+            # The student is as it was at every α.
+            before, alpha = theirs["losses"]["0"], theirs["alpha"]
+            scale = Scale(alpha, alpha, {"0": before, f"{alpha:g}": before})
+        else:
+            alpha = self.options.alpha or (1.0 if kind == "repruned" else theirs["alpha"])
+            scale = self._try(others, alpha, progress)
+        start = self.result(others, scale, content, found)
+        start.mode = "paired" if kind == "neutral" else "add"
+        own = "0, none of it: a plain LoRA" if scale.own == 0 else f"{scale.own:g}"
+        told = {"control": f"{kind}: {MEANS[kind]}", **start.provenance["told"]}
+        told["best α by the seeds"] = f"the control's own {own}; the transplant's {theirs['own_alpha']:g}"
+        transplanted = {name: theirs[name] for name in ("alpha", "own_alpha", "losses")}
+        start.provenance |= {"control": kind, "transplant": transplanted, "told": told}
+        return start
+
+    def _others(self, made: Made, content: Difference, found: Lineage) -> tuple[Difference, Made]:
+        """A control's content and its pairs."""
+        options, targets = self.options, [t for t in self.new.spec.targets if content.cutter.roles(t)]
+        if options.control == "wrong-units":
+            cutter = Cutter(shuffled(found, options.seed), self.old, self.new)
+            content = open_content(cutter, base=self.base, adapter=self.adapter)
+            return content, pairs_of(content, targets, options.rank, options.seed)
+        if options.control == "repruned":
+            content = Difference(content.cutter)
+            return content, {name: (pair, 1.0) for name, pair in whole_pairs(content, targets).items()}
+        if options.control == "noise":
+            noise = noise_like({name: pair for name, (pair, _) in made.items()}, options.seed)
+            return content, {name: (pair, made[name][1]) for name, pair in noise.items()}
+        return content, made
+
+    def result(self, made: Made, scale: Scale, content: Difference, found: Lineage) -> Start:
         """The folder's value: α shared out over both factors, and all that a reader needs to know."""
+        alpha, losses = scale.alpha, scale.losses
         root, rows, old = math.sqrt(alpha), self.rows, self.old.spec
         pairs = {name: Pair(pair.A * root, pair.B * root, pair.kind) for name, (pair, _) in made.items()}
         told = {
@@ -183,6 +255,7 @@ class Job:
                 "evidence": [e.__dict__ for e in found.evidence],
             },
             "alpha": alpha,
+            "own_alpha": scale.own,
             "losses": losses,
             "seeds": rows.describe(),
             "options": self.options.__dict__,

@@ -16,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "pkt" / "demo" / "assets"
-SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32}
+SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32, "general": 300}
+MODELS = ["base", "teacher", "descendant", "student"]
 
 
 def rows(name: str, root: Path = ASSETS) -> list[dict[str, Any]]:
@@ -35,7 +36,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ASSETS / "teacher")
 
 
-@pytest.mark.parametrize("name", ["teacher", "student"])
+@pytest.mark.parametrize("name", MODELS)
 def test_models_load_without_a_warning(name: str, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -60,8 +61,8 @@ def test_models_load_without_a_warning(name: str, caplog: pytest.LogCaptureFixtu
     assert out.shape[1] > ids["input_ids"].shape[1]
 
 
-def test_assets_fit_in_eight_megabytes() -> None:
-    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= 8_000_000
+def test_assets_fit_in_twelve_megabytes() -> None:
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= 12_000_000
 
 
 def test_the_student_can_be_cut_from_the_teacher() -> None:
@@ -81,7 +82,7 @@ def test_the_student_can_be_cut_from_the_teacher() -> None:
 
 def test_one_tokenizer_and_it_returns_every_text(tokenizer: Any) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert (ASSETS / "teacher" / file).read_bytes() == (ASSETS / "student" / file).read_bytes()
+        assert len({(ASSETS / name / file).read_bytes() for name in MODELS}) == 1
     every = [t for name in SPLITS for row in rows(name) for t in texts(row)]
     encoded = tokenizer(every)["input_ids"]
     assert tokenizer.batch_decode(encoded) == every
@@ -113,18 +114,30 @@ def test_answers_are_right() -> None:
         for row in rows(name):
             steps, result = row["messages"][1]["content"].split(" #### ")
             found = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)\.", steps)
-            assert len(found) >= 2
+            assert len(found) == 2
             for a, op, b, c in found:
                 x, y, z = int(a), int(b), int(c)
+                assert max(x, y, z) <= 10
                 assert {"+": x + y == z, "-": x - y == z, "*": x * y == z, "/": x == y * z}[op], steps
             assert found[-1][3] == result
 
 
-def test_the_teacher_knows_the_task_and_the_student_does_not() -> None:
+def test_the_teacher_knows_the_task_and_the_others_do_not() -> None:
     card = (ASSETS / "README.md").read_text(encoding="utf-8")
-    match = {n: float(re.search(rf"^\| {n} \|.*\| ([\d.]+)% \|$", card, re.M)[1]) for n in ("teacher", "student")}
+    match = {n: float(re.search(rf"^\| {n} \|.*\| ([\d.]+)% \|$", card, re.M)[1]) for n in MODELS}
     assert match["teacher"] >= 60
-    assert match["student"] <= 1
+    assert max(match[name] for name in ("base", "descendant", "student")) <= 1
+
+
+def test_the_descendant_is_half_its_base_and_known_as_one() -> None:
+    import pkt
+
+    base, small = (json.loads((ASSETS / n / "config.json").read_text()) for n in ("base", "descendant"))
+    assert [small[k] / base[k] for k in ("hidden_size", "intermediate_size")] == [0.5, 0.5]
+    kin, stranger = (pkt.lineage(ASSETS / "teacher", ASSETS / n, progress=False) for n in ("descendant", "student"))
+    assert kin.kin
+    assert kin.layers == list(range(base["num_hidden_layers"]))
+    assert stranger.verdict == "no lineage"
 
 
 def test_the_script_runs(tmp_path: Path) -> None:

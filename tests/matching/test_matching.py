@@ -150,7 +150,7 @@ def family(tmp_path_factory: Any) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("family")
     tokenizer = load_tokenizer(ASSETS / "teacher")
     base = load_model(ASSETS / "teacher", dtype=torch.float32)
-    true = choose_units(Matrices(base), magnitudes(base), Shape(hidden=162, neurons=400, groups=3, layers=5))
+    true = choose_units(Matrices(base), magnitudes(base), Shape(hidden=138, neurons=300, groups=3, layers=4))
     student = shrink_to(base, true)
     torch.manual_seed(5)
     wrapped = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
@@ -218,7 +218,7 @@ def test_memory_and_disk_resume_and_the_folder(family: dict[str, Any], tmp_path:
         pkt.transplant(*given, out=tmp_path / "out", **{**options, "rank": 4})
     monkeypatch.setattr(run, "pairs_of", lambda *args: calls.append(args) or made(*args))
     again = pkt.transplant(*given, out=tmp_path / "out", **options)
-    assert len(calls) == 3 + 4  # the two parts that were there were not made again
+    assert len(calls) == 3 + 3  # the two parts that were there were not made again
     loaded = pkt.Start.load(tmp_path / "out")
     for name, pair in once.pairs.items():
         for found in (again.pairs[name], loaded.pairs[name]):

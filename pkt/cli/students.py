@@ -10,7 +10,7 @@ import typer
 
 from pkt.cli.application import app, next_line, out_console, print_json, resumable
 from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype
-from pkt.options import Mode
+from pkt.options import AnswerRule, Mode
 
 DropoutOption: TypeAlias = Annotated[
     float | None,
@@ -178,22 +178,35 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Held-out rows, in the form of the seeds.", show_default=False)],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A LoRA folder to load on the model.")] = None,
     exact_match: Annotated[bool, typer.Option("--exact-match", help="Also decode and compare final answers.")] = False,
+    answer: Annotated[
+        AnswerRule,
+        typer.Option(
+            "--answer",
+            help="What --exact-match compares: what follows #### (else the whole answer), or the last number.",
+        ),
+    ] = "mark",
     max_length: MaxLength = 2048,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows.")] = None,
     device: Device = None,
     json_: JsonFlag = False,
 ) -> None:
     """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
+    from pkt.files import MANIFEST
     from pkt.lora import load_with_adapter
+    from pkt.manifest import recorded_day
     from pkt.models import load_tokenizer
     from pkt.seeds import load_seeds
     from pkt.training import evaluate as run
 
     tokenizer = load_tokenizer(model)
-    rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit)
-    result = run(load_with_adapter(model, adapter, device=device), rows, tokenizer=tokenizer, exact_match=exact_match)
+    # What a template printed while the adapter was trained is printed again.
+    today = None if adapter is None else recorded_day(adapter / MANIFEST)
+    rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit, today=today)
+    loaded = load_with_adapter(model, adapter, device=device)
+    result = run(loaded, rows, tokenizer=tokenizer, exact_match=exact_match, answer=answer)
     if json_:
-        print_json({"rows": result.rows, "tokens": result.tokens, "nll": result.nll, "exact_match": result.exact_match})
+        found = {"rows": result.rows, "tokens": result.tokens, "nll": result.nll, "exact_match": result.exact_match}
+        print_json(found if rows.today is None else {**found, "today": rows.today.isoformat()})
         return
     text = f"{result.rows} rows, {result.tokens} answer tokens: NLL {result.nll:.4f} nats per token"
     if result.exact_match is not None:

@@ -1,0 +1,70 @@
+"""What a transplant is held against: the same change on wrong units, noise of its size, neutral, or the re-pruned teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pkt.adapters import Pair
+from pkt.matching import Lineage
+from pkt.models import Target
+from pkt.transplanting.content import Difference
+
+Control = Literal["wrong-units", "noise", "neutral", "repruned"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+MEANS: dict[Control, str] = {
+    "wrong-units": "the same change on units drawn at random among the student's own",
+    "noise": "random directions with the singular values of the change",
+    "neutral": "the change as a start that leaves the student as it is",
+    "repruned": "the teacher itself on the student's units, whole: what the student learnt since it was cut is gone",
+}
+
+
+def shuffled(found: Lineage, seed: int) -> Lineage:
+    """The lineage with the units of each kind in a random order; layers and tokens stay."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(found)
+
+    def order(count: int) -> list[int]:
+        return torch.randperm(count, generator=generator).tolist()
+
+    other.hidden = [found.hidden[i] for i in order(len(found.hidden))]
+    other.neurons = [[layer[i] for i in order(len(layer))] for layer in found.neurons]
+    other.groups = [[layer[i] for i in order(len(layer))] for layer in found.groups]
+    other.queries = [[layer[i] for i in order(len(layer))] for layer in found.queries]
+    return other
+
+
+def noise_like(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
+    """Random orthonormal directions with the singular values of each pair's product, √Σ on each side."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def directions(rows: int, rank: int) -> Tensor:
+        found: Tensor = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+        return found
+
+    made = {}
+    for name, pair in pairs.items():
+        left, right = (torch.linalg.qr(side.float())[1] for side in (pair.B, pair.A.t()))
+        root = torch.linalg.svdvals(left @ right.t()).sqrt()
+        u, v = directions(pair.B.shape[0], len(root)), directions(pair.A.shape[1], len(root))
+        made[name] = Pair((v * root).t().contiguous(), u * root, pair.kind)
+    return made
+
+
+def whole_pairs(content: Difference, targets: Sequence[Target]) -> dict[str, Pair]:
+    """The change of each target without truncation: one factor holds it, the other is the identity."""
+    found = {}
+    for target in targets:
+        change = content.whole(target)
+        if not bool((change != 0).any()):
+            continue
+        matrix = (change.t() if target.kind == "embedding" else change).contiguous()
+        rows, cols = matrix.shape
+        a, b = (torch.eye(cols), matrix) if cols <= rows else (matrix, torch.eye(rows))
+        found[target.module] = Pair(a, b, target.kind)
+    return found
