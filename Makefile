@@ -65,6 +65,7 @@ real: $(STAMP)
 bench: $(STAMP) demo
 	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
+	$(BIN)/python bench/bench_experts.py
 	$(BIN)/python bench/bench_kernels.py --device cpu
 	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
 	$(BIN)/python bench/readme_tables.py

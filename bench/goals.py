@@ -212,8 +212,19 @@ def stream_on_cpu(files: Files) -> Iterator[Line]:
         yield at_most(f"streamed transfer of a 1.3B teacher, {name}", found[name], limit, "{:.2f}")
 
 
+def experts(files: Files) -> Iterator[Line]:
+    rivals = groups(files.rows("experts"), "").get("S of a mixture of experts", {})
+    ours, dense, alone = (rivals.get(name) for name in ("pkt", "dense twin", "one sample at a time"))
+    what, goal = "S of a mixture of experts", "≤ 1.5× its dense twin of equal active parameters"
+    if ours is None or dense is None:
+        yield files.missing("experts", what, goal)
+        return
+    more = "" if alone is None else f" (one sample at a time: {alone['ms'] / dense['ms']:.2f}×)"
+    yield at_most(f"{what}, of its dense twin's time", ours["ms"] / dense["ms"], 1.5, "{:.2f}×", more)
+
+
 def cut_short(files: Files) -> Iterator[Line]:
-    for bench in ("stream", "kernels", "rsvd", "end_to_end"):
+    for bench in ("stream", "kernels", "rsvd", "end_to_end", "experts"):
         # Files of runs before `complete` was written say nothing.
         if files.load(bench).get("complete") is False:
             yield files.missing(bench, f"the rest of {bench}: its file is not complete", "")
@@ -221,7 +232,7 @@ def cut_short(files: Files) -> Iterator[Line]:
 
 GOALS: dict[str, tuple[Callable[[Files], Iterator[Line]], ...]] = {
     "cuda": (linear_sensitivity, memory_bound, rsvd, stream, cut_short),
-    "cpu": (end_to_end, compiled, rsvd_on_cpu, stream_on_cpu, cut_short),
+    "cpu": (end_to_end, experts, compiled, rsvd_on_cpu, stream_on_cpu, cut_short),
 }
 
 

@@ -45,6 +45,15 @@ def bench_table(found: dict) -> str:
     sums = [r for r in found["rows"] if "naive_is" in r]
     if sums:
         lines += ["", f"The straightforward side's end to end is {sums[0]['naive_is']}: its window search ran once."]
+    experts = load("experts_cpu.json")
+    if experts is not None:
+        ms = {row["rival"]: row["ms"] for row in experts["rows"]}
+        lines += [
+            "",
+            f"S of a mixture ({experts['what']}) takes {ms['pkt'] / 1e3:.2f} s: {ms['pkt'] / ms['dense twin']:.2f}× its dense "
+            f"twin of equal active parameters; one sample at a time {ms['one sample at a time'] / ms['pkt']:.1f}× as long "
+            "(`python bench/bench_experts.py`).",
+        ]
     real = load("real_cpu.json")
     if real is not None:
         lines += [

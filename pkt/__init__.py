@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pkt.scoring import sensitivity as sensitivity
     from pkt.seeds import Seeds as Seeds
     from pkt.seeds import load_seeds as load_seeds
+    from pkt.starting import start as start
     from pkt.transferring import transfer as transfer
     from pkt.transplanting import transplant as transplant
 
@@ -55,6 +56,7 @@ _HOME = {
     "load_seeds": "seeds",
     "plan": "planning",
     "sensitivity": "scoring",
+    "start": "starting",
     "transfer": "transferring",
     "transplant": "transplanting",
 }

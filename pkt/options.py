@@ -21,6 +21,7 @@ Split: TypeAlias = Literal["b", "sqrt"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 Mode: TypeAlias = Literal["paired", "residual", "add"]
+How: TypeAlias = Literal["lora", "pissa", "lora-ga", "eva", "spectral"]
 AnswerRule: TypeAlias = Literal["mark", "number"]
 
 
@@ -101,6 +102,25 @@ class Factorization:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Starting:
+    """A start that needs no teacher: which, and at what size. a_scale: A's, against PEFT's or an orthonormal one's."""
+
+    how: How = "lora"
+    rank: int = 32
+    a_scale: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.how not in get_args(How):
+            raise PktError(f"how={self.how!r} is unknown; choose one of {', '.join(get_args(How))}")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise PktError(f"rank={self.rank!r} must be a whole number of at least 1")
+        if not 0 < self.a_scale < math.inf:
+            raise PktError(f"a_scale={self.a_scale} must be positive and finite")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,12 @@ def token_mean(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[0, :-1], sample["labels"][0, 1:])
 
 
+def token_mean_of_labels(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
+    """The mean over one sample's target tokens only."""
+    logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"], use_cache=False).logits
+    return F.cross_entropy(logits[0, :-1], sample["labels"][0, 1:], ignore_index=-100)
+
+
 def relative_error(value: Tensor, truth: Tensor) -> float:
     difference = (value.double() - truth.double()).norm().item()
     return difference / (truth.double().norm().item() or 1.0)

@@ -206,7 +206,12 @@ def test_the_goals_of_a_cpu(bench: Any, tmp_path: Path) -> None:
         for rival, (ms, energy) in rivals.items()
     ]
     write(tmp_path, "rsvd_cpu", [*rows, {"group": "4096x4096 full SVD", "rival": "torch.linalg.svd", "ms": 2100.0}])
+    ways = {"pkt": 160.0, "dense twin": 100.0, "one sample at a time": 900.0}
+    group = "S of a mixture of experts"
+    write(tmp_path, "experts_cpu", [{"group": group, "rival": rival, "ms": ms} for rival, ms in ways.items()])
     lines = {line.what: line for part in goals.GOALS["cpu"] for line in part(goals.Files(tmp_path, "cpu"))}
+    assert lines[f"{group}, of its dense twin's time"].found == "1.60× (one sample at a time: 9.00×)"
+    assert lines[f"{group}, of its dense twin's time"].met is False
     assert lines["scores, against the straightforward algorithm"].met is False
     assert lines["end to end, against the straightforward algorithm"].met is True
     # The setting that is twice as fast finds less.
@@ -383,3 +388,13 @@ def test_the_whole_comparison_runs_in_tiny_shapes(tmp_path: Path) -> None:
     assert found["same_windows"]
     assert [row["stage"] for row in found["rows"]][:4] == ["scores", "windows", "factors", "end to end"]
     assert found["rows"][3]["naive_s"] == pytest.approx(sum(row["naive_s"] for row in found["rows"][:3]))
+
+
+def test_the_comparison_of_experts_runs_in_tiny_shapes(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "bench_experts.py"), "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "experts_tiny.json").read_text())
+    assert found["complete"]
+    assert [row["rival"] for row in found["rows"]] == ["pkt", "dense twin", "one sample at a time"]
+    assert all("failed" not in row for row in found["rows"])

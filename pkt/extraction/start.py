@@ -39,12 +39,13 @@ class Start:
         return Adapter(self.pairs, str(self.student.get("name", "")), self.student.get("tied_head"))
 
     def __str__(self) -> str:
-        mean = sum(self.energies.values()) / max(1, len(self.energies))
-        what = "kept: the student is changed" if self.mode == "add" else "neutral: the student is as it was"
-        return (
-            f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}; they hold {100 * mean:.1f}% of the change's energy on "
-            "average"
-        )
+        changed = self.mode == "add" and any(bool(p.B.any()) for p in self.pairs.values())
+        what = "kept: the student is changed" if changed else "neutral: the student is as it was"
+        said = f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}"
+        if not self.energies:
+            return said
+        mean = sum(self.energies.values()) / len(self.energies)
+        return f"{said}; they hold {100 * mean:.1f}% of the change's energy on average"
 
     def __repr__(self) -> str:
         return f"Start({self.kind}: {self})"

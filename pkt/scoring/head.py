@@ -202,13 +202,11 @@ class FusedHead:
         return head_losses(self.anchor, hidden, self.head.weight.detach(), labels, record, self.multiple)
 
 
-def find_fused_head(
-    model: nn.Module, names: Collection[str], batch: Any, *, tied_elsewhere: bool = False
-) -> str | None:
+def find_fused_head(model: nn.Module, names: Collection[str], batch: Any) -> str | None:
     """The head's weight, when it is one of `names` and the loss can be had without logits.
 
     That is so when logits are nothing but the head's product with the model below it, which is tried on a small batch. A tied
-    table may be one embedding's besides; tied_elsewhere: what is scored sees no other use of it.
+    table may be one embedding's besides.
     """
     found = plain_head(model)
     if found is None:
@@ -218,9 +216,6 @@ def find_fused_head(
     uses = sum(m._parameters.get("weight") is head.weight for m in model.modules())
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is head.weight]
     if name is None or uses != 1 + len(tables) or len(tables) > 1:
-        return None
-    if tables and type(tables[0]).forward is not nn.Embedding.forward and not tied_elsewhere:
-        # No tap on this table's other use (Gemma scales it): the two uses could not be joined.
         return None
     return name if _is_product(model, head, below, batch) else None
 

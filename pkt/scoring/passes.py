@@ -18,7 +18,7 @@ from pkt.scoring.batches import Layout
 from pkt.scoring.findings import Findings, LearntError
 from pkt.scoring.head import HeadUse
 from pkt.scoring.sinks import SharedSink, Sinks, TiedSink
-from pkt.scoring.uses import Use, WholeUse, accumulated_in
+from pkt.scoring.uses import EmbeddingUse, Use, WholeUse, accumulated_in
 
 
 class Pass(Protocol):
@@ -82,6 +82,8 @@ class Adding:
         if name in self.delivered:
             raise LearntError(self.findings.untapping(name))
         sink = self.sinks[name]
+        if isinstance(sink, TiedSink) and not isinstance(use, (HeadUse, EmbeddingUse)):
+            raise LearntError(self.findings.sharing(name))
         # A tied table's head and embedding are two; of any parameter that is not known to have more uses, one.
         if self.uses[name] > (2 if isinstance(sink, TiedSink) else 1) and not isinstance(sink, SharedSink):
             raise LearntError(self.findings.sharing(name))

@@ -1,11 +1,12 @@
 r"""Sensitivity: S(θ) = Σ_j |θ · ∂L(x_j)/∂θ|, exact per sample, for a whole batch in one backward pass (docs/method.md §1).
 
 How it works. While scoring, the modules that hold almost all parameters run with detached weights and their outputs pass
-through an identity whose backward sees dY (`taps`). What a sample gave to a weight follows from X and dY alone (`uses`): a
-linear layer hands both to `ops.linear_sensitivity_`, an embedding its ids, LayerNorm and biases sums over each sample's
-positions. It accrues in the parameter's sink (`sinks`).
+through an identity whose backward sees dY (`taps`; which module runs what: `rules`). What a sample gave to a weight follows from
+X and dY alone (`uses`): a linear layer hands both to `ops.linear_sensitivity_`, an embedding its ids, LayerNorm and biases sums
+over each sample's positions. It accrues in the parameter's sink (`sinks`).
 Other modules with vector parameters (RMSNorm and its like) run with one copy of the vector per sample, whose gradient is the
-per-sample one. No gradient of a matrix is ever stored.
+per-sample one; fused experts (`experts`) run with their tokens sorted; a module of any other kind runs its own forward with
+`handles` in its parameters' places. No gradient of a matrix is ever stored.
 
 What cannot be done for a batch is found out, not assumed: parameters keep requiring a gradient, so a use that bypasses the
 taps makes autograd deliver one; a first small pass checks that sample 0's loss reaches only sample 0's rows. In either case
@@ -31,8 +32,8 @@ from pkt.scoring.findings import Findings, LearntError
 from pkt.scoring.head import FusedHead, HeadUse, find_fused_head
 from pkt.scoring.losses import LossFn, default_loss
 from pkt.scoring.passes import Adding, Measuring, Pass, Probing
+from pkt.scoring.rules import tapped_forward
 from pkt.scoring.sinks import Sink, Sinks
-from pkt.scoring.taps import tapped_forward
 from pkt.scoring.uses import Use
 
 PROBE_TOKENS = 24

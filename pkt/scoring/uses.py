@@ -88,6 +88,25 @@ def add_linear(
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertsUse:
+    """One linear layer an expert, [experts, ...]: (its number, its use) of every one that has rows."""
+
+    uses: Sequence[tuple[int, LinearUse]]
+
+    @property
+    def samples(self) -> Sequence[int]:
+        return self.uses[0][1].samples
+
+    def add(self, acc: Tensor, weight: Tensor, measure: Measure, tile: int | None) -> None:
+        for expert, use in self.uses:
+            use.add(acc[expert], weight[expert], measure, tile)
+
+    def add_gradient(self, grad: Tensor, sample: int) -> None:
+        for expert, use in self.uses:
+            use.add_gradient(grad[expert], sample)
+
+
+@dataclass(frozen=True, eq=False)
 class EmbeddingUse:
     """y = E[ids]: g_j sums the dY of each id's positions in sample j."""
 

@@ -345,7 +345,7 @@ class Engine:
         few = {k: v[:1, :PROBE_TOKENS] for k, v in chunk.batch.items()}
         names = self.parts.scored.intersection(self.parts.head)
         with self.parts.after_layers(few, hidden[:1, :PROBE_TOKENS]) as inputs:
-            return find_fused_head(self.parts.model, names, inputs, tied_elsewhere=True)
+            return find_fused_head(self.parts.model, names, inputs)
 
     def _score_layer(self, index: int, chunks: list[Chunk], store: Boundaries, state: Progress) -> Progress:
         grads: dict[int, Tensor] = {}

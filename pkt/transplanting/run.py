@@ -7,7 +7,6 @@ folder beside it; the same command continues there after any interruption and en
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
 import re
@@ -26,10 +25,10 @@ from pkt.extraction import Start
 from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
 from pkt.manifest import recorded_day, versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
-from pkt.models import Model, Target, load_model, load_tokenizer
+from pkt.models import Model, Target, load_model
 from pkt.progress import bar
-from pkt.seeds import Seeds, load_seeds
-from pkt.starting import ALPHAS, best_scale
+from pkt.seeds import Seeds
+from pkt.starting import ALPHAS, best_scale, rows_for
 from pkt.transferring import RunFolder, run_path
 from pkt.transplanting.content import Difference, open_content, pairs_of
 from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled, whole_pairs
@@ -108,7 +107,7 @@ def transplant(
     if named is not None and Path(named).is_dir():
         base = named
     today = None if out is None or force or not resume else recorded_day(run_path(Path(out)) / "run.json")
-    rows = _rows(seeds, student, tokenizer, today)
+    rows = rows_for(seeds, student, tokenizer, today)
     job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway, control, alpha))
     found = job.find_lineage(lineage, progress)
     content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
@@ -126,14 +125,6 @@ def transplant(
             start.save(out, force=force)
             found.save(Path(out) / "lineage.json")
     return start
-
-
-def _rows(seeds: Seeds | str | Path, student: Any, tokenizer: Any, today: datetime.date | None) -> Seeds:
-    if isinstance(seeds, Seeds):
-        return seeds
-    if tokenizer is None and isinstance(student, nn.Module):
-        raise PktError("a student in memory needs its tokenizer to read the seeds; pass tokenizer=")
-    return load_seeds(seeds, load_tokenizer(student) if tokenizer is None else tokenizer, today=today)
 
 
 class Job:
