@@ -30,7 +30,7 @@ from pkt.lora.factors import arm_pair, layer_of, lora_parameters, shift, start_a
 from pkt.lora.record import MODES, SHIFTED, Mode, check_unshifted, compare_sketch, few, name_of, parameter_of, record_of
 from pkt.lora.tying import is_tied, tie
 from pkt.lora.wrapping import ADAPTER, add_adapter, config_of, is_peft_model, spec_of_base, wrap
-from pkt.models import load_model, spec_of_model
+from pkt.models import Target, load_model, spec_of_model
 
 DROPOUT = 0.05  # the paper's
 # Relative movement of the second half that rounding to bf16 cannot explain.
@@ -91,13 +91,13 @@ def inject(
     return model
 
 
-def checked_dropout(pairs: Mapping[str, Pair], dropout: float | None) -> float:
+def checked_dropout(pairs: Mapping[str, Pair | Target], dropout: float | None) -> float:
     """The dropout asked for, or else the paper's where PEFT has one. Raises `PktError` for one on experts."""
     experts = [m for m, p in pairs.items() if p.experts]
     if dropout and experts:
         raise PktError(
             f"dropout={dropout}: PEFT has no dropout for the parameters of experts ({few(experts)}); use dropout=0, or leave "
-            "them out of the extraction (modules='attention,embedding')"
+            "them out (modules='attention,embedding')"
         )
     return (0.0 if experts else DROPOUT) if dropout is None else dropout
 

@@ -4,6 +4,7 @@ from pkt.planning.choosing import Chooser as Chooser
 from pkt.planning.choosing import plan as plan
 from pkt.planning.options import ModuleMap as ModuleMap
 from pkt.planning.options import Vocabulary as Vocabulary
+from pkt.planning.options import adapted as adapted
 from pkt.planning.options import read_map as read_map
 from pkt.planning.options import read_vocabulary as read_vocabulary
 from pkt.planning.pairing import Feed as Feed

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pkt.errors import PktError
-from pkt.models import FUSED, ROLES, Model, Runs, Target, shared_vocabulary
+from pkt.models import EXPERT_PARAMETERS, FUSED, ROLES, Model, ModelSpec, Runs, Target, shared_vocabulary
 from pkt.options import PlanOptions
 from pkt.planning.regions import STRATEGIES, runs
 
@@ -102,3 +102,24 @@ def chosen_parts(target: Target, modules: str) -> tuple[tuple[str, Runs], ...]:
         return bool(names & chosen) and not names & out
 
     return tuple((role, rows) for role, rows in target.roles() if wanted(role))
+
+
+def dense_beside_experts(student: ModelSpec, wanted: Sequence[Target]) -> list[Target]:
+    """The dense FFNs of a student with experts: PEFT reads gate_proj and the like there as names of old for the experts'."""
+    beside = any(t.experts for t in student.targets)
+    return [t for t in wanted if beside and t.group == "ffn" and not t.experts]
+
+
+def adapted(student: ModelSpec, modules: str) -> list[Target]:
+    """The matrices of a student that a LoRA of these `modules` adapts, each as a whole. Raises `PktError` where there are none."""
+    check_options(PlanOptions(modules=modules))
+    chosen = [t for t in student.targets if chosen_parts(t, modules)]
+    unnamed = [t for t in chosen if t.experts and t.module.rpartition(".")[2] not in EXPERT_PARAMETERS]
+    left_out = {t.module for t in (*dense_beside_experts(student, chosen), *unnamed)}
+    found = [t for t in chosen if t.module not in left_out]
+    if not found:
+        like = student.targets[0].module if student.targets else "(it has none)"
+        raise PktError(
+            f"modules={modules!r} chooses none of the student's matrices that PEFT adapts; their names are like {like}"
+        )
+    return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from pkt.errors import PktError, short_list
 from pkt.models import EXPERT_PARAMETERS, HEAD_COLUMNS, HEAD_ROWS, ModelSpec, Runs, Target
 from pkt.options import PlanOptions
-from pkt.planning.options import Vocabulary, check_options, chosen_parts
+from pkt.planning.options import Vocabulary, check_options, chosen_parts, dense_beside_experts
 from pkt.planning.regions import Region, select_layers, through
 
 
@@ -112,9 +112,8 @@ class Pairing:
         if any(t.experts for t in wanted) and not any(t.experts for t in teacher.targets):
             self.notes.append("the student's experts are left out: the teacher has none")
             wanted = [t for t in wanted if not t.experts]
-        dense = [t for t in wanted if t.group == "ffn" and not t.experts]
-        if dense and any(t.experts for t in student.targets):
-            # PEFT reads gate_proj, up_proj and down_proj of a model with experts as names of old for these.
+        dense = dense_beside_experts(student, wanted)
+        if dense:
             self.notes.append(
                 f"the student's FFNs beside its experts are left out ({dense[0].suffix}, ...): PEFT takes their names for the "
                 "experts'"
