@@ -68,6 +68,7 @@ bench: $(STAMP) demo
 	$(BIN)/python bench/bench_experts.py
 	$(BIN)/python bench/bench_kernels.py --device cpu
 	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
+	$(BIN)/python bench/bench_lineage.py
 	$(BIN)/python bench/readme_tables.py
 	$(BIN)/python bench/goals.py
 
