@@ -18,6 +18,7 @@ from pkt.errors import PktError
 LayerChoice: TypeAlias = Literal["sensitivity", "first", "last", "random"]
 Select: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
 Split: TypeAlias = Literal["b", "sqrt"]
+Svd: TypeAlias = Literal["fast", "adaptive", "exact"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 Mode: TypeAlias = Literal["paired", "residual", "add"]
@@ -80,7 +81,8 @@ class PlanOptions:
 class Factorization:
     """How a region becomes a LoRA pair: at a fixed rank or, with `energy`, at the smallest that catches this share of it.
 
-    With `energy`, `rank` is not used; without, `max_rank` is not. split "b": B = UΣ, A = Vᵀ; "sqrt": √Σ on each side.
+    With `energy`, `rank` is not used; without, `max_rank` is not. split "b": B = UΣ, A = Vᵀ; "sqrt": √Σ on each side. svd:
+    "fast" takes four steps; "adaptive" as many as leave the directions where they are; "exact" is LAPACK's.
     """
 
     rank: int = 16
@@ -88,6 +90,7 @@ class Factorization:
     energy: float | None = None
     split: Split = "b"
     seed: int = 0
+    svd: Svd = "fast"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or not isinstance(self.max_rank, int):
@@ -98,6 +101,8 @@ class Factorization:
             raise PktError(f"energy={self.energy} must be in (0, 1]: the share of each matrix's squared norm to catch")
         if self.split not in get_args(Split):
             raise PktError(f"split={self.split!r} is unknown; choose 'b' (the paper's) or 'sqrt' (PiSSA's)")
+        if self.svd not in get_args(Svd):
+            raise PktError(f"svd={self.svd!r} is unknown; choose one of {', '.join(get_args(Svd))}")
         _check_seed(self.seed)
 
     @property
@@ -106,7 +111,8 @@ class Factorization:
         return self.rank if self.energy is None else self.max_rank
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As they are recorded; what came later only when used."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("svd", "fast")}
 
 
 @dataclass(frozen=True)

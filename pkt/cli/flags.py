@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeAlias, get_args
 import typer
 
 from pkt.errors import PktError
-from pkt.options import LayerChoice, Loss, Select, Split
+from pkt.options import LayerChoice, Loss, Select, Split, Svd
 
 Teacher: TypeAlias = Annotated[
     str, typer.Argument(help="Teacher: a checkpoint directory or a model on the Hub.", show_default=False)
@@ -124,6 +124,13 @@ _FLAGS: dict[str, Any] = {
     "max_rank": Annotated[int, typer.Option("--max-rank", help="Largest rank with --energy.")],
     "split": Annotated[
         Split, typer.Option("--split", help="b: the singular values go into B; sqrt: half on each side.")
+    ],
+    "svd": Annotated[
+        Svd,
+        typer.Option(
+            "--svd",
+            help="fast: four steps, which flat spectra do not settle (a line says so); adaptive: as many as they take; exact.",
+        ),
     ],
     "loss": Annotated[Loss, typer.Option("--loss", help="Tokens that count: the answers, or all.")],
     "max_length": MaxLength,

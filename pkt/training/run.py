@@ -11,7 +11,7 @@ from typing import Any
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
-from pkt.files import MANIFEST, as_path, check_apart, is_stored, lock_folder
+from pkt.files import MANIFEST, as_path, check_apart, check_parent, followed, is_stored, lock_folder, os_errors
 from pkt.lora import DRAWN, Mode, check_init, check_settings, checked_dropout, draw_pairs, inject, mode_of
 from pkt.manifest import recorded_day
 from pkt.models import Model, ModelSpec, Target, load_model, load_tokenizer, spec_of
@@ -103,14 +103,16 @@ def train(
     check_settings(str(told.mode), dropout)
     check_machine(options)
     check_reporters(options)
-    out, student = as_path(out, "the path of a run folder"), as_path(student, "the path of a student")
+    out, student = followed(as_path(out, "the path of a run folder")), as_path(student, "the path of a student")
+    with os_errors(f"writing {out}"):
+        if out.exists() and not out.is_dir():
+            raise PktError(f"{out} is a file; name a folder that does not exist yet")
+        check_parent(out)
     check_apart(out, *(given for given in (extraction, student, data, held_out) if is_stored(given)))
     if held_out is None and eval_steps is not None:
         raise PktError("eval_steps concerns held-out rows; name them (--held-out FILE)")
     today = None if force else recorded_day(out / MANIFEST)
     job = _job(student, start, (data, held_out), told, options, dropout, max_length, today)
-    if out.is_file():
-        raise PktError(f"{out} is a file; name a folder that does not exist yet")
     with lock_folder(out, out):
         settings = job.settings()
         checkpoint = start_run(out, settings, force=force)

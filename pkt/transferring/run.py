@@ -19,7 +19,7 @@ import torch
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
 from pkt.models import Model, read_roles
-from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
+from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split, Svd
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.streaming import MemoryPlan, NotLayeredError, Tick
 from pkt.transferring.checkpoints import RunFolder
@@ -56,6 +56,7 @@ def transfer(
     max_rank: int = 64,
     energy: float | None = None,
     split: Split = "b",
+    svd: Svd = "fast",
     loss: Loss = "answer",
     max_length: int = 2048,
     batch_size: int = 8,
@@ -103,7 +104,7 @@ def transfer(
         teacher,
         student,
         seeds if isinstance(seeds, Mapping) else {"": seeds},
-        {"": Recipe(options, Factorization(rank, max_rank, energy, split, seed))},
+        {"": Recipe(options, Factorization(rank, max_rank, energy, split, seed, svd))},
         out=out,
         resume=resume,
         force=force,
@@ -205,6 +206,8 @@ def _finish(
             listeners.on_plan(made)
         task = tasks.index(result[0])
         provenance = {**job.provenance(result), "losses": job.losses(task, losses[task])}
+        if extractor.unsettled:
+            provenance["unsettled"] = extractor.unsettled
         found[result] = Extraction(pairs, energies, made, provenance)
     return found
 

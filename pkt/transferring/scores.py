@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from pkt.errors import PktError
-from pkt.files import os_errors
+from pkt.files import check_output_file, followed, os_errors
 from pkt.models import Model
 from pkt.options import Execution, Limits, Loss, Reading
-from pkt.scoring import Sensitivity
+from pkt.scoring import FORMAT, Sensitivity
 from pkt.streaming import NotLayeredError
 from pkt.transferring.job import ScoringJob, day_of
 from pkt.transferring.reader import Listeners, Reader, score_whole, working_folder
@@ -40,11 +39,7 @@ def score_checkpoint(
     interrupted one. device_memory, host_memory, scratch: as in `pkt.transfer`. Raises one `PktError` for anything that can be
     known to fail before the weights are read.
     """
-    out = Path(out)
-    if out.exists():
-        raise PktError(f"{out} exists already; name another file")
-    with os_errors(f"writing {out}"):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    out = followed(check_output_file(out, FORMAT))
     job = ScoringJob(
         Model.of(teacher),
         {"": seeds},

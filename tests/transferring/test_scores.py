@@ -57,7 +57,7 @@ def test_tiles(teacher_dir: Path, seed_file: Path, tmp_path: Path) -> None:
         (("--device-memory", "1kB"), "--device-memory"),
     ):
         assert message in fails("sensitivity", teacher_dir, seed_file, "--out", tmp_path / "x", *wrong)
-    assert "exists already" in fails("sensitivity", teacher_dir, seed_file, "--out", tmp_path / "s")
+    assert "is there already" in fails("sensitivity", teacher_dir, seed_file, "--out", tmp_path / "s")
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
