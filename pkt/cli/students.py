@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from pkt.cli.application import app, next_line, out_console, print_json, resumable
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable
 from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype, takes
 from pkt.options import (
     AnswerRule,
@@ -283,11 +283,15 @@ def evaluate(
     """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
     from pkt.files import MANIFEST
     from pkt.lora import load_with_adapter
-    from pkt.manifest import recorded_day
+    from pkt.manifest import read_manifest, recorded_day
     from pkt.models import load_tokenizer
     from pkt.seeds import load_seeds
     from pkt.training import evaluate as run
 
+    if adapter is not None and (adapter / MANIFEST).is_file() and read_manifest(adapter).get("kind") == "extraction":
+        err_console.print(
+            f"{adapter} is an extraction, not trained: what is measured is the student changed by it at once"
+        )
     tokenizer = load_tokenizer(model)
     # What a template printed while the adapter was trained is printed again.
     today = None if adapter is None else recorded_day(adapter / MANIFEST)

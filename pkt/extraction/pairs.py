@@ -16,7 +16,7 @@ from pkt.extraction.result import Extraction
 from pkt.manifest import versions
 from pkt.models import Model, ModelSpec, check_identity
 from pkt.options import Factorization, Split, Svd
-from pkt.planning import Entry, TransferPlan, by_expert, source_names
+from pkt.planning import Entry, Region, TransferPlan, by_expert, source_names
 from pkt.progress import bar
 
 
@@ -48,16 +48,27 @@ def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorizat
     """Everything about an extraction that can be refused without reading a weight."""
     check_identity(plan.teacher, teacher, "the plan")
     sources = teacher.by_module()
-    faults = []
+    faults = [] if plan.entries else ["it has no regions"]
     for entry in plan.entries:
         source = sources.get(entry.source)
         if source is None or (entry.expert is None) == bool(source.experts):
             faults.append(f"{entry.source}: the teacher has no such matrix")
+        elif not 0 <= (entry.expert or 0) < max(1, source.experts):
+            faults.append(f"{entry.source}: the teacher has no expert {entry.expert}")
+        elif not _lies_in(entry.region, source.shape) or not _lies_in(entry.place, entry.target_shape):
+            faults.append(f"{entry.source} {list(source.shape)}: its region for {entry.target} does not lie in it")
         elif options.energy is None and options.rank > min(entry.target_shape):
             smaller = min(entry.target_shape)
             faults.append(f"{entry.target} {list(entry.target_shape)}: rank {options.rank} is above {smaller}")
     if faults:
         raise PktError("this plan cannot be extracted:\n  " + short_list(list(dict.fromkeys(faults))))
+
+
+def _lies_in(region: Region | None, shape: tuple[int, int]) -> bool:
+    try:
+        return region is None or region.lies_in(shape)
+    except (TypeError, ValueError):
+        return False
 
 
 def factorize_targets(

@@ -87,11 +87,10 @@ class Extraction:
             raise PktError(
                 f"{folder} is {name_kind(manifest)}, not an extraction; run `pkt inspect {shlex.quote(str(folder))}`"
             )
-        plan = TransferPlan.from_json(manifest["plan"])
-        if not ("name" in plan.student and "name" in plan.teacher and {"select", "modules"} <= set(plan.options)):
-            raise PktError(
-                f"{folder / MANIFEST} is damaged: its plan names no models or options; make the extraction again"
-            )
+        try:
+            plan = TransferPlan.from_json(manifest["plan"])
+        except PktError as error:
+            raise PktError(f"{folder / MANIFEST} is damaged: {error}") from error
         adapter, _ = read_adapter(folder)
         kinds: dict[str, Kind] = manifest["kinds"]
         adapter = split_tied(adapter, plan.student.get("tied_head"))

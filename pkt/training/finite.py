@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,14 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
             return self.losses.mean
         try:
             self.train(resume_from_checkpoint=checkpoint)
-        except BaseException:
-            # What was logged is written out, and the logs' threads end.
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
+        except BaseException as error:
+            # What was logged is written out, and the logs' threads end; the bar cannot, where no step was begun.
+            with contextlib.suppress(AttributeError):
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+            if isinstance(error, pickle.UnpicklingError):
+                raise PktError(
+                    f"{checkpoint}: its optimizer, scheduler or random state cannot be loaded safely; remove that folder, and the "
+                    "same command goes on from the checkpoint before it"
+                ) from error
             raise
         return self.losses.mean
