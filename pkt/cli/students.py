@@ -158,14 +158,14 @@ def train(
     extraction: Annotated[
         Path,
         typer.Argument(
-            metavar="[EXTRACTION]",
-            help="Folder of pkt transfer or transplant; without it: plain LoRA.",
+            metavar="EXTRACTION_OR_DATA",
+            help="Folder of pkt transfer, transplant or start; or at once the training rows, for plain LoRA.",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Run folder; the same command resumes an unfinished run.")],
     data: Annotated[
-        Path | None, typer.Argument(metavar="DATA", help="Training rows, in the form of the seeds.", show_default=False)
+        Path | None, typer.Argument(metavar="DATA", help="Training rows, after an extraction.", show_default=False)
     ] = None,
     recipe: Annotated[
         RecipeName, typer.Option("--recipe", help="paper: what the paper's authors train with (docs/choices.md).")

@@ -20,7 +20,7 @@ STEPS = 4  # of "fast"
 _MOST_STEPS = 64
 # Residuals up to this go with 99.8% of the best energy and of the leading directions (Gaussian and power-law spectra).
 SETTLED = 0.03
-_ROWS = 1024  # widened at a time
+_WIDENED = 1 << 20  # elements at a time
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def _exact(matrices: Sequence[Tensor], rank: int, seed: int) -> _Decomposed:
     found = []
     for matrix in matrices:
         energy = sum(
-            (block.double().square().sum() for block in matrix.split(_ROWS)), torch.zeros((), dtype=torch.float64)
+            (block.double().square().sum() for block in matrix.split(max(1, _WIDENED // matrix.shape[1]))),
+            torch.zeros((), dtype=torch.float64),
         )
         finite = energy.isfinite()
         u, s, vh = torch.linalg.svd(torch.where(finite, matrix.float(), 0.0), full_matrices=False)
@@ -155,12 +156,22 @@ def _unsettled(matrices: Sequence[Tensor], U: Sequence[Tensor], S: Sequence[Tens
         size = s.double().square().sum()
         # In units of the directions' own size, so that no product leaves fp32's range.
         scale = size.sqrt().clamp_min(torch.finfo(torch.float32).tiny).float()
-        product = torch.zeros(matrix.shape[1], u.shape[1], device=matrix.device)
-        for rows, left in zip(matrix.split(_ROWS), u.split(_ROWS), strict=True):
-            product += (rows.float() / scale).t() @ left
-        after = product.double().square().sum()
+        after = _square_of_product(matrix, u, scale)
         shares.append((1 - 1 / after).clamp(0, 1).sqrt().where(size > 0, 0.0).nan_to_num(0.0).float())
     return torch.stack(shares)
+
+
+def _square_of_product(matrix: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """‖Xᵀ U‖² / scale² in fp64, a few rows or columns of X [n, m] widened at a time."""
+    n, m = matrix.shape
+    if n <= m:
+        products = (block.t() / scale @ u for block in (c.float() for c in matrix.split(max(1, _WIDENED // n), 1)))
+        return sum((p.double().square().sum() for p in products), torch.zeros((), dtype=torch.float64, device=u.device))
+    product = torch.zeros(m, u.shape[1], device=u.device)
+    step = max(1, _WIDENED // m)
+    for rows, left in zip(matrix.split(step), u.split(step), strict=True):
+        product += rows.float().t() / scale @ left
+    return product.double().square().sum()
 
 
 def _checked(matrix: Tensor, name: str) -> Tensor:

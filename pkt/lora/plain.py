@@ -60,8 +60,8 @@ def draw_pairs(
     """The factors that PEFT starts these matrices with, scales folded into B; the student's weights are left as they were.
 
     Each A of a linear layer is PEFT's times `a_scale`, its B divided by it; embeddings keep PEFT's start. rows: what an
-    initialisation that looks at data is shown (its first 256). pissa is pkt's own, without PEFT's full SVDs. The random numbers
-    are torch's global ones. Raises `PktError` where PEFT cannot start a matrix so.
+    initialisation that looks at data is shown (its first 256). pissa is pkt's own, without PEFT's full SVDs and not for experts,
+    which keep PEFT's default. The random numbers are torch's global ones. Raises `PktError` where PEFT cannot start a matrix so.
     """
     spec = spec_of_model(student)
     blank = {t.module: _blank(t, lora.rank) for t in targets}

@@ -153,7 +153,7 @@ def _in_attention(role: str, shape: tuple[int, int], place: Place, layout: Fused
     if layout is not None:
         parts = runs_of(layout, shape[0], place, heads, head)
         return Lying(role, "attention", parts, head or 0, "" if parts else "its rows are no whole heads of q, k and v")
-    if not heads or not head:
+    if not heads or not head or role not in (*HEAD_ROWS, *HEAD_COLUMNS):
         return Lying(role, "attention")
     if role == "q":
         out = place.beside("o")

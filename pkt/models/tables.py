@@ -22,6 +22,8 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]
 # role or group; matrices of one role feed each other whatever they are called.
 ROLES: dict[str, tuple[str, str]] = {
     "q_proj": ("q", "attention"),
+    "q_a_proj": ("q_a", "attention"),
+    "q_b_proj": ("q_b", "attention"),
     "k_proj": ("k", "attention"),
     "v_proj": ("v", "attention"),
     "o_proj": ("o", "attention"),
@@ -141,7 +143,7 @@ NAMED_ROLES = frozenset(
 )
 
 # Rows (q, k, v) or columns (o) of these roles are heads side by side.
-HEAD_ROWS = ("q", "k", "v", "q_gate")
+HEAD_ROWS = ("q", "k", "v", "q_gate", "q_b")
 
 HEAD_COLUMNS = ("o",)
 

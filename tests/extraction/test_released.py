@@ -95,9 +95,7 @@ def test_a_released_folder_goes_full_circle(tmp_path: Path, student: Path, state
 def test_the_command(tmp_path: Path, student: Path, state: dict[str, Tensor]) -> None:
     folder, out = written(tmp_path / "lora", state), tmp_path / "start"
     said = commands.run("import", folder, "--out", out, "--student", student)
-    assert (
-        f"{len(import_released(folder, out, student=student, force=True).pairs)} pairs of rank up to 4, neutral" in said
-    )
+    assert "8 pairs of rank up to 4, neutral" in " ".join(said.split())
     assert "already holds a result" in commands.fails("import", folder, "--out", out, "--student", student)
 
 

@@ -119,6 +119,17 @@ def test_fused_projections_lie_as_their_modeling_file_cuts_them(
     assert not target.doubt
 
 
+def test_heads_of_latent_attention_have_their_own_sizes() -> None:
+    config = config_of("DeepseekV3Config", **DEEPSEEK)
+    assert [
+        (t.role, t.head) for t in (target_of(config, "0.self_attn.q_b_proj"), target_of(config, "0.self_attn.o_proj"))
+    ] == [
+        ("q_b", 12),
+        ("o", 6),
+    ]
+    assert target_of(config, "0.self_attn.q_a_proj").head == 0
+
+
 def test_a_gate_of_attentions_output_is_no_ffn() -> None:
     spec = spec_of(config_of("AfmoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16))
     found = {t.suffix: (t.role, t.group) for t in spec.targets if t.layer == 0 and t.suffix.endswith("gate_proj")}

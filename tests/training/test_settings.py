@@ -242,6 +242,19 @@ def test_the_papers_recipe(student_dir: Path, attention: Extraction, tmp_path: P
     assert settings["data"] == Seeds([both], "", 0).fingerprint
 
 
+@torch.no_grad()
+def test_only_the_papers_start_moves_under_dropout(student_dir: Path, extraction_dir: Path) -> None:
+    ids = torch.tensor([[5, 9, 17, 30, 2, 8]])
+    student = load_model(student_dir)(ids).logits
+    gaps = {}
+    for mode in ("paired", "residual"):
+        torch.manual_seed(0)
+        model = pkt.inject(load_model(student_dir), extraction_dir, mode=mode, dropout=0.05)
+        gaps[mode] = float((model.train()(ids).logits - student).abs().max())
+    assert gaps["paired"] < 1e-4
+    assert gaps["residual"] > 1e-2
+
+
 def test_every_recipe_settles_what_it_must() -> None:
     for name, recipe in RECIPES.items():
         unsettled = {field for field, value in vars(recipe).items() if value is None}
