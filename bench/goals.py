@@ -212,6 +212,16 @@ def stream_on_cpu(files: Files) -> Iterator[Line]:
         yield at_most(f"streamed transfer of a 1.3B teacher, {name}", found[name], limit, "{:.2f}")
 
 
+def lineage_on_cpu(files: Files) -> Iterator[Line]:
+    rows = files.rows("lineage")
+    for row in rows:
+        what = f"lineage of an 8B-shaped pair, {row['pair']}"
+        yield at_most(f"{what}, time", row["seconds"], 600, "{:.0f} s")
+        yield at_most(f"{what}, memory", row["peak_bytes"] / 1e9, 4.0, "{:.2f} GB")
+    if not rows:
+        yield files.missing("lineage", "lineage of an 8B-shaped pair", "≤ 600 s, ≤ 4 GB")
+
+
 def experts(files: Files) -> Iterator[Line]:
     rivals = groups(files.rows("experts"), "").get("S of a mixture of experts", {})
     ours, dense, alone = (rivals.get(name) for name in ("pkt", "dense twin", "one sample at a time"))
@@ -232,7 +242,7 @@ def cut_short(files: Files) -> Iterator[Line]:
 
 GOALS: dict[str, tuple[Callable[[Files], Iterator[Line]], ...]] = {
     "cuda": (linear_sensitivity, memory_bound, rsvd, stream, cut_short),
-    "cpu": (end_to_end, experts, compiled, rsvd_on_cpu, stream_on_cpu, cut_short),
+    "cpu": (end_to_end, experts, compiled, rsvd_on_cpu, stream_on_cpu, lineage_on_cpu, cut_short),
 }
 
 

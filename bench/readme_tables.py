@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -17,17 +16,15 @@ def load(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def demo_sentences(found: dict) -> str:
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(found["sentences"], 1))
+
+
 def demo_table(found: dict) -> str:
-    spread = lambda values: stdev(values) if len(values) > 1 else 0.0  # noqa: E731
-    lines = ["| start | lr | test NLL | exact match |", "|---|---|---|---|"]
-    for name, key in (("student before training", "untrained"), ("teacher", "teacher")):
-        lines.append(f"| {name} | | {found[key]['nll']:.3f} | {100 * found[key]['exact_match']:.1f}% |")
-    guess = found["guess"]
-    lines.append(f"| always answering {guess['answer']} | | | {100 * guess['exact_match']:.1f}% |")
-    for name, r in found["methods"].items():
-        matches = [100 * m for m in r["exact_match"]]
-        nll, match = (f"{mean(v):.{d}f}{u} ± {spread(v):.{d}f}" for v, d, u in ((r["nll"], 3, ""), (matches, 1, "%")))
-        lines.append(f"| {name} | {r['lr']:g} | {nll} | {match} |")
+    from pkt.demo.showing import table_of
+
+    head, rows = table_of(found)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join([*lines, "", *(f"- {line}" for line in found["verdict"])])
 
 
@@ -144,6 +141,7 @@ def kernels_table(found: dict) -> str:
 # Page -> table -> the file its figures come from, and how they are laid out.
 PAGES = {
     "README.md": {
+        "demo sentences": ("demo_cpu.json", demo_sentences),
         "demo table": ("demo_cpu.json", demo_table),
         "bench table": ("end_to_end_cpu.json", bench_table),
         "families": ("families.json", families_table),

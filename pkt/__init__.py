@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pkt.seeds import Seeds as Seeds
     from pkt.seeds import load_seeds as load_seeds
     from pkt.starting import start as start
+    from pkt.training import train as train
     from pkt.transferring import transfer as transfer
     from pkt.transplanting import transplant as transplant
 
@@ -57,6 +58,7 @@ _HOME = {
     "plan": "planning",
     "sensitivity": "scoring",
     "start": "starting",
+    "train": "training",
     "transfer": "transferring",
     "transplant": "transplanting",
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from torch import Tensor
 from pkt.errors import PktError
 
 MANIFEST = "pkt.json"
+PAGE_MARK = '<meta name="generator" content="pkt">'
 LOCK = "lock"
 
 
@@ -77,46 +77,72 @@ def as_path(value: Any, what: str) -> Path:
     raise PktError(f"{what} is needed, not {type(value).__name__}")
 
 
+def followed(out: str | Path) -> Path:
+    """Where a path leads whose last part is a link; what is written there must not replace the link."""
+    out = Path(out)
+    if not out.is_symlink():
+        return out
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise PktError(f"{out} is a link that leads back to itself; name another path")
+    return target
+
+
 def check_output_folder(out: str | Path, *, force: bool = False) -> Path:
     """Refuse, before any work is done, an output folder that cannot be written or holds something else.
 
     With `force`, a folder that pkt itself wrote (it has a pkt.json) is replaced; anything else never is.
     """
     out = as_path(out, "the path of an output folder")
-    if out.is_file():
-        raise PktError(f"{out} is a file; name a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / MANIFEST).is_file():
-            raise PktError(f"{out} holds something that pkt did not write; name a new or an empty folder")
-        if not force:
-            raise PktError(f"{out} already holds a result of pkt; name another folder, or replace it with --force")
-    _check_parent(out)
+    with os_errors(f"writing {out}"):
+        if out.exists() and not out.is_dir():
+            raise PktError(f"{out} is a file; name a folder that does not exist yet")
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / MANIFEST).is_file():
+                raise PktError(f"{out} holds something that pkt did not write; name a new or an empty folder")
+            if not force:
+                raise PktError(f"{out} already holds a result of pkt; name another folder, or replace it with --force")
+        check_parent(out)
     return out
 
 
 def check_output_file(out: str | Path, form: str, *, force: bool = False) -> Path:
     """Refuse, before any work is done, an output file that cannot be written or is there already.
 
-    form: what the file's own "format" begins with. With `force`, a JSON file of that form is replaced; anything else never is.
+    form: what the file's own "format" begins with, as JSON or in the metadata of safetensors; or "<!", of a page of pkt's. With
+    `force`, a file of that form is replaced; anything else never is.
     """
     out = as_path(out, "the path of an output file")
-    if out.is_dir():
-        raise PktError(f"{out} is a folder; name a file")
-    if out.exists():
-        try:
-            found = read_json(out)
-        except PktError:
-            found = None
-        if not isinstance(found, dict) or not str(found.get("format")).startswith(form):
-            raise PktError(f"{out} holds something else than this command writes; name a file that does not exist yet")
-        if not force:
-            raise PktError(f"{out} is there already; name another file, or replace it with --force")
-    _check_parent(out)
+    with os_errors(f"writing {out}"):
+        if out.is_dir():
+            raise PktError(f"{out} is a folder; name a file")
+        if out.exists():
+            if not out.is_file() or not _is_of(out, form):
+                raise PktError(
+                    f"{out} holds something else than this command writes; name a file that does not exist yet"
+                )
+            if not force:
+                raise PktError(f"{out} is there already; name another file, or replace it with --force")
+        check_parent(out)
     return out
 
 
-def _check_parent(out: Path) -> None:
-    parent = out.absolute().parent
+def _is_of(file: Path, form: str) -> bool:
+    """Whether pkt wrote a file of this form."""
+    with open(file, "rb") as opened:
+        head = opened.read(4096)
+    if form.startswith("<"):
+        return head.lstrip().startswith(form.encode()) and PAGE_MARK.encode() in head
+    try:
+        found = read_json(file) if head[:1] == b"{" else json.loads(safetensors_header(file).metadata["pkt"])
+    except (PktError, KeyError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and str(found.get("format")).startswith(form)
+
+
+def check_parent(out: Path) -> None:
+    """Refuse a path that nothing can be written to."""
+    parent = followed(out).absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -172,53 +198,82 @@ def lock_folder(folder: Path, out: Path) -> Iterator[None]:
         os.close(lock)
 
 
+_SCRATCH = ".pkt-"  # and eight characters of tempfile's
+_OLD = "old"  # within it, what is being replaced
+
+
+@contextlib.contextmanager
+def _scratch_in(parent: Path) -> Iterator[Path]:
+    """A new hidden folder, locked while its writer lives: what a killed one left is removed by the next writer beside it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep_scratch(parent)
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+        lock = os.open(scratch, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks is never swept
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            break
+        os.close(lock)  # swept in the moment before it was locked
+    try:
+        yield scratch
+    finally:
+        _discard(scratch)
+        os.close(lock)
+
+
+def _discard(scratch: Path) -> None:
+    """Remove a writer's folder; what it had moved aside to replace, and did not, goes back."""
+    for old in (scratch / _OLD).glob("*"):
+        if not (scratch.parent / old.name).exists():
+            os.replace(old, scratch.parent / old.name)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep_scratch(folder: Path) -> None:
+    """Discard what killed writers left here: nobody locks it."""
+    for name in os.listdir(folder):
+        if not re.fullmatch(re.escape(_SCRATCH) + r"\w{8}", name):
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(folder / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _discard(folder / name)
+            finally:
+                os.close(lock)
+
+
 @contextlib.contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a scratch folder beside `out` that becomes `out` in one rename, or disappears."""
+    """Yield a scratch folder that becomes `out` in one rename, or disappears; a link is followed, and stays."""
     _begin()
-    out = check_output_folder(out, force=force)
+    parent = followed(as_path(out, "the path of an output folder")).absolute().parent
     with os_errors(f"writing {out}"):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
-        with os_errors(f"writing {out}"):
-            yield scratch
-            scratch.chmod(0o777 & ~_umask())
-            share_files(scratch)
-            if out.is_dir():
-                old = out.with_name(f".{out.name}.old-{os.getpid()}")
-                os.replace(out, old)
-                os.replace(scratch, out)
-                shutil.rmtree(old)
-            else:
-                os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def sweep_scratch(out: Path) -> None:
-    """Remove the scratch folders that killed writers of `out` left; only for who holds `out` against other writers."""
-    for entry in out.absolute().parent.glob(f".{glob.escape(out.name)}.????????"):
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
+        if parent.is_dir():
+            sweep_scratch(parent)
+    out = followed(check_output_folder(out, force=force))
+    with os_errors(f"writing {out}"), _scratch_in(parent) as scratch:
+        made, old = scratch / "made", scratch / _OLD / out.name
+        made.mkdir()
+        yield made
+        share_files(made)
+        if out.is_dir():
+            old.parent.mkdir()
+            os.replace(out, old)
+        os.replace(made, out)
 
 
 @contextlib.contextmanager
 def atomic_file(out: str | Path) -> Iterator[Path]:
-    """Yield a scratch path beside `out` that becomes `out` in one rename, or disappears."""
+    """Yield a scratch path that becomes `out` in one rename, or disappears; a link is followed, and stays."""
     _begin()
-    out = Path(out)
-    if out.is_dir():
+    if Path(out).is_dir():
         raise PktError(f"{out} is a folder; name a file")
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with os_errors(f"writing {out}"):
-            out.absolute().parent.mkdir(parents=True, exist_ok=True)
-            yield scratch
-            os.replace(scratch, out)
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
+    out = followed(out)
+    with os_errors(f"writing {out}"), _scratch_in(out.absolute().parent) as scratch:
+        yield scratch / out.name
+        os.replace(scratch / out.name, out)
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,9 +18,15 @@ from pkt.errors import PktError
 LayerChoice: TypeAlias = Literal["sensitivity", "first", "last", "random"]
 Select: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
 Split: TypeAlias = Literal["b", "sqrt"]
+Svd: TypeAlias = Literal["fast", "adaptive", "exact"]
 Loss: TypeAlias = Literal["answer", "all"]
 KeepScores: TypeAlias = Literal["none", "tiles", "full"]
 Mode: TypeAlias = Literal["paired", "residual", "add"]
+RecipeName: TypeAlias = Literal["pkt", "paper"]
+TrainModules: TypeAlias = Literal["extracted", "all"]
+TrainingLoss: TypeAlias = Literal["answer", "last", "all"]
+RowTemplate: TypeAlias = Literal["chat", "paper"]
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 How: TypeAlias = Literal["lora", "pissa", "lora-ga", "eva", "spectral"]
 AnswerRule: TypeAlias = Literal["mark", "number"]
 
@@ -75,7 +81,8 @@ class PlanOptions:
 class Factorization:
     """How a region becomes a LoRA pair: at a fixed rank or, with `energy`, at the smallest that catches this share of it.
 
-    With `energy`, `rank` is not used; without, `max_rank` is not. split "b": B = UΣ, A = Vᵀ; "sqrt": √Σ on each side.
+    With `energy`, `rank` is not used; without, `max_rank` is not. split "b": B = UΣ, A = Vᵀ; "sqrt": √Σ on each side. svd:
+    "fast" takes four steps; "adaptive" as many as leave the directions where they are; "exact" is LAPACK's.
     """
 
     rank: int = 16
@@ -83,6 +90,7 @@ class Factorization:
     energy: float | None = None
     split: Split = "b"
     seed: int = 0
+    svd: Svd = "fast"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or not isinstance(self.max_rank, int):
@@ -93,6 +101,8 @@ class Factorization:
             raise PktError(f"energy={self.energy} must be in (0, 1]: the share of each matrix's squared norm to catch")
         if self.split not in get_args(Split):
             raise PktError(f"split={self.split!r} is unknown; choose 'b' (the paper's) or 'sqrt' (PiSSA's)")
+        if self.svd not in get_args(Svd):
+            raise PktError(f"svd={self.svd!r} is unknown; choose one of {', '.join(get_args(Svd))}")
         _check_seed(self.seed)
 
     @property
@@ -101,7 +111,8 @@ class Factorization:
         return self.rank if self.energy is None else self.max_rank
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As they are recorded; what came later only when used."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("svd", "fast")}
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,9 @@ class Training:
 
     batch_size: rows of a step, on whatever devices; micro_batch: rows in memory at once, at most. lr: at its peak; warmup: steps
     to it, or a share of them below 1; scheduler: transformers' name. save_steps: steps between checkpoints, None for none and no
-    logs.
+    logs. precision: of the products, "auto" for bf16 on a GPU that has it and fp32 elsewhere. gradient_checkpointing: compute
+    activations twice rather than keep them. group_by_length: rows of like lengths together. report_to: names of transformers'
+    integrations, joined by commas, or "none". eval_steps: steps between looks at held-out rows; default, save_steps.
     """
 
     epochs: float = 3.0
@@ -180,6 +193,11 @@ class Training:
     max_steps: int | None = None
     save_steps: int | None = 50
     seed: int = 0
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    report_to: str = "tensorboard"
+    eval_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr"):
@@ -189,7 +207,7 @@ class Training:
             raise PktError(
                 f"lr={self.lr} is too large: Adam moves every weight by about lr in each step; 3e-4 is usual"
             )
-        for name in ("batch_size", "micro_batch", "save_steps", "max_steps"):
+        for name in ("batch_size", "micro_batch", "save_steps", "max_steps", "eval_steps"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise PktError(f"{name}={count} must be at least 1")
@@ -197,6 +215,77 @@ class Training:
             raise PktError(f"warmup={self.warmup} must be a number of steps, or a share of them below 1")
         if not 0 <= self.seed < 2**32:
             raise PktError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
+        _check_choice("precision", self.precision, Precision)
+
+    def later(self) -> dict[str, Any]:
+        """What came later and changes a result, only when used: runs made without it are the same runs."""
+        found = {"precision": self.precision, "group_by_length": self.group_by_length}
+        return {name: value for name, value in found.items() if value not in ("auto", False)}
+
+
+def _check_choice(name: str, given: Any, choices: Any) -> None:
+    if given not in get_args(choices):
+        raise PktError(f"{name}={given!r} is unknown; choose one of {', '.join(get_args(choices))}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe settles of a training, unless it is said otherwise; None: not settled.
+
+    mode: how an extraction is injected. lr, warmup, gradient_checkpointing: as in `Training`. train_modules: which matrices learn
+    beside the extracted ones, from B = 0. a_scale: A of a LoRA that starts at B = 0, times PEFT's. loss: the tokens that count, of
+    all answers, of the last one, or all. template: how messages become text, by the tokenizer's own chat template where it has
+    one, or as the paper's authors train.
+    """
+
+    mode: Mode | None = None
+    lr: float | None = None
+    warmup: float | None = None
+    gradient_checkpointing: bool | None = None
+    train_modules: TrainModules | None = None
+    a_scale: float | None = None
+    loss: TrainingLoss | None = None
+    template: RowTemplate | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("train_modules", TrainModules), ("loss", TrainingLoss), ("template", RowTemplate)):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), choices)
+        if self.a_scale is not None and not 0 < self.a_scale < math.inf:
+            raise PktError(f"a_scale={self.a_scale} must be positive and finite; 1, 3 and 8 are usual")
+
+    def over(self, recipe: str) -> Recipe:
+        """These settings, and the rest as the recipe of this name has it."""
+        _check_choice("recipe", recipe, RecipeName)
+        return replace(RECIPES[recipe], **{name: value for name, value in vars(self).items() if value is not None})
+
+
+# The paper's: what its authors' trainer does (docs/choices.md says where pkt does otherwise, and why).
+RECIPES: Mapping[str, Recipe] = {
+    "pkt": Recipe(
+        warmup=0.0, gradient_checkpointing=False, train_modules="extracted", a_scale=3.0, loss="answer", template="chat"
+    ),
+    "paper": Recipe("residual", 3e-4, 0.03, True, "all", 1.0, "last", "paper"),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that starts without an extraction.
+
+    init: PEFT's `init_lora_weights`, "default" for its True. alpha: lora_alpha; None makes the scale 1. modules: as in a plan.
+    """
+
+    init: str = "default"
+    rank: int = 16
+    alpha: float | None = None
+    modules: str = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise PktError(f"rank={self.rank!r} must be a whole number of at least 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise PktError(f"alpha={self.alpha} must be positive and finite; leave it out for a scale of 1")
 
 
 def _layers(given: Any) -> str | tuple[int, ...]:

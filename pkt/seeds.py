@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from pkt.errors import PktError
 from pkt.files import os_errors, sha256
 from pkt.models import load_tokenizer, quiet
-from pkt.options import Loss
+from pkt.options import RowTemplate, TrainingLoss
 from pkt.templates import FORMS, Piece, Template, pieces_of
 
 IGNORE = -100
@@ -135,10 +135,11 @@ def load_seeds(
     path: str | Path,
     tokenizer: Any,
     *,
-    loss: Loss = "answer",
+    loss: TrainingLoss = "answer",
     max_length: int = 2048,
     limit: int | None = None,
     today: datetime.date | None = None,
+    template: RowTemplate = "chat",
 ) -> Seeds:
     """Read and tokenize a JSONL file of examples (docs/method.md §1, §6).
 
@@ -146,35 +147,45 @@ def load_seeds(
     knows them), {"prompt", "completion"} (both strings or both lists of messages) or {"text"}. Messages go through the
     tokenizer's chat template when it has one and the paper's template otherwise, which strips the ends of every content; prompt
     and completion are joined as they are. A text that has its beginning or its end token already gets no second one.
-    `loss="answer"` puts labels on the assistant's turns (or the completion) only, "all" on every token; a {"text"} row always
-    counts as a whole. today: the date for chat templates that print it; `Seeds.today` is the one that was used.
+    `loss="answer"` puts labels on the assistant's turns (or the completion) only, "last" on the last of them, "all" on every
+    token; a {"text"} row always counts as a whole. today: the date for chat templates that print it; `Seeds.today` is the one
+    that was used. template="paper" writes messages as the paper's authors train on them, whatever the tokenizer has: each turn
+    ends with an empty line, the row with the end token.
 
     Raises `PktError` naming file and line for malformed JSON or rows, a template that does not end, a row left without a
     target token (also by truncation to `max_length` tokens), and an empty file.
     """
-    if loss not in ("answer", "all"):
-        raise PktError(f"loss={loss!r} is unknown; choose 'answer' or 'all'")
+    if loss not in get_args(TrainingLoss):
+        raise PktError(f"loss={loss!r} is unknown; choose one of {', '.join(get_args(TrainingLoss))}")
+    if template not in get_args(RowTemplate):
+        raise PktError(f"template={template!r} is unknown; choose one of {', '.join(get_args(RowTemplate))}")
     if max_length < 2:
         raise PktError(f"max_length={max_length} leaves no token to predict; use at least 2")
     if limit is not None and limit < 1:
         raise PktError(f"limit={limit} leaves no rows; use at least 1")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
-    template = Template(tokenizer, today or datetime.date.today(), most=max_length * _longest_token(tokenizer))
+    if not callable(tokenizer):
+        raise PktError(f"a tokenizer is needed, or the folder of a model that has one, not {type(tokenizer).__name__}")
+    most = max_length * _longest_token(tokenizer)
+    writer = Template(tokenizer, today or datetime.date.today(), most, paper=template == "paper")
     examples: list[Example] = []
     with quiet():  # tokenizers warn of rows longer than the model, before they are truncated
         for number, row in read_rows(path):
             if limit is not None and len(examples) == limit:
                 break
             where = f"{path}:{number}"
-            pieces, special = pieces_of(row, template, where)
+            pieces, special = pieces_of(row, writer, where)
+            if loss == "last":
+                last = max((i for i, (_, answer) in enumerate(pieces) if answer), default=-1)
+                pieces = [(text, answer and i == last) for i, (text, answer) in enumerate(pieces)]
             examples.append(_encode(pieces, special, tokenizer, loss, max_length, where, number))
     if not examples:
         raise PktError(f"{path} has no rows; add some of the form {FORMS}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     # What stands in the padding does not count, but a model must have it: a tokenizer may have tokens beyond the model's.
     pad = min(pad, max(max(e.input_ids) for e in examples))
-    return Seeds(examples, str(path), pad, template.today if template.dated else None)
+    return Seeds(examples, str(path), pad, writer.today if writer.dated else None)
 
 
 def _longest_token(tokenizer: Any) -> int:

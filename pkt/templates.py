@@ -22,15 +22,16 @@ _SECONDS, _BYTES = 1.0, 400 << 20
 class Template:
     """A tokenizer's chat template, told the date once. `dated` says whether it ever asked for it.
 
-    most: characters of a content beyond which nothing can be kept, so nothing is rendered.
+    most: characters of a content beyond which nothing can be kept, so nothing is rendered. paper: the text that the paper's
+    authors train on, whatever template the tokenizer has.
     """
 
-    def __init__(self, tokenizer: Any, today: datetime.date, most: int) -> None:
-        self.tokenizer, self.today, self.most, self.dated = tokenizer, today, most, False
+    def __init__(self, tokenizer: Any, today: datetime.date, most: int, *, paper: bool = False) -> None:
+        self.tokenizer, self.today, self.most, self.paper, self.dated = tokenizer, today, most, paper, False
 
     @property
     def chat(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return not self.paper and bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -159,6 +160,8 @@ def _conversation(
         raise PktError(f'{where}: "tools" need a tokenizer with a chat template; this one has none')
     if any(m.get("tool_calls") for m in checked):
         raise PktError(f'{where}: "tool_calls" need a tokenizer with a chat template; this one has none')
+    if template.paper:
+        return _trained_chat(checked, counted_from, template.ends[1]), True
     return _paper_chat(checked, counted_from, template.ends[1]), True
 
 
@@ -219,6 +222,16 @@ def _paper_chat(messages: list[dict[str, Any]], counted_from: int, end: str) -> 
         else:
             pieces.append((f"<|{message['role']}|>\n{content}\n\n", False))
     return pieces
+
+
+def _trained_chat(messages: list[dict[str, Any]], counted_from: int, end: str) -> list[Piece]:
+    """As the authors' trainer writes a row: every turn ends with an empty line, the row with the end token."""
+    pieces: list[Piece] = []
+    for index, message in enumerate(messages):
+        counts = message["role"] == "assistant" and index >= counted_from
+        pieces += [(f"<|{message['role']}|>\n", False), (f"{message['content'].strip()}\n\n", counts)]
+    text, counts = pieces[-1]
+    return [*pieces[:-1], (text + end, counts)]
 
 
 def _chat(

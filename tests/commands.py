@@ -32,4 +32,4 @@ def fails(*args: Any) -> str:
 
 def empty_beside(path: Path) -> bool:
     """Nothing half-written is left where `path` would have been."""
-    return not path.exists() and not any(p.name.startswith(f".{path.name}") for p in path.parent.iterdir())
+    return not path.exists() and not any(p.name.startswith((f".{path.name}", ".pkt-")) for p in path.parent.iterdir())

@@ -398,3 +398,14 @@ def test_the_comparison_of_experts_runs_in_tiny_shapes(tmp_path: Path) -> None:
     assert found["complete"]
     assert [row["rival"] for row in found["rows"]] == ["pkt", "dense twin", "one sample at a time"]
     assert all("failed" not in row for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_the_lineage_of_a_large_pair_runs_in_tiny_shapes(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "bench_lineage.py"), "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["pair"]: row for row in json.loads((tmp_path / "lineage_tiny.json").read_text())["rows"]}
+    assert {pair: row["verdict"] for pair, row in found.items()} == {"stranger": "no lineage", "descendant": "descends"}
+    assert found["descendant"]["layers_right"]
+    assert found["descendant"]["hidden_right"] == found["descendant"]["evidence"]["hidden units"]["of"]

@@ -110,6 +110,23 @@ def test_the_road_step_by_step_keeps_its_seeds(
     assert "unknown" not in card
 
 
+def test_samples_in_place_of_batches_are_told(seed_file: Path, tokenizer: Any) -> None:
+    model, rows = zoo.llama(vocab=len(tokenizer)), pkt.load_seeds(seed_file, tokenizer, limit=2)
+    given: list[tuple[list[Any], str]] = [
+        (
+            [json.loads(line) for line in seed_file.read_text().splitlines()],
+            "rows of text; read them with pkt.load_seeds",
+        ),
+        ([{"input_ids": e.input_ids, "labels": e.labels} for e in rows], "gives samples, not batches"),
+        ([{"input_ids": torch.tensor(e.input_ids), "labels": torch.tensor(e.labels)} for e in rows], "not batches"),
+    ]
+    for batches, words in given:
+        with pytest.raises(pkt.PktError, match=words):
+            pkt.sensitivity(model, batches, progress=False)
+    with pytest.raises(pkt.PktError, match=r"a tokenizer is needed, .* not NoneType"):
+        pkt.load_seeds(seed_file, None)
+
+
 def test_what_several_tasks_leave_is_taken_up(
     multi: Path, teacher_dir: Path, student_dir: Path, tmp_path: Path, seed_file: Path
 ) -> None:

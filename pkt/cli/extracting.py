@@ -171,3 +171,23 @@ def extract(
     ext.save(out, force=force)
     out_console.print(f"{out}: {ext}", highlight=False)
     next_line(f"pkt train {shlex.quote(ext.plan.student['name'])} {shlex.quote(str(out))} DATA.jsonl --out RUN")
+
+
+@app.command("import", rich_help_panel="Step by step")
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the authors' released code (adapter_model.bin).", show_default=False)
+    ],
+    out: OutDir,
+    student: Annotated[
+        str | None, typer.Option("--student", help="The model it is for, if its files do not say.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Read what the method's authors' released code extracted, as a LoRA folder that pkt trains and finalizes."""
+    from pkt.extraction import import_released
+
+    start = import_released(folder, out, student=student, force=force)
+    out_console.print(f"{out}: {start}", highlight=False)
+    name = shlex.quote(str(start.student["name"]))
+    next_line(f"pkt train {name} {shlex.quote(str(out))} DATA.jsonl --out RUN")

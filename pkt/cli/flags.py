@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
 
 from pkt.errors import PktError
-from pkt.options import LayerChoice, Loss, Select, Split
+from pkt.options import LayerChoice, Loss, Select, Split, Svd
 
 Teacher: TypeAlias = Annotated[
     str, typer.Argument(help="Teacher: a checkpoint directory or a model on the Hub.", show_default=False)
@@ -125,6 +125,13 @@ _FLAGS: dict[str, Any] = {
     "split": Annotated[
         Split, typer.Option("--split", help="b: the singular values go into B; sqrt: half on each side.")
     ],
+    "svd": Annotated[
+        Svd,
+        typer.Option(
+            "--svd",
+            help="fast: four steps, which flat spectra do not settle (a line says so); adaptive: as many as they take; exact.",
+        ),
+    ],
     "loss": Annotated[Loss, typer.Option("--loss", help="Tokens that count: the answers, or all.")],
     "max_length": MaxLength,
     "batch_size": Annotated[
@@ -149,15 +156,23 @@ _FLAGS: dict[str, Any] = {
 }
 
 
-def takes(*subjects: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command's `**options` the flags of these dataclasses' fields, with their defaults."""
+def takes(
+    *subjects: type, unsaid: type | None = None, own_flags: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command's `**options` the flags of these dataclasses' fields, with their defaults; a later one's field counts.
+
+    unsaid: a subject whose fields are None until they are given. own_flags: what a command says of a field in its own words.
+    """
+    table = {**_FLAGS, **(own_flags or {})}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True).parameters.values()
-        fields = {f.name: f for subject in subjects for f in dataclasses.fields(subject) if f.name in _FLAGS}
+        defaults = {f.name: f.default for subject in subjects for f in dataclasses.fields(subject) if f.name in table}
+        if unsaid is not None:
+            defaults |= dict.fromkeys(f.name for f in dataclasses.fields(unsaid))
         flags = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=_FLAGS[name])
-            for name, f in fields.items()
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=table[name])
+            for name, default in defaults.items()
         ]
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from pkt.cli.application import app, next_line, out_console, print_json, resumable
-from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype
-from pkt.options import AnswerRule, Mode
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable
+from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype, takes
+from pkt.options import (
+    AnswerRule,
+    Lora,
+    Mode,
+    Precision,
+    Recipe,
+    RecipeName,
+    RowTemplate,
+    Training,
+    TrainingLoss,
+    TrainModules,
+)
 
 DropoutOption: TypeAlias = Annotated[
     float | None,
@@ -65,52 +76,131 @@ def inject(
         out_console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+_RECIPE_SAYS = "default: as the recipe has it"
+
+# By the names of the fields of `Training`, `Recipe` and `Lora`.
+_TRAINING: dict[str, Any] = {
+    "epochs": Annotated[float, typer.Option("--epochs", help="Times that every row is learnt from.")],
+    "batch_size": Annotated[int, typer.Option("--batch-size", help="Rows per step.")],
+    "micro_batch": Annotated[int, typer.Option("--micro-batch", help="Rows in memory at once.")],
+    "lr": Annotated[
+        float | None, typer.Option("--lr", help="Peak learning rate; default: 3e-4, half of it for a transplant.")
+    ],
+    "warmup": Annotated[
+        float | None, typer.Option("--warmup", help=f"Steps, or a share of them below 1; {_RECIPE_SAYS}, 0 or 0.03.")
+    ],
+    "max_steps": Annotated[
+        int | None, typer.Option("--max-steps", help="Stop after so many steps; default: when the epochs are done.")
+    ],
+    "save_steps": Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.")],
+    "seed": Annotated[int, typer.Option("--seed", help="Seed of everything random.")],
+    "precision": Annotated[
+        Precision, typer.Option("--precision", help="Of the products; auto: bf16 on a GPU that has it, else fp32.")
+    ],
+    "gradient_checkpointing": Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help=f"Compute activations twice rather than keep them; {_RECIPE_SAYS}.",
+        ),
+    ],
+    "group_by_length": Annotated[bool, typer.Option("--group-by-length", help="Rows of like lengths together.")],
+    "eval_steps": Annotated[
+        int | None, typer.Option("--eval-steps", help="Steps between looks at --held-out; default: as --save-steps.")
+    ],
+    "report_to": Annotated[
+        str, typer.Option("--report-to", help="tensorboard, wandb, mlflow, ... (joined by commas), or none.")
+    ],
+    "mode": Annotated[
+        Mode | None,
+        typer.Option(
+            "--mode",
+            help="How step 0 stays the student; default: paired, residual in the paper's recipe, add for what is kept.",
+        ),
+    ],
+    "train_modules": Annotated[
+        TrainModules | None,
+        typer.Option("--train-modules", help=f"all: the matrices that were not extracted learn too; {_RECIPE_SAYS}."),
+    ],
+    "a_scale": Annotated[
+        float | None,
+        typer.Option(
+            "--a-scale", help="A of what was not extracted, times PEFT's; default: 3, in the paper's recipe 1."
+        ),
+    ],
+    "loss": Annotated[
+        TrainingLoss | None,
+        typer.Option("--loss", help=f"Tokens that count: the answers, the last one, or all; {_RECIPE_SAYS}."),
+    ],
+    "template": Annotated[
+        RowTemplate | None,
+        typer.Option("--template", help=f"chat: the tokenizer's own; paper: as its authors train; {_RECIPE_SAYS}."),
+    ],
+    "init": Annotated[
+        str | None,
+        typer.Option("--init", help="Without an extraction: PEFT's init_lora_weights (gaussian, pissa, ...)."),
+    ],
+    "rank": Annotated[int | None, typer.Option("--rank", help="Without an extraction: the LoRA's; default 16.")],
+    "alpha": Annotated[
+        float | None, typer.Option("--alpha", help="Without an extraction: lora_alpha; default: a scale of 1.")
+    ],
+    "modules": Annotated[
+        str | None,
+        typer.Option("--modules", help="Without an extraction: the matrices adapted, as in pkt plan; default all."),
+    ],
+}
+
+
 @app.command(rich_help_panel="The main path")
+@takes(Training, Recipe, unsaid=Lora, own_flags=_TRAINING)
 def train(
     student: Student,
-    extraction: Annotated[Path, typer.Argument(help="Folder written by pkt transfer.", show_default=False)],
-    data: Annotated[Path, typer.Argument(help="Training rows, in the form of the seeds.", show_default=False)],
+    extraction: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EXTRACTION_OR_DATA",
+            help="Folder of pkt transfer, transplant or start; or at once the training rows, for plain LoRA.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Run folder; the same command resumes an unfinished run.")],
-    mode: ModeFlag = None,
-    epochs: Annotated[float, typer.Option("--epochs")] = 3.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 64,
-    micro_batch: Annotated[int, typer.Option("--micro-batch", help="Rows in memory at once.")] = 8,
-    lr: Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate; default: 3e-4, half of it for a transplant.")
+    data: Annotated[
+        Path | None, typer.Argument(metavar="DATA", help="Training rows, after an extraction.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        RecipeName, typer.Option("--recipe", help="paper: what the paper's authors train with (docs/choices.md).")
+    ] = "pkt",
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--held-out", help="Rows to measure on as it trains; the best weights are kept.", show_default=False
+        ),
     ] = None,
     dropout: DropoutOption = None,
-    warmup: Annotated[float, typer.Option("--warmup", help="Steps, or a share of them below 1.")] = 0.0,
     max_length: MaxLength = 2048,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", help="Stop after so many steps; default: when the epochs are done.")
-    ] = None,
-    save_steps: Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Start over; what pkt wrote in OUT is removed.")] = False,
+    **options: Any,
 ) -> None:
-    """Inject an extraction into the student and train it with transformers' Trainer (the paper's settings)."""
+    """Start a LoRA in the student, from an extraction or plainly, and train it with transformers' Trainer."""
     from pkt.training import train as run
 
+    # One path after the student: the rows alone.
+    begun, rows = (None, extraction) if data is None else (extraction, data)
     with resumable(lambda: any(out.glob("checkpoint-*")), force=force):
         run(
             student,
-            extraction,
-            data,
+            begun,
+            rows,
             out,
-            mode=mode,
-            epochs=epochs,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            lr=lr,
+            recipe=recipe,
+            held_out=held_out,
             dropout=dropout,
-            warmup=warmup,
             max_length=max_length,
-            max_steps=max_steps,
-            save_steps=save_steps,
-            seed=seed,
             force=force,
+            **options,
         )
-    out_console.print(f"{out}: trained; logs for TensorBoard in {out / 'logs'}", highlight=False)
+    logs = f"; logs for TensorBoard in {out / 'logs'}" if "tensorboard" in options["report_to"] else ""
+    out_console.print(f"{out}: trained{logs}", highlight=False)
     next_line(f"pkt finalize {shlex.quote(str(out))} --out ADAPTER")
 
 
@@ -193,11 +283,15 @@ def evaluate(
     """Mean negative log-likelihood of the answers, and exact match, on held-out rows."""
     from pkt.files import MANIFEST
     from pkt.lora import load_with_adapter
-    from pkt.manifest import recorded_day
+    from pkt.manifest import read_manifest, recorded_day
     from pkt.models import load_tokenizer
     from pkt.seeds import load_seeds
     from pkt.training import evaluate as run
 
+    if adapter is not None and (adapter / MANIFEST).is_file() and read_manifest(adapter).get("kind") == "extraction":
+        err_console.print(
+            f"{adapter} is an extraction, not trained: what is measured is the student changed by it at once"
+        )
     tokenizer = load_tokenizer(model)
     # What a template printed while the adapter was trained is printed again.
     today = None if adapter is None else recorded_day(adapter / MANIFEST)

@@ -1,102 +1,165 @@
-"""The methods that the demo compares, each at its own learning rate and over the same seeds."""
+"""The starts that the demo compares, and one training of one of them: each at its own learning rate and scale of A."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from pkt.adapters import Pair
-from pkt.extraction import Extraction
+from pkt.extraction import Extraction, Start
 from pkt.lora import finalize, inject, load_with_adapter, wrap
 from pkt.models import load_model, load_tokenizer
 from pkt.options import Training
 from pkt.seeds import Seeds, load_seeds
-from pkt.training import evaluate, fit
+from pkt.training import fit, row_losses, row_matches
+from pkt.transplanting import transplant
 
 ASSETS = Path(__file__).parent / "assets"
-RATES = (3e-3, 1e-2)
+TUNING = Path(__file__).parent / "tuning.json"
+RANK = 32
 BATCH = 32
 EPOCHS = 2.0
 TRAIN_ROWS, HELD_OUT = 512, 64
-CHOOSING_SEED = 1000
-METHODS = (
-    "PKT: sensitivity window",
-    "random window",
-    "noise of the same size",
-    "PiSSA: the student's own",
-    "plain LoRA (B = 0)",
-)
+ANSWER_TOKENS = 40  # the longest answer of the task has half as many
+SEEDS, TRAIN, TEST, GENERAL = (ASSETS / "data" / f"{name}.jsonl" for name in ("seeds", "train", "test", "general"))
 
-Start = Callable[[int], Any]  # training seed -> a model ready to train
+What = Literal["transplant", "neutral", "wrong-units", "noise", "window", "plain"]
 
 
-def starts(ext: Extraction, random_window: Extraction, own: Extraction) -> dict[str, Start]:
-    """The methods compared. All train the same modules at the same rank; the noise has PKT's singular values."""
+@dataclass(frozen=True)
+class Method:
+    """A start: what it is, for which model, and how long it trains. Models are names of folders in the assets or the output."""
 
-    def injected(extraction: Extraction) -> Start:
-        return lambda seed: inject(load_model(ASSETS / "student", dtype=torch.float32), extraction)
+    name: str
+    model: str
+    what: What
+    epochs: float = EPOCHS
 
-    def noise(seed: int) -> Any:
-        return inject(load_model(ASSETS / "student", dtype=torch.float32), matched_noise(ext, seed))
-
-    def plain(seed: int) -> Any:
-        return wrap(load_model(ASSETS / "student", dtype=torch.float32), ext.adapter().config())
-
-    return dict(zip(METHODS, (injected(ext), injected(random_window), noise, injected(own), plain), strict=True))
-
-
-def matched_noise(ext: Extraction, seed: int) -> Extraction:
-    """Random directions with the singular values of `ext`'s pairs: what is left of PKT when its content is taken out."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = {}
-    for module, pair in ext.pairs.items():
-        sizes = pair.B.norm(dim=0)  # split "b": the columns of B carry the singular values
-        left = torch.linalg.qr(torch.randn(pair.B.shape, generator=generator))[0]
-        right = torch.linalg.qr(torch.randn(pair.A.shape[::-1], generator=generator))[0]
-        pairs[module] = Pair(right.t().contiguous(), left * sizes, pair.kind)
-    return Extraction(pairs, ext.energies, ext.plan, ext.provenance)
+    @property
+    def stranger(self) -> bool:
+        return self.model == "student"
 
 
-def measure(name: str, folders: dict[str, Path], out: Path, seeds: int) -> dict[str, Any]:
-    """One method in a process of its own, one thread: its learning rate, then its runs. PKT's first run is finalized too."""
+OURS = "transplant"
+# Plain LoRA makes a quarter more steps: what the other starts cost.
+METHODS = {
+    method.name: method
+    for method in (
+        Method(OURS, "descendant", "transplant"),
+        Method("wrong units", "descendant", "wrong-units"),
+        Method("noise of the same size", "descendant", "noise"),
+        Method("neutral", "descendant", "neutral"),
+        Method("re-pruned teacher", "repruned", "plain"),
+        Method("the paper's window", "descendant", "window"),
+        Method("plain LoRA", "descendant", "plain", 1.25 * EPOCHS),
+        Method("stranger: the paper's window", "student", "window"),
+        Method("stranger: plain LoRA", "student", "plain", 1.25 * EPOCHS),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen for each method on rows held out from training, with a seed that is not reported."""
+
+    lr: float
+    a_scale: float
+
+
+def settings() -> dict[str, Setting]:
+    """Those that `bench/tune_demo.py` found."""
+    found = json.loads(TUNING.read_text(encoding="utf-8"))["methods"]
+    return {name: Setting(found[name]["lr"], found[name]["a_scale"]) for name in METHODS}
+
+
+def folder_of(model: str, out: Path) -> Path:
+    return ASSETS / model if (ASSETS / model).is_dir() else out / model
+
+
+def begin(method: Method, out: Path, seed: int, a_scale: float) -> Any:
+    """The model ready to train; what is random is drawn anew for each seed."""
+    torch.manual_seed(seed)
+    student = load_model(folder_of(method.model, out), dtype=torch.float32)
+    window = out / ("window-stranger" if method.stranger else "window")
+    if method.what == "plain":
+        # The same matrices at the same rank as all others.
+        model = wrap(student, Extraction.load(window).adapter().config())
+        scale_a(model, a_scale, kept=False)
+        return model
+    if method.what == "window":
+        model = inject(student, Extraction.load(window))
+    elif method.what in ("transplant", "neutral"):
+        model = inject(student, Start.load(out / OURS), mode="paired" if method.what == "neutral" else "add")
+    else:
+        model = inject(student, control(method.what, out, seed))
+    scale_a(model, a_scale, kept=True)
+    return model
+
+
+def control(kind: Any, out: Path, seed: int, **options: Any) -> Start:
+    """A control of the demo's transplant, at its α."""
+    given = (ASSETS / "teacher", ASSETS / "descendant", SEEDS)
+    alpha = Start.load(out / OURS).provenance["alpha"]
+    lineage = out / OURS / "lineage.json"
+    return transplant(
+        *given, base=ASSETS / "base", lineage=lineage, rank=RANK, control=kind, alpha=alpha, seed=seed,
+        progress=False, **options,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def scale_a(model: Any, scale: float, *, kept: bool) -> None:
+    """A of every projection times `scale`; kept: B divided by it, so that the product stays."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.mul_(scale)
+        elif ".lora_B." in name and kept:
+            parameter.div_(scale)
+
+
+def measure(name: str, out: Path, seed: int, setting: Setting) -> dict[str, Any]:
+    """One training, in a process of its own and one thread; the first also measures the start before it."""
     torch.set_num_threads(1)
-    loaded = [Extraction.load(folders[key]) for key in ("PKT", "random", "own")]
-    start = starts(loaded[0], loaded[1], loaded[2])[name]
-    student, data = ASSETS / "student", ASSETS / "data"
-    tokenizer = load_tokenizer(student)
-    rows, test_rows = (load_seeds(data / file, tokenizer) for file in ("train.jsonl", "test.jsonl"))
-    train_rows = rows_head(rows, TRAIN_ROWS)
-    choice_rows = Seeds(list(rows[-HELD_OUT:]), rows.source, rows.pad_id)
-    chosen: dict[float, float] = {}
-    for rate in RATES:
-        torch.manual_seed(CHOOSING_SEED)
-        model = start(CHOOSING_SEED)
-        train_quietly(model, train_rows, rate, CHOOSING_SEED, epochs=EPOCHS / 2)
-        chosen[rate] = evaluate(model, choice_rows).nll
-    rate = min(chosen, key=lambda r: chosen[r])
-    runs, found = [], {}
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        model = start(seed)
-        train_quietly(model, train_rows, rate, seed)
-        runs.append(evaluate(model, test_rows, tokenizer=tokenizer, exact_match=True))
-        if seed == 0 and name.startswith("PKT"):
-            found["finalize_gap"] = _finalize(model, out, test_rows)
+    method = METHODS[name]
+    found: dict[str, Any] = {}
+    tokenizer = load_tokenizer(ASSETS / "student")
+    model = begin(method, out, seed, setting.a_scale)
+    if seed == 0:
+        found["before"] = measured(model, tokenizer)
+    train_quietly(model, rows_head(load_seeds(TRAIN, tokenizer), TRAIN_ROWS), setting.lr, seed, epochs=method.epochs)
+    found["after"] = measured(model, tokenizer)
+    if seed == 0 and name == OURS:
+        found["finalize_gap"] = _finalize(model, out, load_seeds(TEST, tokenizer))
+    return found
+
+
+def measured(model: Any, tokenizer: Any) -> dict[str, list[Any]]:
+    """By row: losses (sum, tokens) of the task's answers and of the general text, and whether each answer is right."""
+    test = load_seeds(TEST, tokenizer)
     return {
-        "lr": rate,
-        "choice_nll": {str(r): v for r, v in chosen.items()},
-        "nll": [r.nll for r in runs],
-        "exact_match": [r.exact_match for r in runs],
-        **found,
+        "task": row_losses(model, test),
+        "match": row_matches(model, test, tokenizer, max_new_tokens=ANSWER_TOKENS),
+        "general": row_losses(model, load_seeds(GENERAL, tokenizer)),
     }
+
+
+def tune(name: str, out: Path, setting: Setting, seed: int) -> float:
+    """The loss [nats a token] on the rows held out from training, after half as many epochs as `measure` has."""
+    torch.set_num_threads(1)
+    rows = load_seeds(TRAIN, load_tokenizer(ASSETS / "student"))
+    model = begin(METHODS[name], out, seed, setting.a_scale)
+    train_quietly(model, rows_head(rows, TRAIN_ROWS), setting.lr, seed, epochs=METHODS[name].epochs / 2)
+    losses = row_losses(model, Seeds(list(rows[-HELD_OUT:]), rows.source, rows.pad_id))
+    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
 
 @torch.no_grad()
@@ -104,7 +167,7 @@ def _finalize(model: Any, out: Path, rows: Seeds) -> float:
     """Finalize, load with plain PEFT on the original student, and compare the logits."""
     with _silence():
         finalize(model, out / "adapter", force=True)
-        served = load_with_adapter(ASSETS / "student", out / "adapter", dtype=torch.float32)
+        served = load_with_adapter(ASSETS / "descendant", out / "adapter", dtype=torch.float32)
     ids = torch.tensor([rows[0].input_ids])
     return float((served(ids).logits - model.eval()(ids).logits).abs().max())
 
@@ -121,7 +184,7 @@ def train_quietly(model: Any, rows: Seeds, rate: float, seed: int, epochs: float
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """The demo trains two dozen times; transformers' notices would drown its own lines."""
+    """The demo trains dozens of times; transformers' notices would drown its own lines."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

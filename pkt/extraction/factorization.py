@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError
-from pkt.options import Factorization, Split
+from pkt.options import Factorization, Split, Svd
 
 # Matrices factorized at a time: what the GPU's kernels take in one launch.
 BATCH = 16
+STEPS = 4  # of "fast"
+_MOST_STEPS = 64
+# Residuals up to this go with 99.8% of the best energy and of the leading directions (Gaussian and power-law spectra).
+SETTLED = 0.03
+_WIDENED = 1 << 20  # elements at a time
 
 
 @dataclass(frozen=True)
 class Factors:
-    """X ≈ B A with A [rank, m], B [n, rank], fp32; energy is Σσ² over ‖X‖² of what was kept."""
+    """X ≈ B A with A [rank, m], B [n, rank], fp32; energy is Σσ² over ‖X‖² of what was kept.
+
+    unsettled: the relative residual ‖XᵀU − VΣ‖ / ‖XᵀU‖ of what the iteration found, 0 for the leading directions themselves.
+    """
 
     A: Tensor
     B: Tensor
     energy: float
+    unsettled: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -38,9 +48,10 @@ def factorize(
     energy: float | None = None,
     split: Split = "b",
     seed: int = 0,
+    svd: Svd = "fast",
     name: str = "the matrix",
 ) -> Factors:
-    """Factorize `matrix` [n, m] (bf16, fp16 or fp32, any strides; never copied or widened as a whole).
+    """Factorize `matrix` [n, m] (bf16, fp16 or fp32, any strides; never copied or widened as a whole, but for svd="exact").
 
     With `energy`, the smallest rank that catches that share of ‖X‖² is taken, up to `max_rank`; `rank` is then not used.
     split "b": B = UΣ, A = Vᵀ; "sqrt": √Σ on each side. The same seed gives the same bytes.
@@ -48,7 +59,7 @@ def factorize(
     Raises `PktError` naming the matrix for a rank it does not have, for NaN or Inf in it, and for memory that does not suffice.
     """
     with enough_memory(name):
-        return factorize_all([matrix], [name], Factorization(rank, max_rank, energy, split, seed))[0]
+        return factorize_all([matrix], [name], Factorization(rank, max_rank, energy, split, seed, svd))[0]
 
 
 @contextlib.contextmanager
@@ -78,15 +89,89 @@ def factorize_all(matrices: Sequence[Tensor], names: Sequence[str], options: Fac
         batches.setdefault((wanted, matrix.device), []).append(i)
     found: dict[int, Factors] = {}
     for (wanted, _), batch in batches.items():
-        U, S, V, stats = ops.rsvd_batch([inputs[i] for i in batch], wanted, seed=options.seed)
-        facts = torch.cat((stats, torch.stack(S)), 1).cpu().double()
-        for i, u, s, v, (total, _, _, finite, *values) in zip(batch, U, S, V, facts.tolist(), strict=True):
+        U, S, V, stats = _SVD[options.svd]([inputs[i] for i in batch], wanted, options.seed)
+        moving = _unsettled([inputs[i] for i in batch], U, S)
+        facts = torch.cat((moving[:, None], stats, torch.stack(list(S))), 1).cpu().double()
+        for i, u, s, v, (left, total, _, _, finite, *values) in zip(batch, U, S, V, facts.tolist(), strict=True):
             if not finite:
                 raise PktError(f"{names[i]} contains NaN or Inf; the checkpoint is damaged")
             kept = wanted if options.energy is None else _rank_for(options.energy * total, values)
             caught = sum(x * x for x in values[:kept]) / total if total > 0 else 1.0
-            found[i] = _factors(u[:, :kept], s[:kept], v[:, :kept], options.split, caught)
+            found[i] = _factors(u[:, :kept], s[:kept], v[:, :kept], options.split, caught, left)
     return [found[i] for i in range(len(inputs))]
+
+
+_Decomposed: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor]
+
+
+def _fast(matrices: Sequence[Tensor], rank: int, seed: int) -> _Decomposed:
+    return ops.rsvd_batch(matrices, rank, iters=STEPS, seed=seed)
+
+
+def _adaptive(matrices: Sequence[Tensor], rank: int, seed: int) -> _Decomposed:
+    """As many steps as settle the directions of each matrix; what is not settled by then is decomposed exactly."""
+    found = [[*one] for one in zip(*_fast(matrices, rank, seed), strict=True)]
+    steps = STEPS
+    while True:
+        moving = _unsettled(matrices, [u for u, *_ in found], [s for _, s, *_ in found]).cpu()
+        left = [i for i, share in enumerate(moving.tolist()) if share > SETTLED]
+        if not left:
+            return *([f[k] for f in found] for k in range(3)), torch.stack([f[3] for f in found])  # type: ignore[return-value]
+        steps *= 2
+        some = [matrices[i] for i in left]
+        again = ops.rsvd_batch(some, rank, iters=steps, seed=seed) if steps <= _MOST_STEPS else _exact(some, rank, seed)
+        for i, one in zip(left, zip(*again, strict=True), strict=True):
+            found[i] = [*one]
+
+
+def _exact(matrices: Sequence[Tensor], rank: int, seed: int) -> _Decomposed:
+    """LAPACK's SVD in fp32, with the stats of `pkt.ops.rsvd`; a matrix is widened as a whole."""
+    found = []
+    for matrix in matrices:
+        energy = sum(
+            (block.double().square().sum() for block in matrix.split(max(1, _WIDENED // matrix.shape[1]))),
+            torch.zeros((), dtype=torch.float64),
+        )
+        finite = energy.isfinite()
+        u, s, vh = torch.linalg.svd(torch.where(finite, matrix.float(), 0.0), full_matrices=False)
+        caught = s[:rank].double().square().sum()
+        error = (1 - caught / energy).clamp_min(0).sqrt().where(energy > 0, 0.0)
+        stats = torch.stack((energy, caught, error, torch.ones_like(energy))).float() * finite
+        found.append((u[:, :rank], s[:rank], vh[:rank].t(), torch.where(finite, stats, 0.0)))
+    U, S, V, stats_of = zip(*found, strict=True)
+    return U, S, V, torch.stack(stats_of)
+
+
+_SVD: dict[Svd, Callable[[Sequence[Tensor], int, int], _Decomposed]] = {
+    "fast": _fast,
+    "adaptive": _adaptive,
+    "exact": _exact,
+}
+
+
+def _unsettled(matrices: Sequence[Tensor], U: Sequence[Tensor], S: Sequence[Tensor]) -> Tensor:
+    """For each matrix ‖XᵀU − VΣ‖ / ‖XᵀU‖, which is √(1 − Σσ² / ‖XᵀU‖²) since XV = UΣ: what one more half step would turn."""
+    shares = []
+    for matrix, u, s in zip(matrices, U, S, strict=True):
+        size = s.double().square().sum()
+        # In units of the directions' own size, so that no product leaves fp32's range.
+        scale = size.sqrt().clamp_min(torch.finfo(torch.float32).tiny).float()
+        after = _square_of_product(matrix, u, scale)
+        shares.append((1 - 1 / after).clamp(0, 1).sqrt().where(size > 0, 0.0).nan_to_num(0.0).float())
+    return torch.stack(shares)
+
+
+def _square_of_product(matrix: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """‖Xᵀ U‖² / scale² in fp64, a few rows or columns of X [n, m] widened at a time."""
+    n, m = matrix.shape
+    if n <= m:
+        products = (block.t() / scale @ u for block in (c.float() for c in matrix.split(max(1, _WIDENED // n), 1)))
+        return sum((p.double().square().sum() for p in products), torch.zeros((), dtype=torch.float64, device=u.device))
+    product = torch.zeros(m, u.shape[1], device=u.device)
+    step = max(1, _WIDENED // m)
+    for rows, left in zip(matrix.split(step), u.split(step), strict=True):
+        product += rows.float().t() / scale @ left
+    return product.double().square().sum()
 
 
 def _checked(matrix: Tensor, name: str) -> Tensor:
@@ -109,6 +194,6 @@ def _rank_for(wanted: float, values: Sequence[float]) -> int:
     return len(values)
 
 
-def _factors(u: Tensor, s: Tensor, v: Tensor, split: Split, energy: float) -> Factors:
+def _factors(u: Tensor, s: Tensor, v: Tensor, split: Split, energy: float, unsettled: float) -> Factors:
     left, right = (s, torch.ones_like(s)) if split == "b" else (s.sqrt(), s.sqrt())
-    return Factors((v * right).t().contiguous(), (u * left).contiguous(), energy)
+    return Factors((v * right).t().contiguous(), (u * left).contiguous(), energy, unsettled)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pkt.adapters import Pair
 from pkt.errors import PktError, short_list
-from pkt.extraction.factorization import BATCH, Factors, enough_memory, factorize_all
+from pkt.extraction.factorization import BATCH, SETTLED, Factors, enough_memory, factorize_all
 from pkt.extraction.result import Extraction
 from pkt.manifest import versions
 from pkt.models import Model, ModelSpec, check_identity
-from pkt.options import Factorization, Split
-from pkt.planning import Entry, TransferPlan, by_expert, source_names
+from pkt.options import Factorization, Split, Svd
+from pkt.planning import Entry, Region, TransferPlan, by_expert, source_names
 from pkt.progress import bar
 
 
@@ -48,11 +48,15 @@ def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorizat
     """Everything about an extraction that can be refused without reading a weight."""
     check_identity(plan.teacher, teacher, "the plan")
     sources = teacher.by_module()
-    faults = []
+    faults = [] if plan.entries else ["it has no regions"]
     for entry in plan.entries:
         source = sources.get(entry.source)
         if source is None or (entry.expert is None) == bool(source.experts):
             faults.append(f"{entry.source}: the teacher has no such matrix")
+        elif not 0 <= (entry.expert or 0) < max(1, source.experts):
+            faults.append(f"{entry.source}: the teacher has no expert {entry.expert}")
+        elif not _lies_in(entry.region, source.shape) or not _lies_in(entry.place, entry.target_shape):
+            faults.append(f"{entry.source} {list(source.shape)}: its region for {entry.target} does not lie in it")
         elif options.energy is None and options.rank > min(entry.target_shape):
             smaller = min(entry.target_shape)
             faults.append(f"{entry.target} {list(entry.target_shape)}: rank {options.rank} is above {smaller}")
@@ -60,10 +64,17 @@ def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorizat
         raise PktError("this plan cannot be extracted:\n  " + short_list(list(dict.fromkeys(faults))))
 
 
+def _lies_in(region: Region | None, shape: tuple[int, int]) -> bool:
+    try:
+        return region is None or region.lies_in(shape)
+    except (TypeError, ValueError):
+        return False
+
+
 def factorize_targets(
     targets: Mapping[str, Sequence[Entry]], matrix_of: Callable[[Entry], Tensor], options: Factorization
-) -> dict[str, tuple[Pair, float]]:
-    """The pair of each target, by its name, and its energy; `factorize` says what is raised.
+) -> dict[str, tuple[Pair, float, float]]:
+    """The pair of each target, by its name, its energy, and how unsettled it is; `factorize` says what is raised.
 
     Every expert of a target is a factorization of its own; one that nothing feeds, or of a smaller rank, is filled up with
     zeros.
@@ -79,15 +90,15 @@ def factorize_targets(
     return {target: _joined(targets[target][0], made) for target, made in found.items()}
 
 
-def _joined(entry: Entry, found: Mapping[int, Factors]) -> tuple[Pair, float]:
-    first = next(iter(found.values()))
+def _joined(entry: Entry, found: Mapping[int, Factors]) -> tuple[Pair, float, float]:
+    first, unsettled = next(iter(found.values())), max(made.unsettled for made in found.values())
     if entry.target_expert is None:
-        return Pair(first.A, first.B, entry.kind), first.energy
+        return Pair(first.A, first.B, entry.kind), first.energy, unsettled
     experts, rank = entry.target_expert[1], max(made.rank for made in found.values())
     a, b = first.A.new_zeros(experts, rank, first.A.shape[1]), first.B.new_zeros(experts, len(first.B), rank)
     for slot, made in found.items():
         a[slot, : made.rank], b[slot, :, : made.rank] = made.A, made.B
-    return Pair(a, b, entry.kind), sum(made.energy for made in found.values()) / len(found)
+    return Pair(a, b, entry.kind), sum(made.energy for made in found.values()) / len(found), unsettled
 
 
 def extract(
@@ -99,26 +110,29 @@ def extract(
     energy: float | None = None,
     split: Split = "b",
     seed: int = 0,
+    svd: Svd = "fast",
     progress: bool = True,
     provenance: dict[str, Any] | None = None,
 ) -> Extraction:
     """Cut the plan's regions out of `teacher` (a model or a checkpoint directory) and factorize each (docs/method.md §4).
 
     rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
-    max_rank. A checkpoint is read one layer at a time. Raises `PktError` naming the module for a rank above its size and for
-    weights that are not finite.
+    max_rank. svd: "fast", four steps of a randomized iteration, which leave the directions of flat spectra unsettled (the result
+    says so); "adaptive", as many as settle them; "exact", LAPACK's. A checkpoint is read one layer at a time. Raises `PktError`
+    naming the module for a rank above its size and for weights that are not finite.
     """
     if not isinstance(plan, TransferPlan):
         raise PktError(
             f"a plan is needed, not {type(plan).__name__}; make one with pkt.plan, or TransferPlan.from_json"
         )
     model = Model.of(teacher, "a teacher (a model, or the path of its checkpoint)")
-    options = Factorization(rank, max_rank, energy, split, seed)
+    options = Factorization(rank, max_rank, energy, split, seed, svd)
     spec = model.identified(progress=progress)
     check_extraction(plan, spec, options)
     sources = spec.by_module()
     pairs: dict[str, Pair] = {}
     energies: dict[str, float] = {}
+    unsettled: dict[str, float] = {}
     targets = plan.by_target()
 
     def matrix_of(entry: Entry) -> Tensor:
@@ -130,13 +144,15 @@ def extract(
             layer = {target: targets[target] for target in group}
             with enough_memory(", ".join(source_names(entries) for entries in layer.values())):
                 found = factorize_targets(layer, matrix_of, options)
-            pairs |= {target: pair for target, (pair, _) in found.items()}
-            energies |= {target: caught for target, (_, caught) in found.items()}
+            pairs |= {target: pair for target, (pair, _, _) in found.items()}
+            energies |= {target: caught for target, (_, caught, _) in found.items()}
+            unsettled |= {target: share for target, (_, _, share) in found.items() if share > SETTLED}
             advance(len(pairs))
     details = {
         "factorization": options.as_dict(),
         "teacher": spec.identity(),
         "versions": versions(),
+        **({"unsettled": unsettled} if unsettled else {}),
         **({"seeds": plan.seeds} if plan.seeds else {}),
     }
     return Extraction(pairs, energies, plan, {**details, **(provenance or {})})

@@ -41,6 +41,18 @@ class Extraction:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         return (
             f"{len(self.pairs)} pairs of rank {span}; they catch {100 * mean:.1f}% of their regions' energy on average"
+            f"{self._unsettled()}"
+        )
+
+    def _unsettled(self) -> str:
+        """What is to be said of directions that the iteration had not found when it ended."""
+        found: dict[str, float] = self.provenance.get("unsettled", {})
+        if not found:
+            return ""
+        worst = max(found, key=lambda module: found[module])
+        return (
+            f"; {len(found)} of them are not quite the leading directions (residual up to {100 * found[worst]:.0f}%, {worst}): "
+            "their spectra are flat, and svd='adaptive' or 'exact' (--svd) finds them"
         )
 
     def __repr__(self) -> str:
@@ -75,11 +87,10 @@ class Extraction:
             raise PktError(
                 f"{folder} is {name_kind(manifest)}, not an extraction; run `pkt inspect {shlex.quote(str(folder))}`"
             )
-        plan = TransferPlan.from_json(manifest["plan"])
-        if not ("name" in plan.student and "name" in plan.teacher and {"select", "modules"} <= set(plan.options)):
-            raise PktError(
-                f"{folder / MANIFEST} is damaged: its plan names no models or options; make the extraction again"
-            )
+        try:
+            plan = TransferPlan.from_json(manifest["plan"])
+        except PktError as error:
+            raise PktError(f"{folder / MANIFEST} is damaged: {error}") from error
         adapter, _ = read_adapter(folder)
         kinds: dict[str, Kind] = manifest["kinds"]
         adapter = split_tied(adapter, plan.student.get("tied_head"))

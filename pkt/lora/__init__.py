@@ -6,6 +6,10 @@ from pkt.lora.injection import checked_dropout as checked_dropout
 from pkt.lora.injection import initialize_lora_weights as initialize_lora_weights
 from pkt.lora.injection import inject as inject
 from pkt.lora.pissa import initialize_pissa_weights as initialize_pissa_weights
+from pkt.lora.plain import DRAWN as DRAWN
+from pkt.lora.plain import check_init as check_init
+from pkt.lora.plain import draw_pairs as draw_pairs
+from pkt.lora.plain import mode_of as mode_of
 from pkt.lora.recognition import INITIAL as INITIAL
 from pkt.lora.recognition import read_source as read_source
 from pkt.lora.record import Mode as Mode

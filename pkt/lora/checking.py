@@ -15,7 +15,7 @@ from pkt.errors import PktError
 from pkt.lora.recognition import Source
 from pkt.lora.record import name_of, parameter_of, subtract
 from pkt.lora.wrapping import put_adapter, unwrapped
-from pkt.models import load_model, load_tokenizer, spec_of
+from pkt.models import ModelSpec, load_model, load_tokenizer, spec_of
 from pkt.seeds import load_seeds
 
 # Largest logit difference of an exact result, relative to the largest logit: fp32, and half precision, where the base itself
@@ -88,13 +88,14 @@ def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
         model.train(training)
 
 
-def token_ids_of(samples: Any, student: Any, vocab_size: int | None) -> list[list[int]] | None:
+def token_ids_of(samples: Any, student: Any, spec: ModelSpec) -> list[list[int]] | None:
     """The first rows of a file as token ids, or the ids given; raises `PktError` for what a model cannot read."""
     if samples is None:
         return None
     if isinstance(samples, (str, Path)):
         name = student if not isinstance(student, nn.Module) else name_of(student)
-        samples = [example.input_ids for example in load_seeds(samples, load_tokenizer(name), limit=8)]
+        read = load_seeds(samples, load_tokenizer(name), limit=8, max_length=min(2048, spec.positions or 2048))
+        samples = [example.input_ids for example in read]
     try:
         rows = [torch.as_tensor(row) for row in samples]
         sound = all(r.ndim == 1 and len(r) and not r.is_floating_point() and r.min() >= 0 for r in rows)
@@ -105,8 +106,11 @@ def token_ids_of(samples: Any, student: Any, vocab_size: int | None) -> list[lis
             "samples must be one or more rows of token ids, such as [[5, 17, 3]], or the path of a JSONL file"
         )
     largest = max(int(r.max()) for r in rows)
-    if vocab_size is not None and largest >= vocab_size:
-        raise PktError(f"samples hold the token id {largest}, but the student embeds only {vocab_size}")
+    if spec.vocab_size is not None and largest >= spec.vocab_size:
+        raise PktError(f"samples hold the token id {largest}, but the student embeds only {spec.vocab_size}")
+    longest = max(len(r) for r in rows)
+    if spec.positions is not None and longest > spec.positions:
+        raise PktError(f"samples hold a row of {longest} tokens, and the student has only {spec.positions} positions")
     return [r.tolist() for r in rows]
 
 

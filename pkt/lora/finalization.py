@@ -100,7 +100,7 @@ def finalize(
         elif original is None or not isinstance(original, (nn.Module, str, Path)):
             result.unchecked = "the original student's weights are not at hand; pass student="
         else:
-            token_ids = token_ids_of(samples, original, spec.vocab_size)
+            token_ids = token_ids_of(samples, original, spec)
             result.check = self_check(model_or_dir, source, scratch, original, token_ids)
             _judge(result, model_or_dir, original, exact=rank is None and embeddings)
         write_json(scratch / MANIFEST, _manifest(result, model_or_dir))

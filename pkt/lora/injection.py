@@ -30,7 +30,7 @@ from pkt.lora.factors import arm_pair, layer_of, lora_parameters, shift, start_a
 from pkt.lora.record import MODES, SHIFTED, Mode, check_unshifted, compare_sketch, few, name_of, parameter_of, record_of
 from pkt.lora.tying import is_tied, tie
 from pkt.lora.wrapping import ADAPTER, add_adapter, config_of, is_peft_model, spec_of_base, wrap
-from pkt.models import load_model, spec_of_model
+from pkt.models import ModelSpec, Target, load_model, spec_of_model
 
 DROPOUT = 0.05  # the paper's
 # Relative movement of the second half that rounding to bf16 cannot explain.
@@ -79,6 +79,7 @@ def inject(
         )
     spec = spec_of_base(student) if wrapped else spec_of_model(student)
     check_fit(ext.pairs, spec, "the extraction")
+    _check_adaptable(ext.pairs, spec)
     check_unshifted(student)
     _check_weights(student.get_base_model() if wrapped else student, ext.pairs)
     base = student.get_base_model() if wrapped else student
@@ -91,13 +92,20 @@ def inject(
     return model
 
 
-def checked_dropout(pairs: Mapping[str, Pair], dropout: float | None) -> float:
+def _check_adaptable(pairs: Mapping[str, Pair], spec: ModelSpec) -> None:
+    places = spec.by_module()
+    past = {places[m].unadaptable: m for m in pairs if m in places and places[m].unadaptable}
+    for reason, module in past.items():
+        raise PktError(f"{module} of {spec.name} cannot be adapted ({reason}); make the extraction again without it")
+
+
+def checked_dropout(pairs: Mapping[str, Pair | Target], dropout: float | None) -> float:
     """The dropout asked for, or else the paper's where PEFT has one. Raises `PktError` for one on experts."""
     experts = [m for m, p in pairs.items() if p.experts]
     if dropout and experts:
         raise PktError(
             f"dropout={dropout}: PEFT has no dropout for the parameters of experts ({few(experts)}); use dropout=0, or leave "
-            "them out of the extraction (modules='attention,embedding')"
+            "them out (modules='attention,embedding')"
         )
     return (0.0 if experts else DROPOUT) if dropout is None else dropout
 

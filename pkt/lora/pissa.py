@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,24 @@ def initialize_pissa_weights(peft_model: Any, *, adapter_name: str = ADAPTER, se
     others = [name for name in peft_model.peft_config if name != adapter_name]
     if others:
         raise PktError(f"PiSSA would shift the base under the other adapters of this model ({', '.join(others)})")
+    pairs = pissa_pairs(peft_model, adapter_name=adapter_name, seed=seed)
+    start_adapter(peft_model, Adapter(pairs, name_of(peft_model.get_base_model())), "residual", adapter_name)
+    config.init_lora_weights = "pissa"
+
+
+def pissa_pairs(
+    peft_model: Any, *, adapter_name: str = ADAPTER, seed: int = 0, only: Container[str] | None = None
+) -> dict[str, Pair]:
+    """The leading factors of each linear layer of an adapter (of those named in `only`); nothing is changed.
+
+    Raises `PktError` listing every layer that PiSSA could not subtract them from.
+    """
     base = peft_model.get_base_model()
-    layers = {name: layer for name, layer in base.named_modules() if adapter_name in getattr(layer, "lora_A", ())}
+    layers = {
+        name: layer
+        for name, layer in base.named_modules()
+        if adapter_name in getattr(layer, "lora_A", ()) and (only is None or name in only)
+    }
     owners = collections.Counter(id(p) for module in base.modules() for p in module.parameters(recurse=False))
     faults = [f"{name}: {fault}" for name, layer in layers.items() if (fault := _pissa_fault(layer, owners))]
     if faults or not layers:
@@ -63,8 +79,7 @@ def initialize_pissa_weights(peft_model: Any, *, adapter_name: str = ADAPTER, se
                 kind: Kind = "conv1d" if layers[name].fan_in_fan_out else "linear"
                 root = layers[name].scaling[adapter_name] ** 0.5
                 pairs[name] = Pair((found.A / root).cpu(), (found.B * root).cpu(), kind)
-    start_adapter(peft_model, Adapter(pairs, name_of(base)), "residual", adapter_name)
-    config.init_lora_weights = "pissa"
+    return pairs
 
 
 def _pissa_fault(layer: Any, owners: Mapping[int, int]) -> str | None:

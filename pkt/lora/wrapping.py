@@ -26,14 +26,14 @@ def wrap(student: nn.Module, config: dict[str, Any], adapter_name: str = ADAPTER
     # PEFT's class for causal models wants what only a model that generates has.
     generates = hasattr(student, "prepare_inputs_for_generation")
     with quiet(), expected_warnings():
-        lora = _lora_config(config if generates else {**config, "task_type": None})
+        lora = lora_config(config if generates else {**config, "task_type": None})
         model = get_peft_model(student, lora, adapter_name=adapter_name)
     tie(model)
     return model
 
 
 def add_adapter(model: Any, config: dict[str, Any], adapter_name: str) -> Any:
-    lora = _lora_config(config)
+    lora = lora_config(config)
     with quiet(), expected_warnings():
         model.add_adapter(adapter_name, lora)
         base = model.get_base_model()
@@ -47,7 +47,7 @@ def add_adapter(model: Any, config: dict[str, Any], adapter_name: str) -> Any:
     return model
 
 
-def _lora_config(config: dict[str, Any]) -> Any:
+def lora_config(config: dict[str, Any]) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(**{k: v for k, v in {**config, "inference_mode": False}.items() if k != "peft_type"})

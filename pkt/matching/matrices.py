@@ -34,7 +34,7 @@ class Matrices:
         self.index: dict[tuple[str, int | None], tuple[Target, Runs]] = {}
         for target in self.spec.targets:
             for role, rows in target.roles():
-                if role:
+                if role and not target.doubt:
                     self.index.setdefault((role, target.layer), (target, rows))
 
     def has(self, role: str, layer: int | None) -> bool:

@@ -33,9 +33,12 @@ from pkt.models.tables import EXPERT_PARAMETERS as EXPERT_PARAMETERS
 from pkt.models.tables import FUSED as FUSED
 from pkt.models.tables import HEAD_COLUMNS as HEAD_COLUMNS
 from pkt.models.tables import HEAD_ROWS as HEAD_ROWS
+from pkt.models.tables import MIXERS as MIXERS
+from pkt.models.tables import NAMED_ROLES as NAMED_ROLES
 from pkt.models.tables import NORMS as NORMS
 from pkt.models.tables import PEFT_EMBEDDINGS as PEFT_EMBEDDINGS
 from pkt.models.tables import ROLES as ROLES
+from pkt.models.tables import UNADAPTABLE as UNADAPTABLE
 from pkt.models.tables import Kind as Kind
 from pkt.models.tables import Runs as Runs
 from pkt.models.tables import read_roles as read_roles

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pkt.errors import PktError
+from pkt.errors import PktError, PktWarning
 from pkt.files import os_errors, read_json, safetensors_header
 from pkt.models.tables import EXPERT_FILES, RENAMED
 
@@ -231,7 +233,22 @@ class CheckpointFiles:
             )
         if missing:
             raise NotStoredError(f"its files do not name {next(iter(missing))}; transformers has to map them")
+        # Some models leave out what they have no class for, and say so (DeepSeek's layers that predict further tokens).
+        ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self._tell_more_layers([n for n in left if not any(re.search(p, n) for p in ignored)], used)
         return found
+
+    def _tell_more_layers(self, left: Iterable[str], used: Iterable[str]) -> None:
+        """Say where the files hold what the model has, at numbers that it does not have: a configuration of fewer layers."""
+        alike = {re.sub(r"\.\d+\.", ".*.", name) for name in used}
+        more = sorted(name for name in left if (kind := re.sub(r"\.\d+\.", ".*.", name)) in alike and kind != name)
+        if more:
+            warnings.warn(
+                f"{self.file_of(more[0])} holds {more[0]} ({len(more)} tensors like it), which its {CONFIG} leaves out: the model "
+                "has fewer layers than its files",
+                PktWarning,
+                stacklevel=3,
+            )
 
     def untied(self, model: nn.Module, tied: Mapping[str, str]) -> list[str]:
         """Which tensors that a model ties to others (name -> the other's) these files hold with values of their own."""

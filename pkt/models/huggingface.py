@@ -40,15 +40,34 @@ def checked_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class that makes what a checkpoint was published as: a multimodal model with its towers, or a causal one.
+
+    What `architectures` names counts, so that an adapter's names and a merged model's tensors are those of the published class.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, said = str(getattr(config, "model_type", "")), getattr(config, "architectures", None)
+    named = said[0] if isinstance(said, list) and said else ""
+    classes = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind),
+        "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind),
+        "AutoModelForMultimodalLM": auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind),
+    }
+    known = {name: (found,) if isinstance(found, str) else tuple(found) for name, found in classes.items() if found}
+    decoders = [n for n in known if n == "AutoModelForCausalLM" or not getattr(config, "is_encoder_decoder", False)]
+    chosen = next((name for name in decoders if named in known[name]), next(iter(decoders), "AutoModelForCausalLM"))
+    return getattr(transformers, chosen)
+
+
 def skeleton(config: Any, where: str) -> nn.Module:
     """The model of a configuration on the meta device: every module and shape, no weights; `where` is for errors."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"), quiet():
         try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
         except Exception as error:  # whatever a modeling file does with settings that make no sense
-            if type(config) not in AutoModelForCausalLM._model_mapping:
+            if type(config) not in auto_class(config)._model_mapping:
                 kind = getattr(config, "model_type", type(config).__name__)
                 raise PktError(
                     f"{where}: transformers has no causal language model for {kind!r}; pkt reads decoders (AutoModelForCausalLM)"
@@ -260,18 +279,16 @@ def quantization(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def read_model(folder: Path, name: str, dtype: torch.dtype | None, *, dequantize: bool) -> Any:
-    """The whole model in a folder, in eval mode; `name` is what the folder was named by.
+def read_model(folder: Path, name: str, config: Any, dtype: torch.dtype | None, *, dequantize: bool) -> Any:
+    """The whole model in a folder with this configuration, in eval mode; `name` is what the folder was named by.
 
     A GGUF file is read at its dequantized weights, fp32 unless a dtype is given. dequantize: give back whole weights for a
     checkpoint of bitsandbytes too. Raises `PktError` for one that leaves parameters of the model unset or does not fit it.
     """
-    from transformers import AutoModelForCausalLM
-
     option = _gguf_option(gguf_file(folder))
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 str(folder),
                 dtype=dtype or (torch.float32 if option else "auto"),
                 trust_remote_code=False,

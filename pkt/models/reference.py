@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -205,7 +206,7 @@ class Model:
         if dequantize:
             self.check_dequantized()
         model = read_model(
-            self.folder, self.name, dtype, dequantize=dequantize and quantization(self.config) is not None
+            self.folder, self.name, self.config, dtype, dequantize=dequantize and quantization(self.config) is not None
         )
         # What only transformers can read may hold another head, which is known too late.
         told = self.weights.form == "safetensors" and quantization(self.config) is None
@@ -301,9 +302,13 @@ def hollow_model(given: Any, dtype: torch.dtype | None, device: torch.device) ->
 
 
 def save_model(model: Any, folder: Path, source: Any) -> None:
-    """A model as a checkpoint folder, with the tokenizer of the checkpoint that it was made from, where there is one."""
+    """A model as a checkpoint folder, with the tokenizer and the processors of the checkpoint that it was made from."""
     origin = Model.of(source)
     with quiet():
         model.save_pretrained(str(folder))
-        if origin.is_named and (origin.folder / "tokenizer_config.json").is_file():
+        if not origin.is_named:
+            return
+        if (origin.folder / "tokenizer_config.json").is_file():
             origin.tokenizer.save_pretrained(str(folder))
+        for file in origin.folder.glob("*processor_config.json"):
+            shutil.copyfile(file, folder / file.name)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pkt.errors import PktError
 from pkt.files import sha256
 from pkt.manifest import difference
+from pkt.models.layouts import Place, lies_transposed, lying, runs_of
 from pkt.models.positions import position_limit
-from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, Fused, Kind, Runs, known, read_roles, role_of
+from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, UNADAPTABLE, Kind, Runs, known, read_roles, role_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Target:
     suffix: str = ""  # the module's name within its layer; its whole name outside the layers
     experts: int = 0  # of a 3-D parameter [experts, out, in], which `module` then names; `shape` is one expert's
     parts: tuple[tuple[str, Runs], ...] = ()  # the rows of each role of a fused projection
+    head: int = 0  # rows of one head of q, k or v, columns of one of o, where they are known
+    doubt: str = ""  # why its rows or axes cannot be told apart, so that nothing may be cut from it or for it
+    unadaptable: str = ""  # why no adapter can change it
 
     @property
     def parameter(self) -> str:
@@ -68,6 +72,7 @@ class ModelSpec:
     tied: bool
     head: str | None = None  # the module that gives the logits
     heads: int | None = None
+    multimodal: str = ""  # the name of its class, where that reads more than text
     positions: int | None = None  # the longest row in tokens, where it has a table of positions
     config: dict[str, Any] = field(repr=False, default_factory=dict)
     content: Mapping[str, str] = field(
@@ -123,14 +128,37 @@ def content_kind(recorded: Mapping[str, Any]) -> str:
 
 
 def decoder_layers(model: nn.Module) -> str | None:
-    """The name of the ModuleList that holds the decoder layers: the largest list of like modules, or None."""
-    best, size = None, 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
-            parameters = sum(p.numel() for p in module.parameters())
-            if parameters > size and not isinstance(module[0], nn.Linear):
-                best, size = name, parameters
+    """The name of the ModuleList that holds the decoder layers, or None.
+
+    It is as long as the configuration says, or else its modules are of one class, and it is the largest such: lists inside of
+    layers (experts, adapters) are smaller. Where the model says what its decoder is, no list of a tower is looked at.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "num_hidden_layers", None)
+    decoder = _call(model, "get_decoder")
+    best, rank = None, (False, 0)
+    for name, module in _lists(model, decoder) or _lists(model, None):
+        as_said = len(module) == count
+        if not as_said and len({type(m) for m in module}) > 1:
+            continue
+        found = as_said, sum(p.numel() for p in module.parameters())
+        if found > rank:
+            best, rank = name, found
     return best
+
+
+def _lists(model: nn.Module, part: Any) -> list[tuple[str, nn.ModuleList]]:
+    """The ModuleLists of a model, or of a part of it, that hold more than linear layers."""
+    inside = None if part is None or part is model else {id(m) for m in part.modules()}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and not isinstance(module[0], nn.Linear)
+        and (inside is None or id(module) in inside)
+    ]
 
 
 def plain_head(model: Any) -> tuple[nn.Linear, nn.Module] | None:
@@ -182,29 +210,6 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _fused_rows(layout: Fused, rows: int, heads: int | None, head_dim: int | None) -> tuple[tuple[str, Runs], ...]:
-    """The rows of each role; nothing when they do not come out even, and the matrix is then known only as a whole."""
-    groups: int
-    if "q" in layout.roles:
-        if not heads or not head_dim or rows % head_dim or (rows // head_dim - heads) % 2:
-            return ()
-        kv = (rows // head_dim - heads) // 2
-        sizes = {"q": heads * head_dim, "k": kv * head_dim, "v": kv * head_dim}
-        groups = kv if layout.groups == "kv_heads" else int(layout.groups)
-    else:
-        sizes = dict.fromkeys(layout.roles, rows // len(layout.roles))
-        groups = rows // len(layout.roles) if layout.groups == "rows" else int(layout.groups)
-    if groups < 1 or sum(sizes.values()) != rows or any(size < groups or size % groups for size in sizes.values()):
-        return ()
-    found: dict[str, list[tuple[int, int]]] = {role: [] for role in layout.roles}
-    start = 0
-    for _ in range(groups):
-        for role in layout.roles:
-            found[role].append((start, start + sizes[role] // groups))
-            start += sizes[role] // groups
-    return tuple((role, tuple(found[role])) for role in layout.roles)
-
-
 def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) -> ModelSpec:
     """The spec with more lines for `ROLES`: a mapping or a JSON file, {"name": ["role", "group"]}."""
     if roles is None:
@@ -217,8 +222,8 @@ def with_roles(spec: ModelSpec, roles: Mapping[str, Any] | str | Path | None) ->
             continue
         role, group = role_of(target.module, lines)
         layout = FUSED.get(target.module.split(".")[-1]) or FUSED.get(role)
-        parts = () if layout is None else _fused_rows(layout, target.shape[0], spec.heads, spec.head_dim)
-        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts))
+        parts = () if layout is None else runs_of(layout, target.shape[0], None, spec.heads, spec.head_dim)
+        targets.append(dataclasses.replace(target, role=role, group=group, parts=parts, doubt=""))
     return dataclasses.replace(spec, targets=tuple(targets))
 
 
@@ -227,34 +232,40 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
     layers = decoder_layers(model)
     config: Any = getattr(model, "config", None)
     embedding, head = tables_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, head_dim = _heads_of(text)
     model_type = str(getattr(config, "model_type", type(model).__name__))
+    text_type = str(getattr(text, "model_type", model_type))
+    towers = _towers(model, config, text)
 
-    def placed(target: Target, layout: Fused | None) -> Target:
-        """The target with its place in the model and the rows of its roles."""
-        name, last = target.module, target.module.split(".")[-1]
+    def placed(target: Target) -> Target:
+        """The target with its place in the model, and why no adapter can change it."""
+        name, last = target.module, target.module.rpartition(".")[2]
         layer = layer_of(name, layers)
-        layout = layout or FUSED.get(f"{model_type}:{last}") or FUSED.get(last) or FUSED.get(target.role)
+        unadaptable = target.unadaptable
+        if last in UNADAPTABLE.get(text_type, ()):
+            unadaptable = "PEFT's adapters do not reach it: its module takes its weight past them"
         return dataclasses.replace(
             target,
             layer=layer,
             suffix=name if layer is None else name[len(f"{layers}.{layer}.") if layers else len(f"{layer}.") :],
-            parts=() if layout is None else _fused_rows(layout, target.shape[0], heads, head_dim),
+            unadaptable=unadaptable,
         )
 
-    targets = _with_routers([placed(*found) for found in _matrices(model)])
+    targets = _with_routers([placed(found) for found in _matrices(model, text, text_type, towers)])
+    stack: Any = () if layers is None else model.get_submodule(layers)
     return ModelSpec(
         name=name or str(getattr(config, "name_or_path", "") or type(model).__name__),
         model_type=model_type,
         targets=tuple(targets),
         layers=layers,
-        num_layers=max((t.layer for t in targets if t.layer is not None), default=-1) + 1,
+        num_layers=len(stack),
         vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
         head_dim=head_dim,
         tied=is_tied(model),
         head=next((n for n, module in model.named_modules() if module is head), None),
         heads=heads,
+        multimodal=type(model).__name__ if towers else "",
         positions=position_limit(model, layers),
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
@@ -273,17 +284,33 @@ def _heads_of(text: Any) -> tuple[int | None, int | None]:
         return heads, None
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
-    """Every matrix by its module, with the layout of its rows where the module says it; a tied head is the embedding."""
+def _towers(model: nn.Module, config: Any, text: Any) -> set[int]:
+    """The modules of a multimodal model that read something else than text: those outside of its decoder, embedding and head."""
+    decoder = None if text is config else _call(model, "get_decoder")
+    if decoder is None or decoder is model:
+        return set()
+    read = {id(m) for part in (decoder, *tables_of(model)) if part is not None for m in part.modules()}
+    return {id(m) for m in model.modules()} - read
+
+
+def _matrices(model: nn.Module, text: Any, text_type: str, towers: set[int]) -> Iterator[Target]:
+    """Every matrix by its module, with what it is for and how it lies; a tied head is the embedding, a tower's are none."""
     embedding, head = tables_of(model)
-    roles = {id(embedding): ("embed", "embedding"), id(head): ("head", "embedding")}
+    tables = {id(embedding): ("embed", "embedding"), id(head): ("head", "embedding")}
     skipped = head if is_tied(model) else None
+    places = {name: Place(module, name.rpartition(".")[2], text) for name, module in model.named_modules()}
     for name, module in model.named_modules():
-        yield from _experts(name, module)
+        if id(module) in towers:
+            continue
+        yield from _experts(name, module, places[name])
         kind = kind_of(module)
-        if kind is not None and module is not skipped:
-            role, group = roles.get(id(module)) or role_of(name)
-            yield Target(name, kind, _product_shape(module, kind), role, group), None
+        if kind is None or module is skipped:
+            continue
+        shape = _product_shape(module, kind)
+        if kind == "embedding" or id(module) in tables:
+            yield Target(name, kind, shape, *(tables.get(id(module)) or role_of(name)))
+        else:
+            yield Target(name, kind, shape, **vars(lying(name, shape, places[name.rpartition(".")[0]], text_type)))
 
 
 def _product_shape(module: Any, kind: Kind) -> tuple[int, int]:
@@ -294,19 +321,34 @@ def _product_shape(module: Any, kind: Kind) -> tuple[int, int]:
     return rows, cols
 
 
-def _experts(name: str, module: nn.Module) -> Iterator[tuple[Target, Fused | None]]:
-    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out] where their module says so."""
-    for key, parameter in module._parameters.items():
-        if parameter is None or parameter.ndim != 3 or known(key, ROLES) is None:
-            continue
+def _experts(name: str, module: nn.Module, place: Place) -> Iterator[Target]:
+    """Experts that lie in one 3-D parameter: [experts, out, in], or [experts, in, out]."""
+    stacked = {
+        key: parameter
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and known(key, ROLES) is not None
+    }
+    transposed, doubt = lies_transposed(module, stacked, place.size("hidden_size"))
+    for key, parameter in stacked.items():
         experts, rows, cols = parameter.shape
-        kind: Kind = "conv1d" if getattr(module, "is_transposed", False) else "linear"
         role, group = role_of(key)
         layout = FUSED.get(role)
         if layout is not None and not getattr(module, "is_concatenated", True):
             layout = dataclasses.replace(layout, groups="rows")
-        shape = (cols, rows) if kind == "conv1d" else (rows, cols)
-        yield Target(f"{name}.{key}", kind, shape, role, group, experts=experts), layout
+        shape = (cols, rows) if transposed else (rows, cols)
+        yield Target(
+            f"{name}.{key}",
+            "conv1d" if transposed else "linear",
+            shape,
+            role,
+            group,
+            experts=experts,
+            parts=() if layout is None else runs_of(layout, shape[0], None, None, None),
+            doubt=doubt,
+            unadaptable="PEFT takes these experts for [experts, out, in], and they lie [experts, in, out]"
+            if transposed and not getattr(module, "is_transposed", False)
+            else "",
+        )
 
 
 def _with_routers(targets: list[Target]) -> list[Target]:
@@ -343,5 +385,7 @@ def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
                 if target.layer is not None
                 else "left alone"
             )
-        rows.setdefault(f"{name} {shape}", (name, shape, f"{roles} (each of its experts)" if target.experts else roles))
+        roles = f"{roles} (each of its experts)" if target.experts else roles
+        apart = [reason for reason in (target.doubt, target.unadaptable) if reason]
+        rows.setdefault(f"{name} {shape}", (name, shape, "; ".join([roles, *apart])))
     return list(rows.values())

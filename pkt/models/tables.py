@@ -22,6 +22,8 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]
 # role or group; matrices of one role feed each other whatever they are called.
 ROLES: dict[str, tuple[str, str]] = {
     "q_proj": ("q", "attention"),
+    "q_a_proj": ("q_a", "attention"),
+    "q_b_proj": ("q_b", "attention"),
     "k_proj": ("k", "attention"),
     "v_proj": ("v", "attention"),
     "o_proj": ("o", "attention"),
@@ -49,6 +51,8 @@ ROLES: dict[str, tuple[str, str]] = {
     "fc2": ("down", "ffn"),
     "fc_in": ("up", "ffn"),
     "fc_out": ("down", "ffn"),
+    "shared_mlp.input_linear": ("shared_gate_up", "ffn"),
+    "shared_mlp.output_linear": ("shared_down", "ffn"),
     "dense_h_to_4h": ("up", "ffn"),
     "dense_4h_to_h": ("down", "ffn"),
     # An expert that every token visits is not one of those a router chooses between.
@@ -64,27 +68,98 @@ ROLES: dict[str, tuple[str, str]] = {
 class Fused:
     """How the rows of a fused projection lie: `groups` blocks one after another, each with its share of every role in order.
 
-    "kv_heads": as many groups as there are k (and v) heads, the queries of a group in front of its k and v.
+    groups: "kv_heads": as many as there are k (and v) heads, the queries of a group in front of its k and v; "rows": a row of
+    each role by turns; another word: a size of the module that owns the projection. sizes: the rows of each role in all, as
+    sizes of that module multiplied; without them those of q, k and v follow from the head counts, and others share alike.
     """
 
     roles: tuple[str, ...]
-    groups: int | Literal["kv_heads", "rows"] = 1
+    groups: int | str = 1
+    sizes: tuple[str, ...] = ()
 
 
 # Role, module's name, or "model_type:name" -> layout; the most special one counts. Head counts follow from the shapes.
 FUSED: dict[str, Fused] = {
     "qkv": Fused(("q", "k", "v")),
     "gate_up": Fused(("gate", "up")),
+    "shared_gate_up": Fused(("shared_gate", "shared_up")),
     "query_key_value": Fused(("q", "k", "v"), "kv_heads"),
     "wqkv": Fused(("q", "k", "v"), "kv_heads"),
     "gpt_bigcode:c_attn": Fused(("q", "k", "v"), "kv_heads"),
     "codegen:qkv_proj": Fused(("q", "v", "k"), 4),
 }
 
+# The rows of a q_proj twice as high as its heads: of each head its queries, then the gate of its output.
+GATED = Fused(("q", "q_gate"), "heads")
+
+# Projections whose rows only the sizes of their module tell apart, by name or "model_type:name": the first that adds up counts.
+SIZED: dict[str, tuple[Fused, ...]] = {
+    "in_proj_qkvz": (
+        Fused(
+            ("delta_q", "delta_k", "delta_v", "delta_z"),
+            "num_k_heads",
+            ("key_dim", "key_dim", "value_dim", "value_dim"),
+        ),
+    ),
+    "in_proj_ba": (Fused(("delta_b", "delta_a"), "num_k_heads", ("num_v_heads", "num_v_heads")),),
+    "in_proj_qkv": (Fused(("delta_q", "delta_k", "delta_v"), 1, ("key_dim", "key_dim", "value_dim")),),
+    "in_proj": (
+        Fused(
+            ("ssm_z", "ssm_x", "ssm_B", "ssm_C", "ssm_dt"),
+            1,
+            (
+                "intermediate_size",
+                "intermediate_size",
+                "n_groups*ssm_state_size",
+                "n_groups*ssm_state_size",
+                "num_heads",
+            ),
+        ),
+        Fused(("ssm_x", "ssm_z"), 1, ("intermediate_size", "intermediate_size")),
+        Fused(("conv_B", "conv_C", "conv_x"), 1, ("config.hidden_size",) * 3),
+    ),
+    "zamba:in_proj": (Fused(("ssm_x", "ssm_z"), "rows", ("intermediate_size", "intermediate_size")),),
+    "x_proj": (Fused(("ssm_dt", "ssm_B", "ssm_C"), 1, ("time_step_rank", "ssm_state_size", "ssm_state_size")),),
+    "minimax:qkv_proj": (
+        Fused(("linear_q", "linear_k", "linear_v"), "num_attention_heads", ("num_attention_heads*head_dim",) * 3),
+    ),
+    "kv_b_proj": (Fused(("k_b", "v_b"), "num_heads", ("num_heads*qk_nope_head_dim", "num_heads*v_head_dim")),),
+    "kv_a_proj_with_mqa": (Fused(("kv_a", "k_rope"), 1, ("kv_lora_rank", "qk_rope_head_dim")),),
+}
+
+# Mixers that are no attention over a model's own tokens: what their matrices' roles begin with, so that none feeds attention.
+MIXERS = ("ssm", "delta", "conv", "linear", "cross")
+
+# All that `modules=` may name.
+NAMED_ROLES = frozenset(
+    {role for role, _ in ROLES.values()}
+    | {
+        role
+        for layout in (*FUSED.values(), GATED, *(f for found in SIZED.values() for f in found))
+        for role in layout.roles
+    }
+    | {f"{mixer}_{role}" for mixer in MIXERS for role in ("q", "k", "v", "o")}
+    | {"embed", "head", "o_gate"}
+)
+
 # Rows (q, k, v) or columns (o) of these roles are heads side by side.
-HEAD_ROWS = ("q", "k", "v")
+HEAD_ROWS = ("q", "k", "v", "q_gate", "q_b")
 
 HEAD_COLUMNS = ("o",)
+
+# Matrices that an adapter of PEFT's would not change, or that PEFT refuses, by the model_type: their module hands their weight
+# itself to a kernel, past the adapter. PEFT's own list is of the out_proj of five of these.
+UNADAPTABLE: dict[str, tuple[str, ...]] = {
+    "mamba": ("x_proj", "dt_proj", "out_proj"),
+    "falcon_mamba": ("x_proj", "dt_proj", "out_proj"),
+    "mamba2": ("out_proj",),
+    "falcon_h1": ("out_proj",),
+    "nemotron_h": ("out_proj",),
+    "bamba": ("out_proj",),
+    "granitemoehybrid": ("out_proj",),
+    "zamba2": ("out_proj",),
+    "jamba": ("dt_proj",),
+}
 
 # How checkpoints name what transformers has renamed since: part of a parameter's name -> in the files.
 RENAMED = {"lm_head.weight": "embed_out.weight", ".mlp.": ".block_sparse_moe."}

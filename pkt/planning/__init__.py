@@ -4,11 +4,13 @@ from pkt.planning.choosing import Chooser as Chooser
 from pkt.planning.choosing import plan as plan
 from pkt.planning.options import ModuleMap as ModuleMap
 from pkt.planning.options import Vocabulary as Vocabulary
+from pkt.planning.options import adapted as adapted
 from pkt.planning.options import read_map as read_map
 from pkt.planning.options import read_vocabulary as read_vocabulary
 from pkt.planning.pairing import Feed as Feed
 from pkt.planning.pairing import Pairing as Pairing
 from pkt.planning.regions import STRATEGIES as STRATEGIES
+from pkt.planning.regions import Region as Region
 from pkt.planning.transfer_plan import Entry as Entry
 from pkt.planning.transfer_plan import TransferPlan as TransferPlan
 from pkt.planning.transfer_plan import by_expert as by_expert

@@ -156,7 +156,8 @@ class Chooser:
         name = f"{target.module} {feed.role}" if target.parts else target.module
         score = source.oriented(score_of(source), expert)
         part, shape = _rows_of(score, feed, tile)
-        steps = steps_of(feed.role, shape, feed.shape, self.pairing.teacher) if options.align_heads else (1, 1)
+        head = source.head or self.pairing.teacher.head_dim
+        steps = steps_of(feed.role, shape, feed.shape, head) if options.align_heads else (1, 1)
         name = name if slot is None else f"{name} of expert {slot[0]}"
         region = select_region(part, options.select, Wanted(shape, feed.shape, tile, steps, options.seed, name))
         inside = caught_by(part, region, tile)

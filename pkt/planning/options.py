@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pkt.errors import PktError
-from pkt.models import FUSED, ROLES, Model, Runs, Target, shared_vocabulary
+from pkt.models import EXPERT_PARAMETERS, FUSED, NAMED_ROLES, Model, ModelSpec, Runs, Target, shared_vocabulary
 from pkt.options import PlanOptions
 from pkt.planning.regions import STRATEGIES, runs
 
 GROUPS = ("all", "attention", "ffn", "embedding")
-_ROLES = {role for role, _ in ROLES.values()} | {r for f in FUSED.values() for r in f.roles} | {"embed", "head"}
 
 ModuleMap: TypeAlias = Mapping[str, str] | Sequence[str]
 Vocabulary: TypeAlias = tuple[Runs, Runs]  # rows of the teacher's tables, and the student's rows they feed
@@ -50,7 +49,7 @@ def check_options(options: PlanOptions) -> None:
         except re.error as error:
             raise PktError(
                 f"modules={options.modules!r} is neither a list of {', '.join(GROUPS)} and roles "
-                f"({', '.join(sorted(_ROLES))}) nor a regular expression: {error}"
+                f"({', '.join(sorted(NAMED_ROLES))}) nor a regular expression: {error}"
             ) from error
 
 
@@ -79,7 +78,7 @@ def _role_list(modules: str) -> tuple[set[str], set[str]] | None:
     out: set[str] = set()
     for word in modules.split(","):
         name = word.strip().removeprefix("-")
-        if name not in GROUPS and name not in _ROLES:
+        if name not in GROUPS and name not in NAMED_ROLES:
             return None
         named = set(FUSED[name].roles) if name in FUSED else {name}
         (out if word.strip().startswith("-") else chosen).update(named)
@@ -102,3 +101,25 @@ def chosen_parts(target: Target, modules: str) -> tuple[tuple[str, Runs], ...]:
         return bool(names & chosen) and not names & out
 
     return tuple((role, rows) for role, rows in target.roles() if wanted(role))
+
+
+def dense_beside_experts(student: ModelSpec, wanted: Sequence[Target]) -> list[Target]:
+    """The dense FFNs of a student with experts: PEFT reads gate_proj and the like there as names of old for the experts'."""
+    beside = any(t.experts for t in student.targets)
+    return [t for t in wanted if beside and t.group == "ffn" and not t.experts]
+
+
+def adapted(student: ModelSpec, modules: str) -> list[Target]:
+    """The matrices of a student that a LoRA of these `modules` adapts, each as a whole. Raises `PktError` where there are none."""
+    check_options(PlanOptions(modules=modules))
+    chosen = [t for t in student.targets if chosen_parts(t, modules)]
+    unnamed = [t for t in chosen if t.experts and t.module.rpartition(".")[2] not in EXPERT_PARAMETERS]
+    beyond = [t for t in chosen if t.unadaptable]
+    left_out = {t.module for t in (*dense_beside_experts(student, chosen), *unnamed, *beyond)}
+    found = [t for t in chosen if t.module not in left_out]
+    if not found:
+        like = student.targets[0].module if student.targets else "(it has none)"
+        raise PktError(
+            f"modules={modules!r} chooses none of the student's matrices that PEFT adapts; their names are like {like}"
+        )
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from pkt.errors import PktError, short_list
 from pkt.models import EXPERT_PARAMETERS, HEAD_COLUMNS, HEAD_ROWS, ModelSpec, Runs, Target
 from pkt.options import PlanOptions
-from pkt.planning.options import Vocabulary, check_options, chosen_parts
-from pkt.planning.regions import Region, select_layers, through
+from pkt.planning.layering import Layering
+from pkt.planning.options import Vocabulary, check_options, chosen_parts, dense_beside_experts
+from pkt.planning.regions import Region, through
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Pairing:
                 f"modules={options.modules!r} chooses none of the student's matrices; their names are like "
                 f"{_example(student)}"
             )
+        self._check_layers_found(wanted)
         if any(t.layer is not None for t in wanted):
             self.count = min(student.num_layers, teacher.num_layers) if self.partial else student.num_layers
         else:
@@ -77,11 +79,10 @@ class Pairing:
                 f"the teacher has {teacher.num_layers} layers, fewer than the student's {student.num_layers}; "
                 "choose a deeper teacher, or feed the first layers only with partial=True (--partial)"
             )
-        self.ranked = options.layers == "sensitivity" and self.count > 0
-        self.fixed: list[int] | None = None
-        if not self.ranked:
-            self.fixed = self.choose_layers(None)
         self.wanted = self._leave_out(wanted)
+        fed = [(t, self.parts[t.module]) for t in self.wanted]
+        self.layering = Layering(teacher, student, fed, self.count, options.layers, options.seed)
+        self.ranked, self.fixed = self.layering.ranked, self.layering.fixed
         self.targets = [t for t in self.wanted if t.layer is None or t.layer < self.count]
         self._check()
 
@@ -94,8 +95,28 @@ class Pairing:
         named = any(_numbers(pattern, target.module) is not None for pattern in patterns)
         return ((target.role, ((0, target.shape[0]),)),) if named else ()
 
+    def _check_layers_found(self, wanted: Sequence[Target]) -> None:
+        """Refuse to feed a model by the numbers in its matrices' names, where no list of its modules is its layers."""
+        for spec in (self.teacher, self.student):
+            if spec.layers is None and self.options.module_map is None and any(t.group != "embedding" for t in wanted):
+                raise PktError(
+                    f"{spec.name}: none of its lists of modules can be told to be its decoder layers; name what feeds what with "
+                    "module_map= (--map TEACHER=STUDENT)"
+                )
+
     def _leave_out(self, wanted: list[Target]) -> list[Target]:
         """Without what a difference between the models excludes, noted in one line each."""
+        if self.student.multimodal:
+            self.notes.append(
+                f"the student is multimodal ({self.student.multimodal}): the adapter is of that class, only the text decoder "
+                f"({self.student.layers}) with its tables is fed"
+            )
+        crossing = _crossing(self.student)
+        wanted = self._without(wanted, lambda target: target.unadaptable)
+        wanted = self._without(wanted, lambda target: _NO_TEXT if target.module in crossing else "")
+        if self.options.module_map is None:
+            wanted = self._without(wanted, _in_another_list)
+            wanted = self._without(wanted, self._in_doubt)
         teacher, student = self.teacher, self.student
         tables = [t for t in wanted if t.group == "embedding"]
         if self.vocabulary is not None and tables:
@@ -112,9 +133,8 @@ class Pairing:
         if any(t.experts for t in wanted) and not any(t.experts for t in teacher.targets):
             self.notes.append("the student's experts are left out: the teacher has none")
             wanted = [t for t in wanted if not t.experts]
-        dense = [t for t in wanted if t.group == "ffn" and not t.experts]
-        if dense and any(t.experts for t in student.targets):
-            # PEFT reads gate_proj, up_proj and down_proj of a model with experts as names of old for these.
+        dense = dense_beside_experts(student, wanted)
+        if dense:
             self.notes.append(
                 f"the student's FFNs beside its experts are left out ({dense[0].suffix}, ...): PEFT takes their names for the "
                 "experts'"
@@ -124,18 +144,45 @@ class Pairing:
             raise PktError(f"modules={self.options.modules!r} leaves nothing to transfer: {'; '.join(self.notes)}")
         return wanted
 
+    def _without(self, wanted: list[Target], why: Callable[[Target], str]) -> list[Target]:
+        """Without the matrices that there is a reason to leave out, noted in one line for each kind of them."""
+        kept: list[Target] = []
+        left: dict[tuple[str, str], list[Target]] = {}
+        for target in wanted:
+            reason = why(target)
+            if reason:
+                left.setdefault((target.suffix, reason), []).append(target)
+            else:
+                kept.append(target)
+        for (suffix, reason), targets in left.items():
+            several = f" of {len(targets)} layers" if len(targets) > 1 else ""
+            self.notes.append(f"{suffix}{several} is left out: {reason}")
+        if not kept:
+            raise PktError(f"modules={self.options.modules!r} leaves nothing to transfer: {'; '.join(self.notes)}")
+        return kept
+
+    def _in_doubt(self, target: Target) -> str:
+        """Why a matrix cannot be cut for this one: the rows or axes of one of them cannot be told. The same shape is not cut."""
+        alike = [
+            s
+            for s in self.teacher.targets
+            if (s.layer is None) == (target.layer is None)
+            and (s.suffix == target.suffix or (target.role and s.role == target.role))
+        ]
+        if alike and all(s.suffix == target.suffix and s.stored_shape == target.stored_shape for s in alike):
+            return ""
+        doubts = [s for s in alike if s.doubt]
+        if alike and len(doubts) == len(alike):
+            return f"the teacher's {doubts[0].suffix}: {doubts[0].doubt}"
+        return target.doubt
+
     def choose_layers(self, scores: Tensor | None) -> list[int]:
         """The teacher layer for each student layer that is fed."""
-        if self.count == 0:
-            return []
-        given = self.options.layers
-        return select_layers(given, self.teacher.num_layers, self.count, scores, seed=self.options.seed)
+        return self.layering.choose(scores)
 
     def layers_for(self, place: int) -> Sequence[int]:
         """The teacher layers that may feed this layer of the student."""
-        if self.fixed is not None:
-            return [self.fixed[place]]
-        return range(place, self.teacher.num_layers - self.count + place + 1)
+        return self.layering.layers_for(place)
 
     def _check(self) -> None:
         faults: dict[tuple[str, str], list[str]] = {}  # (what kind of matrix, why in any layer) -> which
@@ -196,13 +243,14 @@ class Pairing:
         return None if found is None or bool(found.experts) != bool(target.experts) else found
 
     def _source(self, target: Target, role: str, layer: int | None, same: Target | None) -> tuple[Target, Runs]:
-        if same is not None and not same.parts and not target.parts:
+        comparable = same is not None and (same.role == target.role or target.group == "embedding")
+        if same is not None and comparable and not same.parts and not target.parts:
             return same, ((0, same.shape[0]),)
         matches = [
             (source, rows)
             for source in (self.inside.get(layer, []) if layer is not None else [])
             for name, rows in source.roles()
-            if role and name == role
+            if role and name == role and not source.doubt
         ]
         # An FFN that is there comes before one of several experts; experts are fed by experts.
         alike = [m for m in matches if bool(m[0].experts) == bool(target.experts)]
@@ -264,7 +312,7 @@ class Pairing:
                 f"{list(target.shape)}: {source.module} is only {list(source.shape)} ({', '.join(small)}{part})"
             )
         shape = min(have[0], need[0]), min(have[1], need[1])
-        step = steps_of(role, have, shape, self.teacher)
+        step = steps_of(role, have, shape, source.head or self.teacher.head_dim)
         if self.options.align_heads and any(size % s for size, s in zip(shape, step, strict=True)):
             raise _UnfedError(f"{list(target.shape)}: not a whole number of the teacher's heads of {max(step)}{part}")
         whole = shape == target.shape and rows == ((0, target.shape[0]),)
@@ -284,6 +332,32 @@ class Pairing:
             )
 
 
+def _in_another_list(target: Target) -> str:
+    """Why a matrix with a number of its own is in none of the decoder layers: a second stack, whose layers are not chosen."""
+    inside = target.group in ("attention", "ffn") and any(part.isdigit() for part in target.module.split("."))
+    return (
+        "it is in another list of modules than the decoder layers; feed it with --map"
+        if inside and target.layer is None
+        else ""
+    )
+
+
+_NO_TEXT = "it works on what cross-attention brings in, and the seeds are text"
+
+
+def _crossing(spec: ModelSpec) -> set[str]:
+    """The matrices of cross-attention, and all of the layers that have no other attention: text does not pass them."""
+    roles: dict[int | None, set[str]] = {}
+    for target in spec.targets:
+        roles.setdefault(target.layer, set()).update(role for role, _ in target.roles())
+    only = {
+        layer
+        for layer, found in roles.items()
+        if layer is not None and any(r.startswith("cross_") for r in found) and not found & set(HEAD_ROWS)
+    }
+    return {t.module for t in spec.targets if t.layer in only or any(r.startswith("cross_") for r, _ in t.roles())}
+
+
 def _example(model: ModelSpec) -> str:
     return model.targets[0].module if model.targets else "(it has none)"
 
@@ -294,9 +368,9 @@ def _numbers(pattern: str, name: str) -> list[str] | None:
     return None if match is None else list(match.groups())
 
 
-def steps_of(role: str, have: tuple[int, int], need: tuple[int, int], teacher: ModelSpec) -> tuple[int, int]:
+def steps_of(role: str, have: tuple[int, int], need: tuple[int, int], head: int | None) -> tuple[int, int]:
     """Offsets that never cut a head: rows of q, k and v and columns of o; an axis of equal length is not cut at all."""
-    head = teacher.head_dim or 1
+    head = head or 1
     rows = head if role in HEAD_ROWS and have[0] != need[0] else 1
     cols = head if role in HEAD_COLUMNS and have[1] != need[1] else 1
     return rows, cols

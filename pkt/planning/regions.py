@@ -22,6 +22,7 @@ from pkt.options import LayerChoice, Select
 BLOCK = 64
 # Longer lists of runs are gathered by an index, and packed in JSON.
 _MANY = 64
+_MOST_RUNS = 64 << 20  # bytes of them
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,22 @@ class Region:
         bits[_positions(rows)] = self._bits()
         return Region(self.shape, mask=_packed_bits(bits), source_shape=source_shape)
 
+    def lies_in(self, shape: tuple[int, int]) -> bool:
+        """Whether it is a part of a matrix of this shape, as large as it says; a file may hold anything."""
+        rows, cols = self.shape
+        if min(rows, cols) < 1:
+            return False
+        if self.mask is not None:
+            return self.source_shape == shape and int(self._bits().sum()) == rows * cols
+        return all(
+            sum(b - a for a, b in axis) == size and all(0 <= a < b <= most for a, b in axis)
+            for axis, size, most in ((self.rows, rows, shape[0]), (self.cols, cols, shape[1]))
+        )
+
     def _bits(self) -> np.ndarray[Any, Any]:
         assert self.mask is not None
         assert self.source_shape is not None
-        packed = np.frombuffer(zlib.decompress(base64.b64decode(self.mask)), np.uint8)
+        packed = np.frombuffer(_inflated(self.mask, math.prod(self.source_shape) // 8 + 1), np.uint8)
         return np.unpackbits(packed, count=math.prod(self.source_shape)).astype(bool).reshape(self.source_shape)
 
     def describe(self) -> str:
@@ -141,8 +154,16 @@ def _packed_runs(axis: Runs) -> Runs | str:
 
 def _unpacked_runs(value: Any) -> Runs:
     if isinstance(value, str):
-        value = np.frombuffer(zlib.decompress(base64.b64decode(value)), "<i8").reshape(-1, 2).tolist()
+        value = np.frombuffer(_inflated(value, _MOST_RUNS), "<i8").reshape(-1, 2).tolist()
     return tuple((int(a), int(b)) for a, b in value)
+
+
+def _inflated(text: str, most: int) -> bytes:
+    """Packed bytes, no more than `most`. Raises `ValueError` for what is not packed by us."""
+    try:
+        return zlib.decompressobj().decompress(base64.b64decode(text), most)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
 
 
 def _packed_bits(bits: np.ndarray[Any, Any]) -> str:

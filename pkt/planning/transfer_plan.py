@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pkt.errors import PktError
 from pkt.files import atomic_file, read_json, write_json
@@ -107,6 +107,16 @@ class TransferPlan:
     notes: list[str] = field(default_factory=list)
     seeds: dict[str, Any] = field(default_factory=dict)  # what the scores were made on, where they say so
 
+    def check(self) -> None:
+        """Raises `TypeError`, `KeyError` or `ValueError` for entries that no plan of pkt's has: a file may hold anything."""
+        for model in (self.teacher, self.student):
+            _ = model["name"].strip()
+        _ = self.options["select"], self.options["modules"], sum(self.layer_map), [*self.notes]
+        for entry in self.entries:
+            if entry.kind not in get_args(Kind):
+                raise ValueError(f"{entry.kind!r} is no kind of matrix")
+            _ = entry.share + entry.score
+
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; also written to `path`, atomically, when one is given."""
         value = self.as_dict()
@@ -168,8 +178,9 @@ class TransferPlan:
                 ),
             )
             made.seeds = dict(value.get("seeds", {}))
+            made.check()
             return made
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise PktError(
                 f"{where} is incomplete ({type(error).__name__}: {error}); make it again with `pkt plan`"
             ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pkt.extraction import Extraction, describe_factorization
-from pkt.files import atomic_file
+from pkt.files import atomic_file, check_output_file
 from pkt.planning import describe
 from pkt.reporting.plots import TAKEN, check_packages, new_figure, plot_layers, png_bytes
 
@@ -27,6 +27,8 @@ def page(title: str, sections: list[dict[str, Any]]) -> str:
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """The HTML page of an extraction folder. Raises `PktError` for a folder that is not one."""
     ext = Extraction.load(folder)
+    if out is not None:
+        check_output_file(out, "<!", force=True)
     plan = ext.plan
     sections: list[dict[str, Any]] = []
     facts = [

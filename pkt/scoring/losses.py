@@ -17,8 +17,18 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def check_labels(batch: Any) -> None:
+    if isinstance(batch, Mapping) and "labels" not in batch and {"messages", "prompt", "text"} & set(batch):
+        raise PktError(
+            "the loader gives rows of text; read them with pkt.load_seeds(path, tokenizer), which gives batches"
+        )
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise PktError("the default loss needs batches that are mappings with 'labels'; pass loss_fn for anything else")
+    ids, labels = batch.get("input_ids"), batch["labels"]
+    if not isinstance(labels, Tensor) or (isinstance(ids, Tensor) and ids.ndim == 1):
+        raise PktError(
+            "the loader gives samples, not batches: collate them into tensors [samples, tokens], as a DataLoader with a collator "
+            "does"
+        )
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:

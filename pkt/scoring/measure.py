@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.files import os_errors
+from pkt.files import check_output_file
 from pkt.models import Model, ModelSpec, checked_device, decoder_layers, kind_of, position_limit, rows_apart
 from pkt.ops import MEASURES
 from pkt.options import Loss
@@ -21,7 +21,7 @@ from pkt.progress import bar
 from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
-from pkt.scoring.result import Sensitivity
+from pkt.scoring.result import FORMAT, Sensitivity
 from pkt.scoring.scorer import score_batches
 from pkt.seeds import Seeds, load_seeds
 
@@ -137,10 +137,7 @@ def score_checkpoint(
 ) -> Sensitivity:
     """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
     _check_measure(measure)
-    if Path(out).exists():
-        raise PktError(f"{out} exists already; name another file")
-    with os_errors(f"writing {out}"):
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    check_output_file(out, FORMAT)
     named = Model.of(teacher)
     named.check()
     rows = load_seeds(seeds, named.tokenizer, loss=loss, max_length=max_length)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pkt.errors import PktError
 from pkt.files import read_json, share_files
@@ -52,16 +57,44 @@ class Shared(TrainerCallback):  # type: ignore[misc]
         share_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-class FiniteTrainer(Trainer):  # type: ignore[misc]
-    """Raises `PktError` for a loss or a gradient that is not finite, before it reaches the weights."""
+class ByLength(Sampler[int]):
+    """Rows of like lengths together; their order hangs on the seed and the epoch alone, so that a resumed run finds its place."""
 
-    def __init__(self, **given: Any) -> None:
-        self.losses = Losses()
-        super().__init__(**given, callbacks=[Shared, self.losses])
+    def __init__(self, lengths: Sequence[int], rows: int, seed: int) -> None:
+        self.lengths, self.rows, self.seed, self.epoch = list(lengths), rows, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.rows, generator=generator))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class FiniteTrainer(Trainer):  # type: ignore[misc]
+    """Raises `PktError` for a loss or a gradient that is not finite, before it reaches the weights.
+
+    lengths: of the rows, where those of like lengths are to come together. callbacks: with a `restore`, as `Losses` has.
+    """
+
+    def __init__(self, *, lengths: Sequence[int] | None = None, callbacks: Sequence[Any] = (), **given: Any) -> None:
+        self.losses, self.lengths = Losses(), lengths
+        self.kept = [self.losses, *callbacks]
+        super().__init__(**given, callbacks=[Shared, *self.kept])
+
+    def _get_train_sampler(self, *given: Any) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(*given)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(self.lengths, rows, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         found: torch.Tensor = super().training_step(*args, **kwargs)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # Under fp16 gradients are scaled up: the scaler finds those that overflow, and leaves their step out.
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None and not self.args.fp16]
         for what, value in (("loss", found), ("norm of the gradient", torch.nn.utils.get_total_norm(grads))):
             if not value.isfinite():
                 raise PktError(
@@ -75,15 +108,22 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
     def fit(self, checkpoint: str | None = None) -> float:
         """Train, from a checkpoint on if given; returns the mean loss of all steps, those before the checkpoint too."""
         state = {} if checkpoint is None else read_json(Path(checkpoint) / STATE)
-        self.losses.restore(state)
+        for kept in self.kept:
+            kept.restore(state)
         if checkpoint is not None and state["global_step"] >= state["max_steps"]:
             # Trainer would take one step too many.
             self._load_from_checkpoint(checkpoint)
             return self.losses.mean
         try:
             self.train(resume_from_checkpoint=checkpoint)
-        except BaseException:
-            # What was logged is written out, and the logs' threads end.
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
+        except BaseException as error:
+            # What was logged is written out, and the logs' threads end; the bar cannot, where no step was begun.
+            with contextlib.suppress(AttributeError):
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+            if isinstance(error, pickle.UnpicklingError):
+                raise PktError(
+                    f"{checkpoint}: its optimizer, scheduler or random state cannot be loaded safely; remove that folder, and the "
+                    "same command goes on from the checkpoint before it"
+                ) from error
             raise
         return self.losses.mean

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ def _checkpoint_fault(folder: Path, step: int) -> str | None:
     return next((f"{name} is missing or truncated" for name in pickles if not zipfile.is_zipfile(folder / name)), None)
 
 
-def write_run(out: Path, ext: Extraction | Start, settings: dict[str, Any], student: str) -> None:
+def write_run(
+    out: Path, ext: Extraction | Start, settings: dict[str, Any], student: str, more: Mapping[str, Any] | None = None
+) -> None:
+    """Begin a run's folder. more: what else is told of it, which does not decide its result."""
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         entries = {
@@ -76,6 +80,7 @@ def write_run(out: Path, ext: Extraction | Start, settings: dict[str, Any], stud
             "student": student,
             "settings": settings,
             **_origin(ext),
+            **(more or {}),
             "versions": versions(),
             "finished": False,
         }
@@ -85,13 +90,13 @@ def write_run(out: Path, ext: Extraction | Start, settings: dict[str, Any], stud
             write_initial(out, ext, student)
 
 
-def finish_run(out: Path, model: Any, loss: float) -> None:
-    """The trained adapter, and the manifest that says so."""
+def finish_run(out: Path, model: Any, loss: float, more: Mapping[str, Any] | None = None) -> None:
+    """The trained adapter, and the manifest that says so. more: what else was found on the way."""
     with os_errors(f"writing {out}"):
         model.save_pretrained(str(out), save_embedding_layers=False)
         share_files(out)
         with atomic_file(out / MANIFEST) as scratch:
-            write_json(scratch, {**read_manifest(out), "finished": True, "train_loss": loss})
+            write_json(scratch, {**read_manifest(out), "finished": True, "train_loss": loss, **(more or {})})
 
 
 def _origin(ext: Extraction | Start) -> dict[str, Any]:

@@ -7,15 +7,20 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pkt.errors import PktError
+from pkt.extras import needs
 from pkt.files import os_errors
 from pkt.models import quiet, rows_apart
 from pkt.options import Training
 from pkt.seeds import Seeds, collate
 from pkt.training.folder import say
+
+if TYPE_CHECKING:
+    from pkt.training.held_out import HeldOut
 
 
 def fit(
@@ -27,8 +32,11 @@ def fit(
     quietly: bool = False,
     resume_from: str | None = None,
     tokenizer: Any = None,
+    held_out: HeldOut | None = None,
 ) -> float:
     """Train a model on tokenized rows, on one device; returns the mean loss of all steps, those before `resume_from` too.
+
+    held_out: measures the model as it trains, and gives it its best weights at the end.
 
     Raises `PktError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
@@ -49,10 +57,49 @@ def fit(
             train_dataset=list(examples),
             data_collator=lambda rows: collate(rows, examples.pad_id),
             processing_class=tokenizer,
+            callbacks=[] if held_out is None else [held_out],
+            lengths=[len(e.input_ids) for e in examples] if options.group_by_length else None,
         )
         if quietly:
             trainer.remove_callback(PrinterCallback)
-        return trainer.fit(resume_from)
+        if held_out is None:
+            return trainer.fit(resume_from)
+        held_out.tell = trainer.log
+        loss = trainer.fit(resume_from)
+        held_out.put_back(model)
+        return loss
+
+
+def check_machine(options: Training) -> None:
+    """Raises `PktError` for a precision that this machine does not have."""
+    cuda = torch.cuda.is_available()
+    if options.precision == "fp16" and not cuda:
+        raise PktError("precision='fp16' needs a GPU; train in bf16 or fp32 here (--precision)")
+    if options.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        raise PktError("precision='bf16': this GPU has no bf16; train in fp16 or fp32 (--precision)")
+
+
+def check_reporters(options: Training) -> None:
+    """Raises `PktError` for a place to report to that transformers does not know, or whose package is missing."""
+    names = reporters(options)
+    if "tensorboard" in names:
+        needs("tensorboard", "train", "keep the logs of a training run")
+    if set(names) <= {"tensorboard"}:
+        return
+    from transformers.integrations import integration_utils
+
+    known, at_hand = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise PktError(f"report_to={name!r} is unknown; choose of {', '.join(sorted(known))}, or none")
+        if name not in at_hand:
+            raise PktError(f"report_to={name!r}: its package cannot be imported; pip install {name.replace('_', '-')}")
+
+
+def reporters(options: Training) -> list[str]:
+    """Where a run reports to, by transformers' names."""
+    names = [name.strip() for name in options.report_to.split(",") if name.strip()]
+    return [] if names == ["none"] or options.save_steps is None else names
 
 
 def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> Any:
@@ -74,11 +121,14 @@ def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> 
         save_strategy="steps" if kept else "no",
         save_steps=options.save_steps or 500,
         save_total_limit=2,
-        report_to=["tensorboard"] if kept else [],
+        report_to=reporters(options),
         disable_tqdm=quietly,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=options.precision == "bf16" or (options.precision == "auto" and cuda and torch.cuda.is_bf16_supported()),
+        fp16=options.precision == "fp16",
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         label_names=["labels"],
         seed=options.seed,
     )

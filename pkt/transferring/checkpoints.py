@@ -19,7 +19,7 @@ from torch import Tensor
 from pkt import ops
 from pkt.adapters import Pair
 from pkt.errors import PktError
-from pkt.files import LOCK, atomic_file, lock_folder, read_json, sha256, write_json, write_tensors
+from pkt.files import LOCK, atomic_file, followed, lock_folder, read_json, sha256, write_json, write_tensors
 from pkt.manifest import difference, spoken_name
 from pkt.planning import Entry
 from pkt.streaming import Key, MemoryPlan, Progress
@@ -30,7 +30,8 @@ RUN_FORMAT = "pkt-run-2"
 
 def run_path(out: Path) -> Path:
     """Where an unfinished transfer to `out` keeps its checkpoints."""
-    return out.absolute().parent / f".{out.name}.run"
+    out = followed(out).absolute()
+    return out.parent / f".{out.name}.run"
 
 
 class RunFolder:
@@ -81,8 +82,6 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.endswith(".tmp"):
-                entry.unlink()
 
     def check(self, inputs: dict[str, Any]) -> None:
         """Read what the run is of; refuse it when that is not these inputs."""
@@ -256,6 +255,8 @@ def _stored(choice: Choice) -> tuple[dict[str, Any], dict[str, Pair]]:
         targets[name] = {"entries": [e.to_json() for e in entries]}
         if name in choice.energies:
             targets[name]["energy"] = choice.energies[name]
+        if name in choice.unsettled:
+            targets[name]["unsettled"] = choice.unsettled[name]
     return {"total": choice.total, "entries": targets}, choice.pairs
 
 
@@ -265,6 +266,8 @@ def _restored(record: dict[str, Any], factors: Mapping[str, Tensor], i: int) -> 
         choice.entries[name] = [Entry.from_json(e) for e in target["entries"]]
         if "energy" in target:
             choice.energies[name] = target["energy"]
+        if "unsettled" in target:
+            choice.unsettled[name] = target["unsettled"]
         if f"{i}.A.{name}" in factors:
             kind = choice.entries[name][0].kind
             choice.pairs[name] = Pair(factors[f"{i}.A.{name}"], factors[f"{i}.B.{name}"], kind)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.adapters import Pair
-from pkt.extraction import factorize_targets
+from pkt.extraction import SETTLED, factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
 from pkt.options import Factorization
@@ -29,13 +29,15 @@ from pkt.streaming import Key
 class Choice:
     """What one part of the teacher gives to the student: the entries of each target, by (signature, suffix), and their pairs.
 
-    total: Σ S of the part. energies and pairs (on the CPU) are there for the targets that are factorized.
+    total: Σ S of the part. energies and pairs (on the CPU) are there for the targets that are factorized, unsettled for those whose
+    directions the factorization has not quite found.
     """
 
     total: float
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     energies: dict[str, float] = field(default_factory=dict)
     pairs: dict[str, Pair] = field(default_factory=dict)
+    unsettled: dict[str, float] = field(default_factory=dict)
 
 
 class Extractor:
@@ -47,6 +49,7 @@ class Extractor:
     def __init__(self, pairing: Pairing, factorization: Factorization) -> None:
         self.pairing, self.chooser, self.factorization = pairing, Chooser(pairing), factorization
         self.choices: dict[Key, Choice] = {}
+        self.unsettled: dict[str, float] = {}  # of the student's matrices, once it is finished
 
     def places(self, layer: int) -> list[int]:
         """The student's layers that this teacher layer feeds, or may feed while the ranking is open."""
@@ -107,24 +110,29 @@ class Extractor:
             return source.oriented(weight(source.parameter), entry.expert)
 
         targets = {name: choice.entries[name] for name in names}
-        for name, (pair, energy) in factorize_targets(targets, matrix_of, self.factorization).items():
+        for name, (pair, energy, unsettled) in factorize_targets(targets, matrix_of, self.factorization).items():
             choice.pairs[name] = Pair(pair.A.cpu(), pair.B.cpu(), pair.kind)
             choice.energies[name] = energy
+            if unsettled > SETTLED:
+                choice.unsettled[name] = unsettled
 
-    def _best(self) -> list[int]:
-        layers = [key for key in self.choices if isinstance(key, int)]
-        return sorted(layers, key=lambda k: (-self.choices[k].total, k))[: self.pairing.count]
+    def _best(self) -> dict[int, int]:
+        """The student's layer -> the teacher's that feeds it, of those that are scored."""
+        return self.pairing.layering.best({k: c.total for k, c in self.choices.items() if isinstance(k, int)})
 
     def _forget_losers(self) -> None:
         if not self.pairing.ranked:
             return
-        best = set(self._best())
+        best = set(self._best().values())
         for key, choice in self.choices.items():
             if isinstance(key, int) and key not in best:
                 choice.pairs = {}
 
     def layer_map(self) -> list[int]:
-        return sorted(self._best()) if self.pairing.fixed is None else self.pairing.fixed
+        if self.pairing.fixed is not None:
+            return self.pairing.fixed
+        best = self._best()
+        return [best[place] for place in range(self.pairing.count)]
 
     def finish(
         self, weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]]
@@ -152,5 +160,7 @@ class Extractor:
             choice = self.choices[part]
             entries += [dataclasses.replace(e, target=module) for e in choice.entries[name]]
             pairs[module], energies[module] = choice.pairs[name], choice.energies[name]
+            if name in choice.unsettled:
+                self.unsettled[module] = choice.unsettled[name]
         layer_scores = [self.choices[i].total for i in range(self.pairing.teacher.num_layers)]
         return self.chooser.finish(entries, chosen, layer_scores), pairs, energies

@@ -239,6 +239,8 @@ class Job:
         """Refuse an output that holds something else; results that an interrupted run already wrote are no such thing."""
         folders = {folder_of(out, result): result for result in self.results}
         above = {out, *(out / task for task in self.seeds)} - folders.keys()
+        for folder in filter(Path.is_dir, above):
+            sweep_scratch(folder)
         ours = {*folders, *above, *(out / task / SCORES for task in self.seeds)}
         if not out.is_dir() or not above or any(set(f.iterdir()) - ours for f in above if f.is_dir()):
             check_output_folder(out, force=force)
@@ -256,7 +258,6 @@ class Job:
         for result, extraction in extractions.items():
             target = folder_of(out, result)
             if force or not several or self._finished_one(target, result) is None:
-                sweep_scratch(target)
                 extraction.save(target, force=force)
         for i, task in enumerate(self.seeds):
             if folder.scores_file(i).is_file():

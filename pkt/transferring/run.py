@@ -29,7 +29,7 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
 from pkt.files import os_errors
 from pkt.models import Model, read_roles
-from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split
+from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split, Svd
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
 from pkt.planning.regions import BLOCK
 from pkt.progress import bar
@@ -87,6 +87,7 @@ def transfer(
     max_rank: int = 64,
     energy: float | None = None,
     split: Split = "b",
+    svd: Svd = "fast",
     loss: Loss = "answer",
     max_length: int = 2048,
     batch_size: int = 8,
@@ -134,7 +135,7 @@ def transfer(
         teacher,
         student,
         seeds if isinstance(seeds, Mapping) else {"": seeds},
-        {"": Recipe(options, Factorization(rank, max_rank, energy, split, seed))},
+        {"": Recipe(options, Factorization(rank, max_rank, energy, split, seed, svd))},
         out=out,
         resume=resume,
         force=force,
@@ -344,6 +345,8 @@ class Runner:
                 self.listeners.on_plan(made)
             task = tasks.index(result[0])
             provenance = {**self.job.provenance(result), "losses": self.job.losses(task, losses[task])}
+            if extractor.unsettled:
+                provenance["unsettled"] = extractor.unsettled
             found[result] = Extraction(pairs, energies, made, provenance)
         if self.job.keep_scores != "none":
             assert self.folder is not None

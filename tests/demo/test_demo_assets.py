@@ -163,12 +163,12 @@ def test_an_unfinished_demo_is_started_again(tmp_path: Path, monkeypatch: pytest
 
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:
-        patch.setattr(demonstration, "load_tokenizer", stop)
+        patch.setattr(demonstration, "prepare", stop)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 demonstration.run_demo(out)
             assert [p.name for p in out.iterdir()] == [MANIFEST]
-            (out / ".random-window.run").mkdir()
+            (out / ".window.run").mkdir()
     (out / MANIFEST).write_text(json.dumps(manifest_of("demo", {"finished": True})))
     with pytest.raises(PktError, match="already holds a result"):
         demonstration.run_demo(out)

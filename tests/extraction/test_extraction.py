@@ -246,7 +246,7 @@ def test_gpt2_round_trip_through_conv1d(tmp_path: Path) -> None:
         (lambda m: {"kind": "adapter", "mode": 5}, "a finalized adapter without mode, base"),
         (lambda m: {k: v for k, v in m.items() if k != "energies"}, "an extraction without energies"),
         (lambda m: {k: v for k, v in m.items() if k != "plan"}, "an extraction without plan"),
-        (lambda m: {**m, "plan": {**m["plan"], "student": {}}}, "names no models or options"),
+        (lambda m: {**m, "plan": {**m["plan"], "student": {}}}, "is damaged: the plan is incomplete"),
         (lambda m: {**m, "plan": {**m["plan"], "entries": m["plan"]["entries"][:3]}}, "list different modules"),
         (lambda m: {**m, "energies": {}}, "list different modules"),
     ],

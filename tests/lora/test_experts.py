@@ -170,8 +170,10 @@ class TestPlan:
         with pytest.raises(
             pkt.PktError, match=r"layers\.0\.mlp.* teacher layer 0 has no experts; name .*--layers 1,2,3"
         ):
-            pkt.plan(sens, first_dense, moe, modules="ffn")
-        assert len(pkt.plan(sens, first_dense, moe, modules="ffn", layers=[1, 3]).by_target()) == 4
+            pkt.plan(sens, first_dense, moe, modules="ffn", layers=[0, 3])
+        ranked = pkt.plan(sens, first_dense, moe, modules="ffn")
+        assert 0 not in ranked.layer_map
+        assert len(ranked.by_target()) == 4
         pairs = {"model.layers.*.mlp.down_proj": "model.layers.*.mlp.experts.down_proj"}
         with pytest.raises(pkt.PktError, match="leaves nothing to transfer: the student's experts are left out"):
             pkt.plan(pkt.sensitivity(dense, BATCHES[:1], progress=False), dense, moe, module_map=pairs)

@@ -82,3 +82,13 @@ def test_a_model_of_another_kind_is_said_to_be_one(tmp_path: Path) -> None:
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(pkt.PktError, match="no causal language model for 'vit'"):
         spec_of(tmp_path)
+
+
+def test_a_configuration_of_fewer_layers_than_the_files_is_told(
+    folder: Path, student_dir: Path, seed_file: Path
+) -> None:
+    change(folder, num_hidden_layers=2)
+    with pytest.warns(
+        pkt.PktWarning, match=r"holds model\.layers\.2\..* \(9 tensors like it\), which its config\.json leaves out"
+    ):
+        pkt.transfer(folder, student_dir, seed_file, rank=2, modules="attention", progress=False)
