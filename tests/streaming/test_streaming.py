@@ -542,6 +542,7 @@ def peak_of(
     """Bytes of anonymous memory a run took at its peak, and what was planned."""
     code = CHILD.format(
         paths=[
+            str(Path(__file__).parent),
             str(Path(__file__).parents[1]),
             str(Path(__file__).parents[2] / "bench"),
             str(Path(__file__).parents[2]),
