@@ -23,14 +23,14 @@ from torch import nn
 
 import pkt
 
-ROUNDS, BUDGET = 5, 40.0
+ROUNDS, BUDGET = 5, 30.0
 
 
 @dataclass(frozen=True)
 class Shape:
     hidden: int = 512
     ffn: int = 1792
-    layers: int = 4
+    layers: int = 2
     heads: int = 8
     experts: int = 8
     chosen: int = 2

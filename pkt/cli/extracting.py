@@ -63,7 +63,7 @@ def transfer(
             keep_scores=keep_scores,
             force=force,
             progress=not json_,
-            on_memory=None if json_ else lambda memory: err_console.print(*memory.lines(), sep="\n", highlight=False),
+            on_memory=None if json_ else _print_memory,
             on_plan=None if json_ else show,
             on_tick=(lambda tick: typer.echo(json.dumps(dataclasses.asdict(tick)), err=True)) if json_ else None,
             **options,
@@ -78,6 +78,10 @@ def transfer(
         there = "" if shown else "the result of this command is there already: "
         out_console.print(f"{folder}: {there}{ext}", highlight=False)
         next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
+
+
+def _print_memory(memory: Any) -> None:
+    err_console.print(*memory.lines(), sep="\n", highlight=False)
 
 
 def _as_row(folder: str, ext: Any) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def _seed_sets(seeds: Path | None, tasks: list[str] | None) -> Any:
 
 
 @app.command(rich_help_panel="Step by step")
-@takes(Reading, Execution)
+@takes(Reading, Execution, Limits)
 def sensitivity(
     teacher: Teacher,
     seeds: SeedFile,
@@ -119,10 +123,15 @@ def sensitivity(
     ] = "theta_grad",
     **options: Any,
 ) -> None:
-    """Score every parameter of the teacher on the seeds and save the scores."""
-    from pkt.scoring import score_checkpoint
+    """Score every parameter of the teacher on the seeds and save the scores.
 
-    sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, **options)
+    Teacher and scores may be larger than the memory. The same command continues an interrupted run.
+    """
+    from pkt.transferring import Listeners, run_path, score_checkpoint
+
+    with resumable(run_path(out).is_dir, force=False):
+        told = Listeners(on_memory=_print_memory)
+        sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, listeners=told, **options)
     out_console.print(f"{out}: {sens}", highlight=False)
     if measure == "theta_grad":
         next_line(f"pkt plan {shlex.quote(str(out))} {shlex.quote(teacher)} STUDENT --out PLAN.json")

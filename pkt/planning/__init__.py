@@ -9,6 +9,7 @@ from pkt.planning.options import read_map as read_map
 from pkt.planning.options import read_vocabulary as read_vocabulary
 from pkt.planning.pairing import Feed as Feed
 from pkt.planning.pairing import Pairing as Pairing
+from pkt.planning.regions import BLOCK as BLOCK
 from pkt.planning.regions import STRATEGIES as STRATEGIES
 from pkt.planning.regions import Region as Region
 from pkt.planning.transfer_plan import Entry as Entry

@@ -10,7 +10,8 @@ from pkt.scoring.head import HeadUse as HeadUse
 from pkt.scoring.head import find_fused_head as find_fused_head
 from pkt.scoring.losses import default_loss as default_loss
 from pkt.scoring.losses import per_sample_loss as per_sample_loss
-from pkt.scoring.measure import score_checkpoint as score_checkpoint
+from pkt.scoring.measure import check_measure as check_measure
+from pkt.scoring.measure import check_tile as check_tile
 from pkt.scoring.measure import score_seeds as score_seeds
 from pkt.scoring.measure import sensitivity as sensitivity
 from pkt.scoring.result import FORMAT as FORMAT

@@ -68,8 +68,8 @@ class _Routing:
         real = (pairs - self.sample * each) // self.choices < samples.lens[self.sample]
         bins = self.index * size + self.sample
         lens, all_lens = torch.zeros(2, self.experts * size, dtype=torch.int64, device=device)
-        lens.index_add_(0, bins, real.long())
-        all_lens.index_add_(0, bins, torch.ones_like(bins))
+        ops.add_rows_(lens, bins, real.long())
+        ops.add_rows_(all_lens, bins, torch.ones_like(bins))
         # A sample's padding comes last in its tokens, and so among an expert's rows of it.
         starts = all_lens.cumsum(0) - all_lens
         shape = self.experts, size

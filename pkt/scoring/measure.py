@@ -1,29 +1,25 @@
-"""`pkt.sensitivity`: every parameter of a model in memory scored on batches, or on seeds from a file."""
+"""`pkt.sensitivity`: every parameter of a model in memory scored on batches or on seeds."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pkt import ops
 from pkt.errors import PktError, SampleError
-from pkt.files import check_output_file
 from pkt.models import Model, ModelSpec, checked_device, decoder_layers, kind_of, position_limit, rows_apart
 from pkt.ops import MEASURES
-from pkt.options import Loss
 from pkt.progress import bar
 from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, default_loss
-from pkt.scoring.result import FORMAT, Sensitivity
+from pkt.scoring.result import Sensitivity
 from pkt.scoring.scorer import score_batches
-from pkt.seeds import Seeds, load_seeds
+from pkt.seeds import Seeds
 
 
 def sensitivity(
@@ -66,13 +62,13 @@ def sensitivity(
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
     place = None if device is None else checked_device(device)
-    _check_measure(measure)
+    check_measure(measure)
     names = _choose(model, params)
     parameters = dict(model.named_parameters())
     if any(parameters[name].is_meta for name in names):
         raise PktError("the model has parameters on the meta device, so without values; load its weights first")
-    if tile is not None and not 1 <= tile <= max(max(parameters[name].shape, default=1) for name in names):
-        raise PktError(f"tile={tile} must be at least 1 and no larger than the largest matrix")
+    if tile is not None:
+        check_tile(tile, [parameters[name].shape for name in names])
     batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
     if not batches:
         raise PktError("the loader gave no batches; there is nothing to score on")
@@ -122,38 +118,14 @@ def score_seeds(
     return sens
 
 
-def score_checkpoint(
-    teacher: str | Path,
-    seeds: str | Path,
-    out: str | Path,
-    *,
-    tile: int | None = None,
-    measure: str = "theta_grad",
-    loss: Loss = "answer",
-    max_length: int = 2048,
-    batch_size: int = 8,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> Sensitivity:
-    """`score_seeds` of a checkpoint, loaded whole, on the rows of a file; the scores are also written to `out`."""
-    _check_measure(measure)
-    check_output_file(out, FORMAT)
-    named = Model.of(teacher)
-    named.check()
-    rows = load_seeds(seeds, named.tokenizer, loss=loss, max_length=max_length)
-    rows.check_fits(named.spec.vocab_size, named.spec.positions, str(teacher))
-    recorded = named.identified(progress=True)
-    model = named.load(dtype=dtype, device="cpu" if device is None else device, dequantize=True)
-    if dtype is None:
-        model = model.to(ops.working_dtype(model.dtype, model.device))
-    sens = score_seeds(model, rows, batch_size=batch_size, tile=tile, measure=measure, recorded=recorded)
-    sens.save(out)
-    return sens
-
-
-def _check_measure(measure: str) -> None:
+def check_measure(measure: str) -> None:
     if measure not in MEASURES:
         raise PktError(f"measure={measure!r} is unknown; choose one of {', '.join(MEASURES)}")
+
+
+def check_tile(tile: int, shapes: Iterable[Sequence[int]]) -> None:
+    if not 1 <= tile <= max(max(shape, default=1) for shape in shapes):
+        raise PktError(f"tile={tile} must be at least 1 and no larger than the largest matrix")
 
 
 def _check_batch(model: Any, batch: Any, loss_fn: LossFn | None, limit: int | None) -> None:

@@ -12,5 +12,6 @@ from pkt.streaming.memory import measured_seconds as measured_seconds
 from pkt.streaming.memory import parse_size as parse_size
 from pkt.streaming.memory import plan_memory as plan_memory
 from pkt.streaming.memory import sizes_of as sizes_of
+from pkt.streaming.memory import spoken_size as spoken_size
 from pkt.streaming.microbatches import samples_of as samples_of
 from pkt.streaming.parts import Key as Key

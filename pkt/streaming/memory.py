@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,7 +33,11 @@ _ROUNDING = 0.08
 
 @dataclass
 class MemoryPlan:
-    """What a run will use, known before any weight is read. Sizes in bytes."""
+    """What a run will use, known before any weight is read. Sizes in bytes.
+
+    disk: of activations; checkpoint: of what the next part starts from, saved after each part; folder: what the run folder takes
+    until the run is finished, where there is one.
+    """
 
     micro_batch: int
     places: list[Place]
@@ -44,8 +48,10 @@ class MemoryPlan:
     read: int
     flops: float
     device_limit: int
+    checkpoint: int = 0
     widened: bool = False  # weights are computed with in a wider type than they are stored in
     seconds: float | None = None
+    folder: dict[str, int] = field(default_factory=dict)
 
     @property
     def device_total(self) -> int:
@@ -53,22 +59,28 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """The plan in a few lines, to be shown before the work starts."""
-        parts = ", ".join(f"{what} {_size(value)}" for what, value in self.device.items() if value)
+        parts = ", ".join(f"{what} {spoken_size(value)}" for what, value in self.device.items() if value)
         where = ", ".join(f"{self.places.count(p)} on {_PLACE_NAMES[p]}" for p in _PLACE_NAMES if p in self.places)
         took = "" if self.seconds is None else f", about {_duration(self.seconds)} at this machine's measured speed"
         wide = ", widened to fp32 as they are read" if self.widened else ""
+        folder = ", ".join(f"{what} {spoken_size(value)}" for what, value in self.folder.items() if value)
+        checkpoints = (
+            [f"checkpoints on disk: about {spoken_size(sum(self.folder.values()))} ({folder})"] if folder else []
+        )
         return [
-            f"memory: {_size(self.device_total)} of {_size(self.device_limit)} on the device ({parts})",
-            f"activations at {len(self.places)} layer boundaries: {where} ({_size(self.host)} host, {_size(self.disk)} disk)",
+            f"memory: {spoken_size(self.device_total)} of {spoken_size(self.device_limit)} on the device ({parts})",
+            f"activations at {len(self.places)} layer boundaries: {where} ({spoken_size(self.host)} host, "
+            f"{spoken_size(self.disk)} disk)",
             f"{'resident' if self.resident else 'streamed'}, micro-batches of {self.micro_batch}; "
-            f"{_size(self.read)} of weights to read{wide}, {self.flops:.2e} flops{took}",
+            f"{spoken_size(self.read)} of weights to read{wide}, {self.flops:.2e} flops{took}",
+            *checkpoints,
         ]
 
 
 _PLACE_NAMES: dict[Place, str] = {"device": "the device", "host": "the host", "disk": "disk"}
 
 
-def _size(value: float) -> str:
+def spoken_size(value: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.3g} {unit}"
@@ -219,7 +231,7 @@ class _Need:
     """What micro-batches of one size take, in bytes.
 
     device: while a tied table's scores do not wait in memory, waiting: while they do; boundary: of the hidden states at one
-    boundary between layers, on the device or in a file, and as pinned memory of the host.
+    boundary between layers, on the device or in a file, and as pinned memory of the host; gradients: of the losses there.
     """
 
     micro: int
@@ -227,6 +239,7 @@ class _Need:
     waiting: dict[str, int]
     boundary: int
     pinned: int
+    gradients: int
 
 
 def plan_memory(
@@ -257,8 +270,8 @@ def plan_memory(
             return _placed(work, need, limits, resident)
     smallest = smallest * limits.device // max(1, _usable(limits, work))
     raise PktError(
-        f"one sample at a time needs {_size(smallest)} on the device and {_size(limits.device)} may be used; allow more "
-        f"with {limits.option} {_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
+        f"one sample at a time needs {spoken_size(smallest)} on the device and {spoken_size(limits.device)} may be used; allow "
+        f"more with {limits.option} {spoken_size(1.05 * smallest).replace(' ', '')}, or shorten the seeds with --max-length"
     )
 
 
@@ -285,7 +298,8 @@ def _need(work: _Work, micro: int) -> _Need:
     shapes = _chunk_shapes(work.lengths, micro, work.device, item)
     areas = [size * width for size, width in shapes]
     widest, padded = max(areas), sum(areas)
-    always = {"gradients at the boundary": 2 * padded * sizes.hidden * sizes.grad_itemsize}
+    gradients = padded * sizes.hidden * sizes.grad_itemsize
+    always = {"gradients at the boundary": 2 * gradients}
     waiting = 0
     if work.on_cpu:
         always["gradients at the boundary"] += work.rows
@@ -304,6 +318,7 @@ def _need(work: _Work, micro: int) -> _Need:
         {**_largest_part(work, widest, waiting), **always},
         padded * sizes.hidden * item,
         sum(_pinned(area * sizes.hidden * item) for area in areas),
+        gradients,
     )
 
 
@@ -328,8 +343,8 @@ def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> Memory
     disk = on_disk * need.boundary + (work.waiting if on_disk else 0)
     if on_disk and limits.scratch is not None and disk > limits.scratch:
         raise PktError(
-            f"activations need {_size(disk)} beside memory and the scratch disk has "
-            f"{_size(limits.scratch)} free; name a larger disk with --scratch, or allow more with --host-memory"
+            f"activations need {spoken_size(disk)} beside memory and the scratch disk has "
+            f"{spoken_size(limits.scratch)} free; name a larger disk with --scratch, or allow more with --host-memory"
         )
     # The last boundaries are wanted first and soonest: they stay nearest.
     places: list[Place] = [*["disk"] * on_disk, *["host"] * on_host, *["device"] * on_device]  # type: ignore[list-item]
@@ -349,6 +364,8 @@ def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> Memory
         read=0 if work.in_memory else sizes.stored * (work.parameters if extra else twice),
         flops=8.0 * (sizes.layers * sizes.layer + sizes.head) * work.tokens,
         device_limit=limits.device,
+        # The one before is removed when the next is written.
+        checkpoint=2 * need.gradients + work.waiting + work.rows,
         widened=sizes.itemsize > sizes.stored,
     )
 

@@ -42,6 +42,10 @@ class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
         kept = trainer_state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {})
         self.total, self.steps = kept.get("total", 0.0), kept.get("steps", 0)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        # Trainer saves what a checkpoint's state names, and an older pkt's does not name this.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
     def on_step_end(self, *given: Any, **more: Any) -> None:
         self.steps += 1
 

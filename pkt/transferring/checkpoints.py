@@ -22,7 +22,7 @@ from pkt.errors import PktError
 from pkt.files import LOCK, atomic_file, followed, lock_folder, read_json, sha256, write_json, write_tensors
 from pkt.manifest import difference, spoken_name
 from pkt.planning import Entry
-from pkt.streaming import Key, MemoryPlan, Progress
+from pkt.streaming import Key, MemoryPlan, Progress, spoken_size
 from pkt.transferring.extractor import Choice, Extractor
 
 RUN_FORMAT = "pkt-run-2"
@@ -112,6 +112,16 @@ class RunFolder:
     def _write(self) -> None:
         with atomic_file(self.path / "run.json") as scratch:
             write_json(scratch, self.value)
+
+    def check_space(self, size: int) -> None:
+        """Refuse to begin what will not fit on the disk, counting what is here already."""
+        here = sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+        free = shutil.disk_usage(self.path).free
+        if size > here + free:
+            raise PktError(
+                f"{self.path} will need up to {spoken_size(size - here)} more and its disk has {spoken_size(free)} free; "
+                "name an output on a larger disk, or keep fewer scores"
+            )
 
     def execution(self, sizes: list[list[int]], memory: MemoryPlan) -> list[list[int]]:
         """The recorded micro-batches, or these, recorded: they are part of what makes the bytes."""
@@ -278,17 +288,19 @@ def describe_run(path: Path) -> dict[str, str]:
     """What an unfinished run is, how far it came, and how it goes on. Raises `PktError` for a folder that is none."""
     value = read_json(path / "run.json")
     inputs = value.get("inputs") if isinstance(value, dict) else None
-    if not isinstance(inputs, dict) or not {"teacher", "student"} <= set(inputs):
+    if not isinstance(inputs, dict) or "teacher" not in inputs:
         raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
     parts = len(list(path.glob("step-*.safetensors")))
+    what, command = ("transfer", "transfer") if "student" in inputs else ("scoring", "sensitivity")
     given = {spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
     settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
+    over = "with --force it starts over; the folder may be deleted" if "student" in inputs else "or delete the folder"
     return {
-        "is": f"an unfinished transfer: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
+        "is": f"an unfinished {what}: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
         "teacher": str(inputs["teacher"].get("name")),
-        "student": str(inputs["student"].get("name")),
+        **({"student": str(inputs["student"].get("name"))} if "student" in inputs else {}),
         "options": settings,
-        "next": "the same pkt transfer command continues it; with --force it starts over; the folder may be deleted",
+        "next": f"the same pkt {command} command continues it; {over}",
     }
 
 

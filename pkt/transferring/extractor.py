@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -62,6 +63,23 @@ class Extractor:
         drawn = place if STRATEGIES[self.pairing.options.select].per_place else ""
         return sha256(json.dumps([mine, drawn]))[:12]
 
+    def saved_bytes(self) -> int:
+        """Bytes of the pairs in all parts' checkpoints, at most: those of layers that lose stay in theirs."""
+        of_place: Counter[int | None] = Counter()
+        for t in self.pairing.targets:
+            of_place[t.layer] += 4 * min(self.factorization.largest, *t.shape) * sum(t.shape) * max(1, t.experts)
+        signatures = [self.signature(place) for place in range(self.pairing.count)]
+        total = of_place[None]
+        for layer in range(self.pairing.teacher.num_layers):
+            groups = {signatures[place]: of_place[place] for place in self.places(layer)}
+            if self._at_once(groups):
+                total += sum(groups.values())
+        return total
+
+    def _at_once(self, groups: Collection[str]) -> bool:
+        """Whether a part is factorized while its scores are there: where it is known what for, or all of it is wanted."""
+        return len(groups) == 1 or not self.pairing.ranked
+
     def take(self, key: Key, scores: Mapping[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         """Choose and factorize what this part gives to the student."""
         sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
@@ -76,7 +94,7 @@ class Extractor:
             choice.entries[f"{group}/{target.suffix}"] = [
                 e for f in feeds for e in self.chooser.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
             ]
-        if len({group for group, _, _ in wanted}) == 1 or not self.pairing.ranked:
+        if self._at_once({group for group, _, _ in wanted}):
             self._factorize(choice, choice.entries, weight)
         self.choices[key] = choice
         self._forget_losers()

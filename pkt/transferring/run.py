@@ -9,62 +9,31 @@ the inputs. The same command continues there after any interruption and ends wit
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import math
-import shutil
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pkt.errors import PktError
 from pkt.extraction import Extraction, extract
-from pkt.files import os_errors
 from pkt.models import Model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split, Svd
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
-from pkt.planning.regions import BLOCK
-from pkt.progress import bar
-from pkt.scoring import score_seeds
-from pkt.streaming import (
-    Boundaries,
-    Engine,
-    Key,
-    MemoryPlan,
-    NotLayeredError,
-    Progress,
-    Teacher,
-    Tick,
-    measured_seconds,
-    open_teacher,
-    plan_memory,
-    sizes_of,
-)
+from pkt.streaming import MemoryPlan, NotLayeredError, Tick
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Extractor
-from pkt.transferring.job import Job, Recipe, Result, SeedsLike, day_of
-
-# Below this many flops a run takes a moment, and measuring the machine first would take longer.
-_WORTH_MEASURING = 2e12
-
-
-@dataclass(frozen=True)
-class Listeners:
-    """Who is told of a transfer's way: a bar on stderr, and the caller's functions."""
-
-    progress: bool = True
-    on_memory: Callable[[MemoryPlan], None] | None = None
-    on_plan: Callable[[TransferPlan], None] | None = None
-    on_tick: Callable[[Tick], None] | None = None
-    on_scores: Callable[[str, Mapping[str, Tensor]], None] | None = None  # of a task, part by part; gone after the call
+from pkt.transferring.job import Recipe, Result, SeedsLike, TransferJob, day_of
+from pkt.transferring.reader import (
+    Listeners,
+    Losses,
+    Reader,
+    WeightsOf,
+    activations_folder,
+    score_whole,
+    working_folder,
+)
 
 
 def transfer(
@@ -165,7 +134,7 @@ def transfer_recipes(
     execution: Execution = Execution(),  # noqa: B008
     limits: Limits = Limits(),  # noqa: B008
     keep_scores: KeepScores = "none",
-    listeners: Listeners = Listeners(),
+    listeners: Listeners = Listeners(),  # noqa: B008
 ) -> dict[Result, Extraction]:
     """`transfer` of several tasks by several recipes, all from one reading of the teacher: the extraction of each (task, recipe).
 
@@ -175,7 +144,7 @@ def transfer_recipes(
     """
     out = None if out is None else Path(out)
     today = day_of(out, itertools.product(seeds, recipes)) if out is not None and resume and not force else None
-    job = Job(
+    job = TransferJob(
         Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
         Model.of(student, "a student (a model, or the path of its checkpoint)"),
         seeds,
@@ -189,230 +158,70 @@ def transfer_recipes(
         today=today,
     )
     job.identify(progress=listeners.progress)
-    if limits.scratch is not None:
-        with os_errors(f"making the folder {limits.scratch}"):
-            Path(limits.scratch).mkdir(parents=True, exist_ok=True)
     if out is not None:
         return _into(out, job, listeners, resume=resume, force=force)
-    if keep_scores != "none":
+    if job.keeps:
         raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
-    with tempfile.TemporaryDirectory(prefix="pkt-", dir=limits.scratch) as folder:
-        return Runner(job, None, Path(folder), listeners).run()
+    with activations_folder(job) as activations:
+        return _extractions(job, None, activations, listeners)
 
 
-def _into(out: Path, job: Job, listeners: Listeners, *, resume: bool, force: bool) -> dict[Result, Extraction]:
+def _into(out: Path, job: TransferJob, listeners: Listeners, *, resume: bool, force: bool) -> dict[Result, Extraction]:
     """The extractions of a job in its folder: those that are there already, or made, going on from an unfinished run."""
     finished = job.finished(out) if resume and not force else None
     if finished is not None:
         return finished
     job.check_output(out, force=force)
-    with RunFolder.locked(out, fresh=force or not resume) as folder, _stoppable():
-        folder.bind(job.inputs())
-        scratch = job.limits.scratch or folder.path
-        with tempfile.TemporaryDirectory(prefix="activations-", dir=scratch) as activations:
-            extractions = Runner(job, folder, Path(activations), listeners).run()
+    with working_folder(out, job, fresh=force or not resume) as (folder, activations):
+        extractions = _extractions(job, folder, activations, listeners)
         job.save(extractions, out, folder, force=force)
     return extractions
 
 
-class Runner:
-    """Drives the engine for a job: memory plan, progress, checkpoints, and the extractions at the end."""
-
-    def __init__(self, job: Job, folder: RunFolder | None, activations: Path, listeners: Listeners) -> None:
-        self.job, self.folder, self.activations, self.listeners = job, folder, activations, listeners
-        self.extractors = {
-            (task, recipe): Extractor(job.pairings[recipe], job.recipes[recipe].factorization)
-            for task, recipe in job.results
-        }
-
-    def run(self) -> dict[Result, Extraction]:
-        teacher = open_teacher(self.job.model, self.job.device, self.job.dtype)
-        try:
-            return self._streamed(teacher)
-        except NotLayeredError as error:
-            return self._whole(teacher, str(error))
-
-    def _streamed(self, teacher: Teacher) -> dict[Result, Extraction]:
-        job = self.job
-        if job.teacher.layers is None or job.teacher.num_layers == 0:
-            raise NotLayeredError("it has no list of decoder layers")
-        samples = job.samples()
-        memory = self._plan_memory(teacher, samples)
-        sizes = [_even(len(task), memory.micro_batch) for task in samples]
-        resume = None
-        if self.folder is not None:
-            sizes = self.folder.execution(sizes, memory)
-            resume = self.folder.resume(list(self.extractors.values()), len(job.seeds))
-        with self._bar() as tick:
-            engine = Engine(
-                teacher,
-                device=job.device,
-                num_layers=job.teacher.num_layers,
-                layers=job.teacher.layers,
-                on_part=self._part,
-                on_commit=self._commit,
-                on_tick=tick,
-                prefetch=self.job.limits.prefetch,
-                resident=memory.resident and teacher.source is not None,
-            )
-            try:
-                if resume is not None and resume.boundary < 0:
-                    losses = resume.losses
-                else:
-                    losses = engine.run(
-                        samples,
-                        sizes,
-                        lambda: Boundaries(
-                            job.device, memory.places, self.activations, behind=self.job.limits.prefetch
-                        ),
-                        where=job.where,
-                        resume=resume,
-                        on_sizes=self._resized,
-                    )
-                return self._gather(losses, engine.weights_of)
-            finally:
-                engine.close()
-
-    def _plan_memory(self, teacher: Teacher, samples: list[list[dict[str, Tensor]]]) -> MemoryPlan:
-        job = self.job
-        assert job.teacher.layers is not None
-        memory = plan_memory(
-            sizes_of(teacher, job.teacher.layers, job.teacher.num_layers),
-            [[s["input_ids"].shape[1] for s in task] for task in samples],
-            device=job.device,
-            batch_size=job.batch_size,
-            in_memory=teacher.source is None,
-            choices=[(r.options.select, r.factorization.largest) for r in job.recipes.values()],
-            scratch_free=shutil.disk_usage(self.activations).free,
-            device_memory=job.device_memory,
-            host_memory=job.host_memory,
-        )
-        if self.listeners.on_memory is not None:
-            if memory.flops > _WORTH_MEASURING:
-                dtype = teacher.dtype or next(teacher.model.parameters()).dtype
-                memory.seconds = measured_seconds(memory.flops, dtype, job.device)
-            self.listeners.on_memory(memory)
-        return memory
-
-    def _part(self, task: int, key: Key, scores: dict[str, Tensor], weight: Callable[[str], Tensor]) -> None:
-        name = list(self.job.seeds)[task]
-        for recipe in self.job.recipes:
-            self.extractors[name, recipe].take(key, scores, weight)
-        if self.listeners.on_scores is not None:
-            self.listeners.on_scores(name, scores)
-        if self.job.keep_scores != "none":
-            assert self.folder is not None
-            self.folder.keep_scores(task, scores, self.tile)
-
-    @property
-    def tile(self) -> int | None:
-        return _tile(self.job) if self.job.keep_scores == "tiles" else None
-
-    def _commit(self, key: Key, progress: Progress) -> None:
-        if self.folder is not None:
-            self.folder.commit(key, progress, list(self.extractors.values()))
-
-    def _resized(self, sizes: list[list[int]], why: str) -> None:
-        if self.folder is not None:
-            self.folder.resized(sizes, why)
-
-    @contextlib.contextmanager
-    def _bar(self) -> Iterator[Callable[[Tick], None]]:
-        with contextlib.ExitStack() as stack:
-            advance: Callable[[int], None] | None = None
-
-            def tick(now: Tick) -> None:
-                nonlocal advance
-                if advance is None:
-                    shown = self.listeners.progress
-                    advance = stack.enter_context(bar("transferring", now.total, unit="steps", shown=shown))
-                advance(now.done)
-                if self.listeners.on_tick is not None:
-                    self.listeners.on_tick(now)
-
-            yield tick
-
-    def _gather(
-        self,
-        losses: list[list[float]],
-        weights_of: Callable[[Key], contextlib.AbstractContextManager[Callable[[str], Tensor]]],
-    ) -> dict[Result, Extraction]:
-        found = {}
-        tasks = list(self.job.seeds)
-        for result, extractor in self.extractors.items():
-            made, pairs, energies = extractor.finish(weights_of)
-            if self.listeners.on_plan is not None:
-                self.listeners.on_plan(made)
-            task = tasks.index(result[0])
-            provenance = {**self.job.provenance(result), "losses": self.job.losses(task, losses[task])}
-            if extractor.unsettled:
-                provenance["unsettled"] = extractor.unsettled
-            found[result] = Extraction(pairs, energies, made, provenance)
-        if self.job.keep_scores != "none":
-            assert self.folder is not None
-            for task, own in enumerate(losses):
-                self.folder.seal_scores(task, functools.partial(self.job.scores_metadata, task, own, self.tile))
-        return found
-
-    def _whole(self, teacher: Teacher, why: str) -> dict[Result, Extraction]:
-        """A model that is no chain of layers is scored in one piece."""
-        import warnings
-
-        from pkt.errors import PktWarning
-
-        job = self.job
-        warnings.warn(f"{job.teacher.name} is scored whole, not layer by layer: {why}", PktWarning, stacklevel=4)
-        model = job.model.load(dtype=job.dtype, device=job.device, dequantize=True)
-        found = {}
-        for task, (name, seeds) in enumerate(job.seeds.items()):
-            sens = score_seeds(
-                model, seeds, batch_size=job.batch_size, progress=self.listeners.progress, recorded=job.teacher
-            )
-            if self.listeners.on_scores is not None:
-                self.listeners.on_scores(name, sens)
-            for recipe, how in job.recipes.items():
-                made = Chooser(job.pairings[recipe]).plan(sens)
-                if self.listeners.on_plan is not None:
-                    self.listeners.on_plan(made)
-                # sens.losses stand in the file's order already.
-                provenance = {**job.provenance((name, recipe)), "losses": sens.losses}
-                found[name, recipe] = extract(
-                    model, made, **how.factorization.as_dict(), progress=self.listeners.progress, provenance=provenance
-                )
-            if job.keep_scores != "none":
-                assert self.folder is not None
-                sens.save(self.folder.scores_file(task))
-        return found
-
-
-def _even(count: int, size: int) -> list[int]:
-    return [min(size, count - first) for first in range(0, count, size)]
-
-
-def _tile(job: Job) -> int:
-    """The largest power of two up to 64 that divides every side the student cuts, and every row where a role begins."""
-    sides = {BLOCK}
-    for pairing in job.pairings.values():
-        for feed in pairing.possible_feeds():
-            have = sum(b - a for a, b in feed.rows), feed.source.shape[1]
-            sides |= {b for a, b in zip(have, feed.shape, strict=True) if a != b}
-            if have[0] != feed.source.shape[0]:
-                sides |= {side for run in feed.rows for side in run if side}
-    return math.gcd(BLOCK, *sides)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM leaves like Ctrl-C does: through every `finally`, with what is finished on disk."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+def _extractions(
+    job: TransferJob, folder: RunFolder | None, activations: Path, listeners: Listeners
+) -> dict[Result, Extraction]:
+    extractors = {
+        (task, recipe): Extractor(job.pairings[recipe], job.recipes[recipe].factorization)
+        for task, recipe in job.results
+    }
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with Reader(job, extractors, folder, activations, listeners).reading() as (losses, weights_of):
+            return _finish(job, extractors, losses, weights_of, listeners)
+    except NotLayeredError as error:
+        return _from_whole(job, folder, listeners, str(error))
+
+
+def _finish(
+    job: TransferJob,
+    extractors: Mapping[Result, Extractor],
+    losses: Losses,
+    weights_of: WeightsOf,
+    listeners: Listeners,
+) -> dict[Result, Extraction]:
+    found, tasks = {}, list(job.seeds)
+    for result, extractor in extractors.items():
+        made, pairs, energies = extractor.finish(weights_of)
+        if listeners.on_plan is not None:
+            listeners.on_plan(made)
+        task = tasks.index(result[0])
+        provenance = {**job.provenance(result), "losses": job.losses(task, losses[task])}
+        if extractor.unsettled:
+            provenance["unsettled"] = extractor.unsettled
+        found[result] = Extraction(pairs, energies, made, provenance)
+    return found
+
+
+def _from_whole(job: TransferJob, folder: RunFolder | None, listeners: Listeners, why: str) -> dict[Result, Extraction]:
+    found = {}
+    for task, model, sens in score_whole(job, folder, listeners, why):
+        for recipe, how in job.recipes.items():
+            made = Chooser(job.pairings[recipe]).plan(sens)
+            if listeners.on_plan is not None:
+                listeners.on_plan(made)
+            # sens.losses stand in the file's order already.
+            provenance = {**job.provenance((task, recipe)), "losses": sens.losses}
+            found[task, recipe] = extract(
+                model, made, **how.factorization.as_dict(), progress=listeners.progress, provenance=provenance
+            )
+    return found

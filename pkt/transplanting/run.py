@@ -29,7 +29,7 @@ from pkt.models import Model, Target, load_model
 from pkt.progress import bar
 from pkt.seeds import Seeds
 from pkt.starting import ALPHAS, best_scale, rows_for
-from pkt.transferring.checkpoints import RunFolder, run_path
+from pkt.transferring import RunFolder, run_path
 from pkt.transplanting.content import Difference, open_content, pairs_of
 from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled, whole_pairs
 

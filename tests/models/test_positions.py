@@ -111,3 +111,15 @@ def test_every_command_refuses_the_row_before_the_work(
         pkt.sensitivity(model, rows)
     cut = pkt.load_seeds(tmp_path / "rows.jsonl", tokenizer, max_length=64)
     assert evaluate(model, cut).nll > 0
+
+
+def test_samples_for_a_check_are_cut_to_the_positions(tmp_path: Path, tokenizer: Any) -> None:
+    from pkt.lora.checking import token_ids_of
+
+    folder = save(zoo.gpt2(vocab=len(tokenizer)), tmp_path / "gpt2", tokenizer)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "1 " * 200}) + "\n")
+    found = token_ids_of(tmp_path / "rows.jsonl", folder, spec_of(folder))
+    assert found is not None
+    assert [len(row) for row in found] == [64]
+    with pytest.raises(pkt.PktError, match="samples hold a row of 65 tokens, and the student has only 64 positions"):
+        token_ids_of([[1] * 65], folder, spec_of(folder))

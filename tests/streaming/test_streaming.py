@@ -509,12 +509,12 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
-import pkt, pkt.streaming.allocator, pkt.transferring.run, test_streaming
+import oracle, pkt, pkt.streaming.allocator, pkt.transferring.run
 from measuring import Peak
 from pkt.models import load_model
 from pkt.scoring import score_seeds
 
-rows = test_streaming.seeds({count}, {longest})
+rows = oracle.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
 with pkt.streaming.allocator.exact_memory():
     pkt.transfer({tiny!r}, {student!r}, rows, rank=4, progress=False)

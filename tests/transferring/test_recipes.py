@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,39 @@ def test_a_finished_result_of_another_teacher_or_type_is_refused(folder: Path) -
     save_file(weights, folder / "teacher" / "model.safetensors", {"format": "pt"})
     with pytest.raises(pkt.PktError, match="teacher's weights changed"):
         alone(folder, "a", ONE)
+
+
+def test_the_plan_says_what_the_run_folder_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.llama(hidden=256, layers=4, ffn=512, vocab=67).save_pretrained(folder / "teacher")
+    zoo.llama(hidden=128, layers=2, ffn=256, vocab=67).save_pretrained(folder / "student")
+    plans: list[Any] = []
+    largest = 0
+
+    def tick(now: Any) -> None:
+        nonlocal largest
+        largest = max(largest, sum(file.stat().st_size for file in (folder / ".out.run").iterdir() if file.is_file()))
+
+    def transfer() -> None:
+        transfer_recipes(
+            folder / "teacher",
+            folder / "student",
+            {"": seeds(4)},
+            {"": recipe(8)},
+            out=folder / "out",
+            keep_scores="full",
+            listeners=Listeners(progress=False, on_memory=plans.append, on_tick=tick),
+        )
+
+    transfer()
+    told = plans[0].folder
+    # The parts lie there once until the last of them is joined, which no tick sees.
+    seen = sum(told.values()) - told["scores to keep"] // 2
+    assert 0.8 * seen < largest < 1.1 * seen
+    assert f"checkpoints on disk: about {sum(told.values()) / 1e6:.3g} MB (pairs" in "\n".join(plans[0].lines())
+
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    shutil.rmtree(folder / "out")
+    with pytest.raises(pkt.PktError, match=r"will need up to [0-9.]+ MB more and its disk has 1 MB free"):
+        transfer()
+    assert not (folder / ".out.run").exists()

@@ -1,0 +1,64 @@
+"""`pkt sensitivity`: a checkpoint's scores on the rows of a file, a layer at a time, into a file of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pkt.files import check_output_file, followed, os_errors
+from pkt.models import Model
+from pkt.options import Execution, Limits, Loss, Reading
+from pkt.scoring import FORMAT, Sensitivity
+from pkt.streaming import NotLayeredError
+from pkt.transferring.job import ScoringJob, day_of
+from pkt.transferring.reader import Listeners, Reader, score_whole, working_folder
+
+
+def score_checkpoint(
+    teacher: str | Path,
+    seeds: str | Path,
+    out: str | Path,
+    *,
+    tile: int | None = None,
+    measure: str = "theta_grad",
+    loss: Loss = "answer",
+    max_length: int = 2048,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    scratch: str | Path | None = None,
+    listeners: Listeners = Listeners(),  # noqa: B008  # frozen
+) -> Sensitivity:
+    """`pkt.sensitivity` of a checkpoint that need not fit in the memory, nor its scores: both come a layer at a time.
+
+    The scores are written to `out`, and those returned are read from there when they are used. The same call continues an
+    interrupted one. device_memory, host_memory, scratch: as in `pkt.transfer`. Raises one `PktError` for anything that can be
+    known to fail before the weights are read.
+    """
+    out = followed(check_output_file(out, FORMAT))
+    job = ScoringJob(
+        Model.of(teacher),
+        {"": seeds},
+        None,
+        reading=Reading(loss, max_length),
+        execution=Execution(batch_size, device, dtype),
+        limits=Limits(device_memory, host_memory, scratch),
+        measure=measure,
+        tile=tile,
+        today=day_of(out),
+    )
+    job.identify(progress=listeners.progress)
+    with working_folder(out, job, fresh=False) as (folder, activations):
+        try:
+            with Reader(job, {}, folder, activations, listeners).reading():
+                pass
+        except NotLayeredError as error:
+            for _ in score_whole(job, folder, listeners, str(error), tile=tile):
+                pass
+        with os_errors(f"writing {out}"):
+            os.replace(folder.scores_file(0), out)
+    return Sensitivity.load(out)
