@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,7 @@ def train(
     check_machine(options)
     check_reporters(options)
     out, student = followed(as_path(out, "the path of a run folder")), as_path(student, "the path of a student")
-    with os_errors(f"writing {out}"):
-        if out.exists() and not out.is_dir():
-            raise PktError(f"{out} is a file; name a folder that does not exist yet")
-        check_parent(out)
-    check_apart(out, *(given for given in (extraction, student, data, held_out) if is_stored(given)))
+    _check_out(out, (extraction, student, data, held_out))
     if held_out is None and eval_steps is not None:
         raise PktError("eval_steps concerns held-out rows; name them (--held-out FILE)")
     today = None if force else recorded_day(out / MANIFEST)
@@ -123,6 +119,15 @@ def train(
             write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
         job.finish(model, out, checkpoint, quietly)
     return model
+
+
+def _check_out(out: Path, given: Sequence[Any]) -> None:
+    """Refuse a run folder that cannot be one, or that is one of the inputs."""
+    with os_errors(f"writing {out}"):
+        if out.exists() and not out.is_dir():
+            raise PktError(f"{out} is a file; name a folder that does not exist yet")
+        check_parent(out)
+    check_apart(out, *(each for each in given if is_stored(each)))
 
 
 @dataclass(frozen=True)
