@@ -11,6 +11,7 @@ from torch import nn
 
 from pkt.adapters import Adapter, Pair, from_peft, parameter_name
 from pkt.errors import PktError
+from pkt.extras import needs
 from pkt.lora.factors import layer_of, lora_parameters
 from pkt.lora.pissa import pissa_pairs
 from pkt.lora.record import Mode, name_of, parameter_of
@@ -39,6 +40,8 @@ def check_init(lora: Lora) -> None:
     if lora.init not in (*DRAWN, *NEUTRAL, *SHIFTING) and not FAST_PISSA.fullmatch(lora.init):
         names = ", ".join((*DRAWN, *NEUTRAL, *SHIFTING, "pissa_niter_N"))
         raise PktError(f"init={lora.init!r} is none of PEFT's initialisations; choose one of {names}")
+    if lora.init == "corda":
+        needs("attr", "train", "start from CorDA, as PEFT does it")
     if lora.init == "orthogonal" and lora.rank % 2:
         raise PktError(f"init='orthogonal' needs an even rank, not {lora.rank}")
 

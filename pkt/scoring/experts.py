@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkt import ops
+from pkt.models import EXPERT_PARAMETERS
 from pkt.scoring.batches import Rows
 from pkt.scoring.findings import LearntError
 from pkt.scoring.taps import Forward, Operand, Site, rows_of, scored, tap
 from pkt.scoring.uses import ExpertsUse, LinearUse, VectorUse, accumulated_in
 
+_GATE_UP, _UP, _DOWN = EXPERT_PARAMETERS
 TRIED_TOKENS = 32
 
 
@@ -120,13 +122,13 @@ def _output(module: Any, site: Site, hidden: Tensor, index: Tensor, weights: Ten
         return _product(site, routing, x, weight.turned if module.is_transposed else weight, bias)
 
     x = product(_sorted(hidden, routing.order, routing.place, routing.choices), _names(module)[0])
-    x = product(module._apply_gate(x) if module.has_gate else module.act_fn(x), "down_proj")
+    x = product(module._apply_gate(x) if module.has_gate else module.act_fn(x), _DOWN)
     x = _sorted(x * weights.reshape(-1)[routing.order, None], routing.place, routing.order, 1)
     return x.view(len(hidden), routing.choices, -1).sum(1).to(hidden.dtype)
 
 
 def _names(module: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return (_GATE_UP if module.has_gate else _UP), _DOWN
 
 
 def is_fused_experts(module: nn.Module) -> bool:

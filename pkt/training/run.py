@@ -101,6 +101,8 @@ def train(
         eval_steps,
     )
     check_settings(str(told.mode), dropout)
+    if not isinstance(start, Lora):
+        checked_dropout(start.pairs, dropout)
     check_machine(options)
     check_reporters(options)
     out, student = followed(as_path(out, "the path of a run folder")), as_path(student, "the path of a student")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,10 @@ def test_a_student_keeps_its_class_and_its_tower(name: str, tmp_path: Path) -> N
     samples = oracle.token_samples(3, longest=12)
     examples = [Example(ids, [-100] * n + ids[n:], ids[:n], "", i) for i, (ids, n) in enumerate(samples, 1)]
     teacher, student = (saved(MADE[name], size, tmp_path / size) for size in ("teacher", "student"))
-    ext = pkt.transfer(teacher, student, Seeds(examples, "seeds.jsonl", 3), rank=4, progress=False)
+    # The files of the other two have names of their own, which only transformers maps.
+    whole = contextlib.nullcontext() if name == "Qwen3.5" else pytest.warns(pkt.PktWarning, match="is loaded whole")
+    with whole:
+        ext = pkt.transfer(teacher, student, Seeds(examples, "seeds.jsonl", 3), rank=4, progress=False)
     assert "the student is multimodal" in ext.plan.notes[0]
     truth = oracle.sensitivity(load_model(teacher), oracle.batched(samples, 1))
     layers = Model.of(teacher).spec.layers

@@ -90,7 +90,7 @@ def test_a_transfer_goes_on_and_is_found_finished_on_the_next_day(
 
     whole = transfer("whole")
     assert whole.provenance["seeds"]["today"] == "2026-01-01"
-    stopped_once(monkeypatch, extractor.Harvest, "take", 3)
+    stopped_once(monkeypatch, extractor.Extractor, "take", 3)
     with pytest.raises(KeyboardInterrupt):
         transfer("parts")
     clock.day = NEXT

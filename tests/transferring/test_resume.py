@@ -117,7 +117,7 @@ class Case:
         return {p.name: p.read_bytes() for p in (self.folder / out).iterdir()}
 
     def leftovers(self, out: str) -> list[str]:
-        return [p.name for p in self.folder.iterdir() if p.name.startswith(f".{out}")]
+        return [p.name for p in self.folder.iterdir() if p.name.startswith((f".{out}", ".pkt-"))]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_kill_and_signals_leave_what_continues_to_the_same_bytes(case: Case) -> 
         assert run.signal(number) == code
         assert not (case.folder / "stopped").exists()
         assert case.leftovers("stopped") == [".stopped.run"]
-    (case.folder / ".stopped.a_killed").mkdir()  # as a kill while the folder itself is written leaves it
+    (case.folder / ".pkt-a_killed").mkdir()  # as a kill while the folder itself is written leaves it
     last = case.start("stopped")
     assert last.end() == 0
     # It went on where it was: the layers done before are not done again.
