@@ -64,7 +64,7 @@ real: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/tune_demo.py
-	$(MAKE) demo
+	$(BIN)/pkt demo --out pkt-demo --force --seeds 5
 	cp pkt-demo/results.json bench/results/demo_cpu.json
 	$(BIN)/python bench/bench_end_to_end.py
 	$(BIN)/python bench/bench_experts.py

@@ -44,7 +44,7 @@ from pkt.training import final_answer
 MODELS = ("teacher", "base", "descendant", "student")
 
 
-def run_demo(out: Path, *, seeds: int = 5, force: bool = False, console: Any = None) -> dict[str, Any]:
+def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = None) -> dict[str, Any]:
     """Run the demo into `out` and return its results; prints the table, writes demo.png, demo.html and results.json.
 
     seeds: trainings of each method, at least 2, since a difference without a spread says nothing.
