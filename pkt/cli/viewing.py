@@ -95,7 +95,7 @@ def demo(
     ] = 3,
     force: Force = False,
 ) -> None:
-    """Four minutes: who descends from a tiny teacher, what it gives them, and every control beside it. Needs no network."""
+    """A few minutes: who descends from a tiny teacher, what it gives them, and every control beside it. Needs no network."""
     from pkt.demo import run_demo
 
     run_demo(out, seeds=seeds, force=force, console=out_console)
