@@ -30,7 +30,7 @@ def mean_gradients(
             nonlocal total
             loss = default_loss(model, batch).sum() / len(seeds)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
 
         _each(model, seeds, batch_size, "gradients", progress, backward)
         found = {t.module: t.oriented(_gradient(w)).float() for t, w in zip(targets, weights, strict=True)}
