@@ -14,8 +14,9 @@ from pkt.errors import PktError
 from pkt.extraction import Start
 from pkt.files import check_output_folder
 from pkt.manifest import versions
-from pkt.models import Model, Target, load_tokenizer
+from pkt.models import Model, ModelSpec, Target, load_tokenizer
 from pkt.options import How, Starting
+from pkt.planning import adapted
 from pkt.seeds import Seeds, load_seeds
 from pkt.starting import ways
 from pkt.starting.scale import best_scale
@@ -59,7 +60,7 @@ def start(
     if rows is not None:
         rows.check_fits(named.spec.vocab_size, named.spec.positions, named.spec.name)
     model = student if isinstance(student, nn.Module) else named.load(dtype=torch.float32, dequantize=True)
-    targets = linear_layers(named.spec.targets)
+    targets = linear_layers(named.spec)
     if not targets:
         raise PktError(f"{named.spec.name} has no linear layer in its decoder layers")
     pairs, told = _made(model, targets, rows, options, batch_size, progress)
@@ -77,9 +78,10 @@ def start(
     return result
 
 
-def linear_layers(targets: tuple[Target, ...]) -> list[Target]:
-    """Those within the decoder layers, one matrix each."""
-    return [t for t in targets if t.layer is not None and t.kind != "embedding" and not t.experts]
+def linear_layers(spec: ModelSpec) -> list[Target]:
+    """Those within the decoder layers that PEFT adapts, one matrix each."""
+    inside = {t.module for t in spec.targets if t.layer is not None and t.kind != "embedding" and not t.experts}
+    return [t for t in adapted(spec, "all") if t.module in inside] if inside else []
 
 
 def _made(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError
-from pkt.models import Target
+from pkt.models import Target, rows_apart
 from pkt.progress import bar
 from pkt.scoring import default_loss
 from pkt.seeds import Seeds
@@ -89,7 +89,7 @@ def _each(
     batches = seeds.batches(batch_size)
     model.eval()
     try:
-        with bar(what, len(seeds), unit="samples", shown=progress) as advance:
+        with rows_apart(model), bar(what, len(seeds), unit="samples", shown=progress) as advance:
             for number, batch in enumerate(batches, 1):
                 run({key: value.to(device) for key, value in batch.items()})
                 advance(min(number * batch_size, len(seeds)))

@@ -12,9 +12,11 @@ import torch
 from conftest import save
 
 import pkt
-from pkt.models import rows_apart
+from pkt.models import rows_apart, spec_of
 from pkt.options import Training
 from pkt.seeds import Seeds
+from pkt.starting.run import linear_layers
+from pkt.starting.statistics import mean_gradients
 from pkt.training import evaluate, fit
 from pkt.training.evaluation import generate
 
@@ -125,3 +127,13 @@ def test_the_model_is_left_as_it_was(model: Any, rows: Seeds) -> None:
     assert all(torch.equal(rotary._buffers[name], buffer) for name, buffer in before[1].items())
     assert not model._forward_pre_hooks
     assert not model.model._forward_pre_hooks
+
+
+def test_the_gradient_of_a_start_is_of_rows_apart(model: Any, rows: Seeds) -> None:
+    targets = linear_layers(spec_of(model))
+    together, loss = mean_gradients(model, targets, rows, batch_size=4, progress=False)
+    alone = [mean_gradients(copy.deepcopy(model), targets, Seeds([row], "", 0), progress=False) for row in rows]
+    assert loss == pytest.approx(sum(each for _, each in alone) / len(rows), rel=1e-5)
+    for name, found in together.items():
+        expected = sum(gradients[name] for gradients, _ in alone) / len(rows)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

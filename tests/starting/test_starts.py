@@ -59,7 +59,7 @@ def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
 
 
 def layers_of(model: Any) -> Any:
-    return linear_layers(spec_of(model).targets)
+    return linear_layers(spec_of(model))
 
 
 def weight(model: Any, target: Any) -> Tensor:
