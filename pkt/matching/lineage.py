@@ -131,9 +131,9 @@ def lineage(
     generator = torch.Generator().manual_seed(seed)
     found = Lineage(old.spec.identity(), new.spec.identity(), [], [], tokens=None if tokens is None else list(tokens))
     hidden = _match_hidden(old, new, found, generator)
-    with bar("matching layers", old.spec.num_layers if progress else 0, unit="layers") as advance:
+    with bar("matching layers", old.spec.num_layers, unit="layers", shown=progress) as advance:
         samples = _Samples(new, old, hidden, generator)
-        scores = samples.scores(advance if progress else lambda done: None)
+        scores = samples.scores(advance)
     found.layers = increasing(scores)
     _judge(found, scores, samples.chance(found.layers))
     if found.kin:
@@ -282,14 +282,13 @@ def _match_layers(
     chances: dict[str, list[float]] = {kind: [] for kind in tallies}
     turn = rotation(len(mine), generator)
     count = new.spec.num_layers
-    with bar("matching units", count if progress else 0, unit="layers") as advance:
+    with bar("matching units", count, unit="layers", shown=progress) as advance:
         for j, layer in enumerate(found.layers):
             found.neurons.append(_neurons(old, new, layer, j, theirs, mine, tallies, chances, turn))
             queries, groups = _heads(old, new, layer, j, theirs, mine, tallies, chances, turn)
             found.queries.append(queries)
             found.groups.append(groups)
-            if progress:
-                advance(j + 1)
+            advance(j + 1)
     for kind, values in tallies.items():
         if values:
             every = torch.cat(values)

@@ -49,7 +49,7 @@ def _hash_files(files: Sequence[Path], *, progress: bool) -> dict[Path, str]:
     sums: dict[Path, list[bytes]] = {file: [] for file in files}
     with (
         ThreadPoolExecutor(os.cpu_count(), "pkt-hash") as pool,
-        bar("hashing the weights", len(pieces) * (_PIECE >> 20) if progress else 0, unit="MB") as advance,
+        bar("hashing the weights", len(pieces) * (_PIECE >> 20), unit="MB", shown=progress) as advance,
     ):
         for count, ((file, _), digest) in enumerate(zip(pieces, pool.map(_hash_piece, pieces), strict=True), 1):
             sums[file].append(digest)

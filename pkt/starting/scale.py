@@ -70,12 +70,11 @@ def best_scale(
     device = next(model.parameters()).device
     batches = seeds.batches(batch_size)
     losses: dict[float, float] = {}
-    with bar("choosing the scale", len(alphas) if progress else 0, unit="scales") as advance:
+    with bar("choosing the scale", len(alphas), unit="scales", shown=progress) as advance:
         for alpha in alphas:
             with added(model, pairs, alpha), rows_apart(model):
                 losses[alpha] = mean_loss(model, batches, device)
-            if progress:
-                advance(len(losses))
+            advance(len(losses))
     finite = {a: loss for a, loss in losses.items() if loss == loss and loss != float("inf")}
     if not finite:
         raise PktError(

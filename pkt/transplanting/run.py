@@ -294,7 +294,7 @@ def _pairs(content: Difference, job: Job, steps: RunFolder | None, progress: boo
         if content.cutter.roles(target):
             parts.setdefault(-1 if target.layer is None else target.layer, []).append(target)
     found: Made = {}
-    with bar("cutting", len(parts) if progress else 0, unit="layers") as advance:
+    with bar("cutting", len(parts), unit="layers", shown=progress) as advance:
         for done, (layer, targets) in enumerate(sorted(parts.items()), 1):
             file = None if steps is None else steps.path / f"step-{layer + 1:04d}.safetensors"
             if file is not None and file.is_file():
@@ -305,8 +305,7 @@ def _pairs(content: Difference, job: Job, steps: RunFolder | None, progress: boo
                     _write_step(file, made)
                     steps.steps.append(file.name)
                 found |= made
-            if progress:
-                advance(done)
+            advance(done)
     return found
 
 
