@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, Peak, Report, kind_of
+from synthetic import write_checkpoint
 
 from pkt.files import sha256
 
@@ -80,7 +81,6 @@ class Descendant:
 
     def __init__(self, teacher: Weights, shape: Any, seed: int) -> None:
         self.teacher, self.config, self.noise = teacher, shape, Weights(shape, seed)
-        self.shapes = self.noise.shapes
         old, generator = teacher.config, torch.Generator().manual_seed(seed)
 
         def some(count: int, of: int) -> torch.Tensor:
@@ -115,27 +115,6 @@ class Descendant:
 
 def _count(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def write(folder: Path, weights: Weights | Descendant) -> int:
-    """A checkpoint of one shard a layer; never whole in memory. Its bytes."""
-    from safetensors.torch import save_file
-
-    weights.config.save_pretrained(folder)
-    groups: dict[str, list[str]] = {}
-    for name in weights.shapes:
-        parts = name.split(".")
-        groups.setdefault(parts[2] if "layers" in parts else parts[-2], []).append(name)
-    places, size = {}, 0
-    for number, names in enumerate(groups.values(), 1):
-        tensors = {name: weights[name].to(torch.bfloat16) for name in names}
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
-        places.update(dict.fromkeys(names, file))
-        size += sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
 
 
 def look(teacher: str, student: str) -> None:
@@ -180,12 +159,12 @@ def main() -> int:
     report = Report(options.out / f"lineage_{kind_of('cpu', options.tiny)}.json", "cpu", what=what, noise=NOISE)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         teacher = Weights(config(TEACHER, options.tiny), 1)
-        size = write(Path(scratch, "teacher"), teacher)
+        size = write_checkpoint(Path(scratch, "teacher"), teacher.config, lambda name, _: teacher[name])
         for kind in ("stranger", "descendant"):
             small = config(STUDENT, options.tiny)
             made = Weights(small, 2) if kind == "stranger" else Descendant(teacher, small, 3)
             folder = Path(scratch, kind)
-            bytes_ = write(folder, made)
+            bytes_ = write_checkpoint(folder, small, lambda name, _, made=made: made[name])
             command = [sys.executable, __file__, "--look", str(Path(scratch, "teacher")), str(folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +46,21 @@ def config(shape: dict[str, int], vocab: int = VOCABULARY) -> Any:
     )
 
 
-def write_teacher(folder: Path, shape: dict[str, int]) -> int:
-    """A checkpoint of random bf16 weights, one shard a layer; never whole in memory. Its bytes."""
+def write_checkpoint(folder: Path, config: Any, make: Callable[[str, tuple[int, ...]], torch.Tensor]) -> int:
+    """A bf16 checkpoint of what `make` gives by name and shape, one shard a layer; never whole in memory. Its bytes."""
     from safetensors.torch import save_file
 
     from pkt.models import Model
 
-    text = config(shape)
-    text.save_pretrained(folder)
+    config.save_pretrained(folder)
     groups: dict[str, list[str]] = {}
-    model = Model.of(text).skeleton()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in Model.of(config).skeleton().named_parameters()}
     for name in shapes:
         parts = name.split(".")
         groups.setdefault(parts[2] if "layers" in parts else "outside", []).append(name)
     weight_map, size = {}, 0
-    generator = torch.Generator().manual_seed(0)
     for number, (_, names) in enumerate(groups.items()):
-        tensors = {}
-        for name in names:
-            noise = torch.randn(shapes[name], generator=generator)
-            tensors[name] = (1 + 0.1 * noise if noise.ndim == 1 else noise.mul_(0.02)).to(torch.bfloat16)
+        tensors = {name: make(name, shapes[name]).to(torch.bfloat16) for name in names}
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
@@ -73,6 +68,17 @@ def write_teacher(folder: Path, shape: dict[str, int]) -> int:
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return size
+
+
+def write_teacher(folder: Path, shape: dict[str, int]) -> int:
+    """A checkpoint of random weights. Its bytes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(name: str, size: tuple[int, ...]) -> torch.Tensor:
+        noise = torch.randn(size, generator=generator)
+        return 1 + 0.1 * noise if noise.ndim == 1 else noise.mul_(0.02)
+
+    return write_checkpoint(folder, config(shape), make)
 
 
 def seeds(count: int, length: int, vocab: int = VOCABULARY) -> Any:
