@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from pkt.scoring import default_loss
 from pkt.seeds import Example, Seeds
 
 # Floors of the relative Frobenius error by dtype of the weights (docs/design.md §7).
@@ -51,6 +54,18 @@ def token_mean_of_labels(model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
     """The mean over one sample's target tokens only."""
     logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"], use_cache=False).logits
     return F.cross_entropy(logits[0, :-1], sample["labels"][0, 1:], ignore_index=-100)
+
+
+def checkpointed(model: Any, batch: Any) -> Tensor:
+    """The default loss, every decoder layer recomputed in backward."""
+    inner = [layer.forward for layer in model.model.layers]
+    try:
+        for layer, forward in zip(model.model.layers, inner, strict=True):
+            layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        return default_loss(model, batch)
+    finally:
+        for layer in model.model.layers:
+            del layer.forward
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

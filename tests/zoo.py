@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, nn
 
 VOCAB = 67
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama(
@@ -90,12 +98,7 @@ def mistral() -> Any:
     torch.manual_seed(1)
     return MistralForCausalLM(
         MistralConfig(
-            vocab_size=67,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **_SMALL,
             sliding_window=5,
         )
     ).eval()
@@ -108,12 +111,7 @@ def gemma() -> Any:
     torch.manual_seed(2)
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            vocab_size=67,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **_SMALL,
             head_dim=8,
             sliding_window=4,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
@@ -122,18 +120,13 @@ def gemma() -> Any:
 
 
 def mixture() -> Any:
-    """Fused experts, which no tap can follow: samples must go one by one."""
+    """Fused experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(3)
     model = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=67,
-            hidden_size=32,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **{**_SMALL, "intermediate_size": 24, "num_hidden_layers": 2},
             num_local_experts=4,
         )
     ).eval()

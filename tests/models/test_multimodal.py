@@ -20,15 +20,13 @@ from pkt.options import PlanOptions
 from pkt.planning import Pairing
 from pkt.seeds import Example, Seeds
 
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
+
 
 def qwen(size: str) -> Any:
     text = zoo.base(size, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
     vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "depth": 1,
-        "num_heads": 2,
-        "patch_size": 4,
+        **TOWER,
         "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [0],
     }
@@ -46,11 +44,7 @@ def qwen35(size: str) -> Any:
         "linear_value_head_dim": 8,
     }
     vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "depth": 1,
-        "num_heads": 2,
-        "patch_size": 4,
+        **TOWER,
         "out_hidden_size": text["hidden_size"],
         "num_position_embeddings": 16,
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pkt
 from pkt.ops import tile_sums
-from pkt.scoring import Findings, Scorer, default_loss
+from pkt.scoring import Findings, Scorer
 from pkt.seeds import Example, Seeds
 
 SAMPLES = oracle.token_samples(8, longest=14)
@@ -163,19 +163,7 @@ def test_streamed_as_in_memory(family: str, together: Any, tmp_path: Any) -> Non
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_under_activation_checkpointing(family: str, together: Any) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    def checkpointed(m: Any, batch: Any) -> Tensor:
-        inner = [layer.forward for layer in m.model.layers]
-        try:
-            for layer, forward in zip(m.model.layers, inner, strict=True):
-                layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
-            return default_loss(m, batch)
-        finally:
-            for layer in m.model.layers:
-                del layer.forward
-
-    sens = pkt.sensitivity(model(family), oracle.batched(SAMPLES, 8), loss_fn=checkpointed, progress=False)
+    sens = pkt.sensitivity(model(family), oracle.batched(SAMPLES, 8), loss_fn=oracle.checkpointed, progress=False)
     assert_exact(sens, truth(family))
 
 

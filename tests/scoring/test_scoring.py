@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import oracle
@@ -17,7 +16,7 @@ import pkt
 from pkt import ops
 from pkt.errors import SampleError
 from pkt.ops import tile_sums
-from pkt.scoring import Findings, default_loss
+from pkt.scoring import Findings
 from pkt.scoring import head as head_loss
 
 SAMPLES = oracle.token_samples(32)
@@ -411,19 +410,7 @@ def test_under_activation_checkpointing_and_autocast() -> None:
     for name in truth:
         assert oracle.relative_error(sens[name], truth[name]) < 2 * oracle.FLOOR[torch.bfloat16], name
 
-    from torch.utils.checkpoint import checkpoint
-
-    def checkpointed(m: Any, batch: Any) -> Tensor:
-        inner = [layer.forward for layer in m.model.layers]
-        try:
-            for layer, forward in zip(m.model.layers, inner, strict=True):
-                layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
-            return default_loss(m, batch)
-        finally:
-            for layer in m.model.layers:
-                del layer.forward
-
-    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), loss_fn=checkpointed, progress=False)
+    sens = pkt.sensitivity(model, oracle.batched(SAMPLES[:6], 3), loss_fn=oracle.checkpointed, progress=False)
     for name in truth:
         assert oracle.relative_error(sens[name], truth[name]) < 1e-5, name
 

@@ -104,7 +104,7 @@ class TestScores:
         assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.modules())
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
-    def test_experts_are_scored_one_sample_at_a_time(self, tmp_path: Path) -> None:
+    def test_experts_are_exact(self, tmp_path: Path) -> None:
         model = zoo.mixture()
         batches = oracle.batched(oracle.token_samples(4), 2)
         truth = oracle.sensitivity(model, batches)
