@@ -77,7 +77,9 @@ def transplant(
     alpha: Annotated[
         float | None,
         typer.Option(
-            "--alpha", help="How much is kept; else the best of 0, ¼, ½, ¾, 1, 1½ by the seeds.", show_default=False
+            "--alpha",
+            help="How much is kept; else the best of 0, ¼, ½, ¾, 1, 1½ by the seeds, and of 2, 3, 4 while the loss falls.",
+            show_default=False,
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,

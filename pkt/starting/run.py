@@ -19,7 +19,7 @@ from pkt.options import How, Starting
 from pkt.planning import adapted
 from pkt.seeds import Seeds, load_seeds
 from pkt.starting import ways
-from pkt.starting.scale import best_scale
+from pkt.starting.scale import best_scale, tried
 from pkt.starting.statistics import input_covariances, mean_gradients
 
 # What each takes from the seeds, and how it is injected.
@@ -101,15 +101,17 @@ def _made(
     if options.how == "lora-ga":
         return ways.lora_ga(gradients, targets, rank, seed), {}
     pairs, first = ways.spectral(gradients, loss, targets, rank, scale, seed)
-    sizes = [first * step for step in ways.STEPS]
-    alpha, losses = best_scale(model, pairs, seeds, alphas=sizes, batch_size=batch_size, progress=progress)
+    sizes, beyond = ([first * step for step in steps] for steps in (ways.STEPS, ways.BEYOND))
+    alpha, losses = best_scale(
+        model, pairs, seeds, alphas=sizes, beyond=beyond, batch_size=batch_size, progress=progress
+    )
     if alpha == 0:
         raise PktError(
             f"a spectral step makes the loss on the seeds ({losses['0']:.3f}) worse at every size tried; start from --how lora"
         )
     kept = {name: Pair(pair.A, alpha * pair.B, pair.kind) for name, pair in pairs.items()}
     return kept, {
-        "step": f"α = {alpha:.3g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after"
+        "step": f"α = {alpha:.3g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after; {tried(losses)}"
     }
 
 

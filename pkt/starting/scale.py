@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from pkt.scoring import default_loss
 from pkt.seeds import Seeds
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+# Tried one by one while the loss still falls.
+BEYOND = (2.0, 3.0, 4.0)
 
 
 @contextlib.contextmanager
@@ -60,25 +63,44 @@ def best_scale(
     seeds: Seeds,
     *,
     alphas: Sequence[float] = ALPHAS,
+    beyond: Sequence[float] = BEYOND,
+    also: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> tuple[float, dict[str, float]]:
-    """The α with the smallest mean loss of the seeds, and the loss at each; a tie goes to the smaller α.
+    """The α with the smallest mean loss of the seeds, and the loss at each that was tried; a tie goes to the smaller α.
 
+    alphas: all are tried, and then those `beyond` them, larger each, while the last one tried is the best; also: one more.
     Raises `PktError` when no loss is finite.
     """
     device = next(model.parameters()).device
     batches = seeds.batches(batch_size)
     losses: dict[float, float] = {}
     with bar("choosing the scale", len(alphas), unit="scales", shown=progress) as advance:
-        for alpha in alphas:
+        for alpha in (*alphas, *beyond):
+            if len(losses) >= len(alphas) and _best(losses) != list(losses)[-1]:
+                break
             with added(model, pairs, alpha), rows_apart(model):
                 losses[alpha] = mean_loss(model, batches, device)
-            advance(len(losses))
-    finite = {a: loss for a, loss in losses.items() if loss == loss and loss != float("inf")}
-    if not finite:
+            advance(min(len(losses), len(alphas)))
+        if also is not None and also not in losses:
+            with added(model, pairs, also), rows_apart(model):
+                losses[also] = mean_loss(model, batches, device)
+    best = _best(losses)
+    if best is None:
         raise PktError(
             "the student's loss on the seeds is not finite at any scale; its weights or the change are damaged"
         )
-    best = min(finite, key=lambda a: (finite[a], a))
-    return best, {f"{a:g}": loss for a, loss in losses.items()}
+    return best, {f"{a:g}": losses[a] for a in sorted(losses)}
+
+
+def _best(losses: Mapping[float, float]) -> float | None:
+    finite = [a for a, loss in losses.items() if math.isfinite(loss)]
+    return min(finite, key=lambda a: (losses[a], a), default=None)
+
+
+def tried(losses: Mapping[str, float]) -> str:
+    """The scales that were tried, in words, and whether the search ended at an end."""
+    best = min(losses, key=lambda a: losses[a] if math.isfinite(losses[a]) else math.inf)
+    more = "; the largest is the best, so more may do more" if best == list(losses)[-1] else ""
+    return f"tried {', '.join(losses)}{more}"

@@ -22,6 +22,7 @@ STABLE_GAMMA = 16.0
 # The share of the loss that a first step of 1 would take away if the model were linear, which is about the best step's size.
 FIRST_STEP = 1.5
 STEPS = (0.0, 0.25, 0.5, 1.0, 2.0)
+BEYOND = (3.0, 4.0)
 
 Pairs = dict[str, Pair]
 

@@ -28,7 +28,7 @@ from pkt.matching import Cutter, Lineage, Matrices, lineage
 from pkt.models import Model, Target, load_model
 from pkt.progress import bar
 from pkt.seeds import Seeds
-from pkt.starting import ALPHAS, best_scale, rows_for
+from pkt.starting import best_scale, rows_for, tried
 from pkt.transferring import RunFolder, run_path
 from pkt.transplanting.content import Difference, open_content, pairs_of
 from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled, whole_pairs
@@ -89,8 +89,9 @@ def transplant(
     they only choose the scale. base: the model that the teacher was tuned from, and its delta W_teacher − W_base is taken;
     adapter: a LoRA of `teacher`, which is then the base itself; neither: the difference to the student, which undoes what
     the student became since it was cut. lineage: one made before. The result is W + BA at the scale α of
-    {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds; a base that the teacher's card names and that is a folder here is taken
-    where none is given. α = 0 is an error that says not to transplant; `alpha` fixes it.
+    {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds, which goes on to 2, 3 and 4 while the loss falls; a base that the
+    teacher's card names and that is a folder here is taken where none is given. α = 0 is an error that says not to transplant;
+    `alpha` fixes it.
 
     control: the same folder for what a transplant is held against, at the transplant's α; its own best α is recorded beside it.
     "wrong-units": the change on shuffled units; "noise": random directions with its singular values; "neutral": injected so
@@ -182,8 +183,7 @@ class Job:
     def _try(self, made: Made, asked: float | None, progress: bool) -> Scale:
         pairs = {name: pair for name, (pair, _) in made.items()}
         model = self.student if isinstance(self.student, nn.Module) else load_model(self.student, dtype=torch.float32)
-        alphas = ALPHAS if asked is None else sorted({*ALPHAS, asked})
-        own, losses = best_scale(model, pairs, self.rows, alphas=alphas, progress=progress)
+        own, losses = best_scale(model, pairs, self.rows, also=asked, progress=progress)
         return Scale(asked or own or 1.0, own, losses)
 
     def control(self, kept: Start, made: Made, content: Difference, found: Lineage, progress: bool) -> Start:
@@ -226,12 +226,13 @@ class Job:
         """The folder's value: α shared out over both factors, and all that a reader needs to know."""
         alpha, losses = scale.alpha, scale.losses
         root, rows, old = math.sqrt(alpha), self.rows, self.old.spec
+        kept = f"α = {alpha:g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after"
         pairs = {name: Pair(pair.A * root, pair.B * root, pair.kind) for name, (pair, _) in made.items()}
         told = {
             "teacher": old.name,
             "content": content.told,
             "lineage": f"{found.verdict}: {found.reason}",
-            "kept at": f"α = {alpha:g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after",
+            "kept at": kept if self.options.control == "neutral" else f"{kept}; {tried(losses)}",
             "seeds": f"{len(rows)} samples, fingerprint {rows.fingerprint[:16]}",
         }
         provenance = {

