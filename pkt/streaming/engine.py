@@ -27,7 +27,7 @@ from pkt.errors import PktError, SampleError
 from pkt.models import rows_apart
 from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head, one_order
 from pkt.streaming.activations import Boundaries
-from pkt.streaming.allocator import exact_memory
+from pkt.streaming.allocator import exact_memory, give_back
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
 from pkt.streaming.microbatches import Chunk, chunks_of, halved, rechunk
 from pkt.streaming.parts import Key, LayeredModel
@@ -260,7 +260,10 @@ class Engine:
             try:
                 with scorer, self._named(task):
                     attempt(scorer)
-                return scorer.finish()
+                scores = scorer.finish()
+                if self.device.type == "cpu":
+                    give_back()
+                return scores
             except LearntError as learnt:
                 if learnt.findings.one_by_one or learnt.findings == scorer.findings:
                     raise _OneByOneError from None
