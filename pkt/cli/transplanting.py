@@ -9,7 +9,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
-from pkt.cli.flags import Force, JsonFlag, OutDir, SeedFile, Student, Teacher
+from pkt.cli.flags import Force, JsonFlag, SeedFile, Student, Teacher
+from pkt.errors import PktError
 
 
 @app.command(rich_help_panel="The main path")
@@ -49,7 +50,16 @@ def transplant(
     teacher: Teacher,
     student: Student,
     seeds: SeedFile,
-    out: OutDir,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the LoRA; it must not exist yet.", show_default=False),
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            "--merge", help="Folder for the whole student with all of it added, norms too.", show_default=False
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +72,9 @@ def transplant(
             "--adapter", help="A LoRA of TEACHER, which is then the base: it is cut exactly.", show_default=False
         ),
     ] = None,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of every LoRA pair.")] = 32,
+    rank: Annotated[
+        str, typer.Option("--rank", metavar="NUMBER|full", help="Rank of every LoRA pair; full: no truncation.")
+    ] = "32",
     lineage_file: Annotated[
         Path | None, typer.Option("--lineage", help="A file of pkt lineage for this pair.", show_default=False)
     ] = None,
@@ -89,26 +101,37 @@ def transplant(
     force: Force = False,
     json_: JsonFlag = False,
 ) -> None:
-    """Put what the teacher learnt into a student that descends from its base: a LoRA that is kept, before any training.
+    """Put what the teacher learnt into a student that descends from its base: a LoRA that is kept, or the whole student.
 
     The seeds only choose how much of it is kept. The same command continues an interrupted run.
     """
     import pkt
     from pkt.transferring import run_path
 
-    with resumable(run_path(out).is_dir, force=force):
+    folder = out or merge
+    if folder is None:
+        raise PktError("name what to write: --out DIR for a LoRA, --merge DIR for the whole student, or both")
+    with resumable(run_path(folder).is_dir, force=force):
         start = pkt.transplant(
-            teacher, student, seeds, base=base, adapter=adapter, out=out, rank=rank, lineage=lineage_file, seed=seed,
-            control=cast(Any, control), alpha=alpha, anyway=anyway, force=force, progress=not json_,
+            teacher, student, seeds, base=base, adapter=adapter, out=out, merge=merge, rank=_rank(rank),
+            lineage=lineage_file, seed=seed, control=cast(Any, control), alpha=alpha, anyway=anyway, force=force,
+            progress=not json_,
         )  # fmt: skip
     if json_:
         names = ("alpha", "own_alpha", "losses", "control", "transplant")
-        print_json({"out": str(out), **{n: start.provenance[n] for n in names if n in start.provenance}})
+        wrote = {"out": out and str(out), "merged": merge and str(merge)}
+        print_json({**wrote, **{n: start.provenance[n] for n in names if n in start.provenance}})
         return
-    _tell(start, out, student)
+    _tell(start, out, merge, student)
 
 
-def _tell(start: Any, out: Path, student: str) -> None:
+def _rank(text: str) -> Any:
+    if text != "full" and not text.isdigit():
+        raise PktError(f"--rank {text!r}: give a whole number of at least 1, or full")
+    return text if text == "full" else int(text)
+
+
+def _tell(start: Any, out: Path | None, merge: Path | None, student: str) -> None:
     found = start.provenance
     if found["content"] == "difference":
         card = f" (its card names {found['named']})" if found["named"] else ""
@@ -121,6 +144,12 @@ def _tell(start: Any, out: Path, student: str) -> None:
         out_console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     lost = {n: size for n, size in found["left_out"].items() if size}
     if lost:
-        say(f"not in a LoRA: the change of {len(lost)} norms and biases, such as {next(iter(lost))}")
+        where = f"in {merge} alone" if merge else "not in a LoRA"
+        say(f"{where}: the change of {len(lost)} norms and biases, such as {next(iter(lost))}")
+    if merge:
+        say(f"{merge}: the whole student with the change added; any trainer goes on from it")
+    if out is None:
+        next_line(f"pkt evaluate {shlex.quote(str(merge))} TEST.jsonl, or train it as it is")
+        return
     say(f"{out}: {start}")
     next_line(f"pkt train {shlex.quote(student)} {shlex.quote(str(out))} DATA.jsonl --out RUN, or serve it as it is")

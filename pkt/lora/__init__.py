@@ -1,6 +1,7 @@
 """LoRA in and around PEFT: injected, recognised, finalized. The only part of pkt that imports it."""
 
 from pkt.lora.finalization import finalize as finalize
+from pkt.lora.finalization import write_merged as write_merged
 from pkt.lora.injection import check_settings as check_settings
 from pkt.lora.injection import checked_dropout as checked_dropout
 from pkt.lora.injection import initialize_lora_weights as initialize_lora_weights

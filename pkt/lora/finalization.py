@@ -9,13 +9,13 @@ servers ignore rank and alpha patterns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pkt.adapters import Adapter, Pair, apply_kinds, check_fit, kinds_of, parameter_name, split_tied
 from pkt.cards import FINALIZED, write_card
@@ -108,7 +108,7 @@ def finalize(
         if merge is not None:
             # Both are written whole before either is renamed into place.
             with atomic_folder(merge, force=force) as merged:
-                _write_merged(merged, result, original)
+                write_merged(merged, original, result.pairs, {"base": result.base, "versions": versions()})
     return result
 
 
@@ -283,10 +283,24 @@ def _write_card(folder: Path, result: Finalized) -> None:
     write_card(folder, FINALIZED, base=result.base, rank=rank, mode=result.mode, report=report)
 
 
-def _write_merged(folder: Path, adapter: Adapter, student: str | Path) -> None:
-    """The whole student with the adapter's change added in fp32 and rounded once; a tied table gets it once."""
+def write_merged(
+    folder: Path,
+    student: str | Path,
+    pairs: Mapping[str, Pair],
+    entries: dict[str, Any],
+    *,
+    vectors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """The whole student with the pairs' change added in fp32 and rounded once; a tied table gets it once.
+
+    vectors: changes of other parameters, norms and biases, by name; entries: of the folder's manifest.
+    """
     model = load_model(student)
     # Adding the change is subtracting its opposite.
-    subtract(model, {m: Pair(p.A.float(), -p.B.float(), p.kind) for m, p in adapter.pairs.items()})
+    subtract(model, {m: Pair(p.A.float(), -p.B.float(), p.kind) for m, p in pairs.items()})
+    with torch.no_grad():
+        for name, change in (vectors or {}).items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.float() + change)
     save_model(model, folder, student)
-    write_json(folder / MANIFEST, manifest_of("model", {"base": adapter.base, "versions": versions()}))
+    write_json(folder / MANIFEST, manifest_of("model", entries))

@@ -123,6 +123,13 @@ def _adapter(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    if "content" in manifest:
+        return {
+            "is": "a whole model: a student with what a teacher learnt added",
+            "student": manifest["base"],
+            **manifest["told"],
+            "next": "load it with AutoModelForCausalLM.from_pretrained, or train it",
+        }
     what = {
         "residual-base": "the shifted base (W − B₀A₀) of a residual injection; only its own adapter makes it the student",
         "model": "a whole model: a student with a finalized adapter merged in",

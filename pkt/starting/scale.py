@@ -24,9 +24,15 @@ BEYOND = (2.0, 3.0, 4.0)
 
 
 @contextlib.contextmanager
-def added(model: nn.Module, pairs: Mapping[str, Pair], scale: float) -> Iterator[None]:
-    """Inside, the modules' outputs are those of W + scale · ΔW; no weight is touched. A tied head is changed with its table."""
+def added(
+    model: nn.Module, pairs: Mapping[str, Pair], scale: float, vectors: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Inside, the modules' outputs are those of W + scale · ΔW; no matrix is touched. A tied head is changed with its table.
+
+    vectors: changes of norms and biases, by the parameter's name, which are exchanged meanwhile.
+    """
     handles = []
+    before = {name: model.get_parameter(name).data for name in vectors or {}}
     embedding, head = tables_of(model)
 
     def linear(a: Tensor, b: Tensor) -> Any:
@@ -36,6 +42,8 @@ def added(model: nn.Module, pairs: Mapping[str, Pair], scale: float) -> Iterator
         return lambda module, args, out: out + scale * F.linear(F.embedding(args[0], a.t().to(out)), b.to(out))
 
     try:
+        for name, change in (vectors or {}).items():
+            model.get_parameter(name).data = before[name] + scale * change.to(before[name])
         for name, pair in pairs.items():
             module = model.get_submodule(name)
             if pair.kind == "embedding":
@@ -48,6 +56,8 @@ def added(model: nn.Module, pairs: Mapping[str, Pair], scale: float) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+        for name, kept in before.items():
+            model.get_parameter(name).data = kept
 
 
 @torch.no_grad()
@@ -65,12 +75,14 @@ def best_scale(
     alphas: Sequence[float] = ALPHAS,
     beyond: Sequence[float] = BEYOND,
     also: float | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> tuple[float, dict[str, float]]:
     """The α with the smallest mean loss of the seeds, and the loss at each that was tried; a tie goes to the smaller α.
 
     alphas: all are tried, and then those `beyond` them, larger each, while the last one tried is the best; also: one more.
+    vectors: changes of norms and biases, by name, that are scaled alike.
     Raises `PktError` when no loss is finite.
     """
     device = next(model.parameters()).device
@@ -80,11 +92,11 @@ def best_scale(
         for alpha in (*alphas, *beyond):
             if len(losses) >= len(alphas) and _best(losses) != list(losses)[-1]:
                 break
-            with added(model, pairs, alpha), rows_apart(model):
+            with added(model, pairs, alpha, vectors), rows_apart(model):
                 losses[alpha] = mean_loss(model, batches, device)
             advance(min(len(losses), len(alphas)))
         if also is not None and also not in losses:
-            with added(model, pairs, also), rows_apart(model):
+            with added(model, pairs, also, vectors), rows_apart(model):
                 losses[also] = mean_loss(model, batches, device)
     best = _best(losses)
     if best is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from pkt.extraction.factorization import factorize_all
 from pkt.matching import Cutter, Matrices
 from pkt.models import Target
 from pkt.options import Factorization
+
+Rank: TypeAlias = int | Literal["full"]
 
 
 class Difference:
@@ -31,7 +33,7 @@ class Difference:
         """The change [out, in] of one of the student's matrices, fp32."""
         cut = self.cutter.matrix(target, self.cutter.old.raw)
         mine = target.oriented(self.cutter.new.parameter(target.parameter)).float()
-        # Units without a match stay the student's own.
+        # Units without a match stay the student's own, here and in vectors.
         known = self.cutter.matrix(
             target, lambda *where: torch.ones_like(self.cutter.old.raw(*where), dtype=torch.float32)
         )
@@ -44,7 +46,10 @@ class Difference:
     def vector(self, name: str) -> Tensor | None:
         """The change of one of the student's norms or biases [units], fp32; None where the teacher has no such vector."""
         cut = self.cutter.vector(name, self.cutter.old.parameter)
-        return None if cut is None else cut - self.cutter.new.parameter(name).float()
+        known = self.cutter.vector(name, lambda n: torch.ones(self.cutter.old.shapes[n]))
+        if cut is None or known is None:
+            return None
+        return torch.where(known > 0, cut - self.cutter.new.parameter(name).float(), torch.zeros_like(cut))
 
 
 class Delta(Difference):
@@ -148,11 +153,14 @@ def _open_adapter(cutter: Cutter, adapter: str | Path) -> OwnLora:
     return OwnLora(cutter, pairs)
 
 
-def pairs_of(content: Difference, targets: Sequence[Target], rank: int, seed: int) -> dict[str, tuple[Pair, float]]:
+def pairs_of(content: Difference, targets: Sequence[Target], rank: Rank, seed: int) -> dict[str, tuple[Pair, float]]:
     """The pair of each target and the share of its change's squared norm that it holds; what does not change is left out.
 
-    U Σ Vᵀ of the change, truncated to `rank`: B = U√Σ, A = √ΣVᵀ. A teacher's own LoRA keeps its rank and is exact.
+    U Σ Vᵀ of the change, truncated to `rank`: B = U√Σ, A = √ΣVᵀ. A teacher's own LoRA keeps its rank and is exact. "full": the
+    change itself, beside an identity.
     """
+    if rank == "full":
+        return {name: (pair, 1.0) for name, pair in whole_pairs(content, targets).items()}
     found: dict[str, tuple[Pair, float]] = {}
     wholes: dict[int, dict[str, Tensor]] = {}
     kinds = {t.module: t.kind for t in targets}
@@ -170,3 +178,24 @@ def pairs_of(content: Difference, targets: Sequence[Target], rank: int, seed: in
         made = factorize_all(list(matrices.values()), list(matrices), options)
         found |= {n: (Pair(f.A, f.B, kinds[n]), f.energy) for n, f in zip(matrices, made, strict=True)}
     return {t.module: found[t.module] for t in targets if t.module in found}
+
+
+def whole_pairs(content: Difference, targets: Sequence[Target]) -> dict[str, Pair]:
+    """The change of each target without truncation: one factor holds it, the other is the identity."""
+    found = {}
+    for target in targets:
+        change = content.whole(target)
+        if not bool((change != 0).any()):
+            continue
+        matrix = (change.t() if target.kind == "embedding" else change).contiguous()
+        rows, cols = matrix.shape
+        a, b = (torch.eye(cols), matrix) if cols <= rows else (matrix, torch.eye(rows))
+        found[target.module] = Pair(a, b, target.kind)
+    return found
+
+
+def vectors_of(content: Difference, new: Matrices) -> dict[str, Tensor]:
+    """The change [units], fp32, of each norm and bias of the student's that changes, by name: what no LoRA of matrices holds."""
+    names = (name for name, shape in new.shapes.items() if len(shape) == 1)
+    found = {name: content.vector(name) for name in names}
+    return {name: change for name, change in found.items() if change is not None and bool((change != 0).any())}

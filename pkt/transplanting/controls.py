@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pkt.adapters import Pair
 from pkt.matching import Lineage
-from pkt.models import Target
-from pkt.transplanting.content import Difference
 
 Control = Literal["wrong-units", "noise", "neutral", "repruned"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -54,17 +52,3 @@ def noise_like(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
         u, v = directions(pair.B.shape[0], len(root)), directions(pair.A.shape[1], len(root))
         made[name] = Pair((v * root).t().contiguous(), u * root, pair.kind)
     return made
-
-
-def whole_pairs(content: Difference, targets: Sequence[Target]) -> dict[str, Pair]:
-    """The change of each target without truncation: one factor holds it, the other is the identity."""
-    found = {}
-    for target in targets:
-        change = content.whole(target)
-        if not bool((change != 0).any()):
-            continue
-        matrix = (change.t() if target.kind == "embedding" else change).contiguous()
-        rows, cols = matrix.shape
-        a, b = (torch.eye(cols), matrix) if cols <= rows else (matrix, torch.eye(rows))
-        found[target.module] = Pair(a, b, target.kind)
-    return found

@@ -22,7 +22,17 @@ from torch import nn
 from pkt.adapters import WEIGHTS, Pair
 from pkt.errors import PktError
 from pkt.extraction import Start
-from pkt.files import atomic_file, check_output_folder, safetensors_header, sha256, write_tensors
+from pkt.files import (
+    atomic_file,
+    atomic_folder,
+    check_apart,
+    check_output_folder,
+    is_stored,
+    safetensors_header,
+    sha256,
+    write_tensors,
+)
+from pkt.lora import write_merged
 from pkt.manifest import recorded_day, versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
 from pkt.models import Model, Target, load_model
@@ -30,8 +40,8 @@ from pkt.progress import bar
 from pkt.seeds import Seeds
 from pkt.starting import best_scale, rows_for, tried
 from pkt.transferring import RunFolder, run_path
-from pkt.transplanting.content import Difference, open_content, pairs_of
-from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled, whole_pairs
+from pkt.transplanting.content import Difference, Rank, open_content, pairs_of, vectors_of, whole_pairs
+from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled
 
 Made = dict[str, tuple[Pair, float]]  # module -> its pair, and the share of the change that it holds
 
@@ -40,15 +50,15 @@ Made = dict[str, tuple[Pair, float]]  # module -> its pair, and the share of the
 class Options:
     """What makes the bytes of a transplant, beside its inputs."""
 
-    rank: int = 32
+    rank: Rank = 32
     seed: int = 0
     anyway: bool = False
     control: Control | None = None
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise PktError(f"rank={self.rank!r} must be a whole number of at least 1")
+        if self.rank != "full" and (not isinstance(self.rank, int) or self.rank < 1):
+            raise PktError(f"rank={self.rank!r} must be a whole number of at least 1, or 'full' for no truncation")
         if self.control is not None and self.control not in CONTROLS:
             raise PktError(f"control={self.control!r} is unknown; choose one of {', '.join(CONTROLS)}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -72,7 +82,8 @@ def transplant(
     base: Any = None,
     adapter: str | Path | None = None,
     out: str | Path | None = None,
-    rank: int = 32,
+    merge: str | Path | None = None,
+    rank: Rank = 32,
     lineage: Lineage | str | Path | None = None,
     tokenizer: Any = None,
     control: Control | None = None,
@@ -93,6 +104,9 @@ def transplant(
     teacher's card names and that is a folder here is taken where none is given. α = 0 is an error that says not to transplant;
     `alpha` fixes it.
 
+    merge: also write the whole student with the change added at that α, norms and biases with it, which no LoRA of matrices
+    holds. rank: of each pair; "full": no truncation. Without `out` the norms and biases take part in the choice of α.
+
     control: the same folder for what a transplant is held against, at the transplant's α; its own best α is recorded beside it.
     "wrong-units": the change on shuffled units; "noise": random directions with its singular values; "neutral": injected so
     that step 0 is still the student; "repruned": the teacher on the student's units, whole, at whatever rank that takes.
@@ -102,40 +116,88 @@ def transplant(
     """
     if base is not None and adapter is not None:
         raise PktError("give either the base or the teacher's adapter: with an adapter the teacher is the base")
-    if out is not None:
-        check_output_folder(Path(out), force=force)
+    _check_folders(out, merge, (teacher, student, base, adapter, seeds, lineage), control, force=force)
     named = named_base(teacher) if base is None and adapter is None else None
     if named is not None and Path(named).is_dir():
         base = named
-    today = None if out is None or force or not resume else recorded_day(run_path(Path(out)) / "run.json")
+    # Without truncation there is nothing that takes long to make again.
+    place = out if out is not None or rank == "full" else merge
+    today = None if place is None or force or not resume else recorded_day(run_path(Path(place)) / "run.json")
     rows = rows_for(seeds, student, tokenizer, today)
-    job = Job(teacher, student, base, adapter, rows, Options(rank, seed, anyway, control, alpha))
+    options = Options(rank, seed, anyway, control, alpha)
+    job = Job(teacher, student, base, adapter, rows, options, with_vectors=out is None and merge is not None)
     found = job.find_lineage(lineage, progress)
     content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
-    with _checkpoints(out, fresh=force or not resume) as steps:
+    with _checkpoints(place, fresh=force or not resume) as steps:
         if steps is not None:
             steps.bind(job.inputs(found))
         made = _pairs(content, job, steps, progress)
         if not made:
             raise PktError(content.nothing)
-        scale = job.scale(made, progress)
+        scale = job.scale(made, content, progress)
         start = job.result(made, scale, content, found)
         if control is not None:
-            start = job.control(start, made, content, found, progress)
+            start, content = job.control(start, made, content, found, progress)
         if out is not None:
             start.save(out, force=force)
             found.save(Path(out) / "lineage.json")
+        if merge is not None:
+            _write_merged(Path(merge), start, content, job, found, force=force)
     return start
 
 
+def _check_folders(
+    out: str | Path | None, merge: str | Path | None, read: tuple[Any, ...], control: str | None, *, force: bool
+) -> None:
+    """Refuse folders that cannot be written, and a merge that there is no student on disk or no sense for."""
+    for folder in (out, merge):
+        if folder is not None:
+            check_output_folder(Path(folder), force=force)
+    if merge is None:
+        return
+    if isinstance(read[1], nn.Module):
+        raise PktError("a merged model is written from the student's directory; pass that, not the model in memory")
+    if control not in (None, "repruned"):
+        raise PktError(
+            f"control={control!r} is a LoRA to be held against another; only 'repruned' makes a model of its own"
+        )
+    check_apart(merge, *filter(is_stored, (*read, out)))
+    if out is not None:
+        check_apart(merge, out)
+
+
+def _write_merged(folder: Path, start: Start, content: Difference, job: Job, found: Lineage, *, force: bool) -> None:
+    """The student with the start's pairs added, and what they cannot hold at the same α."""
+    alpha = start.provenance["alpha"]
+    vectors = {name: alpha * change for name, change in vectors_of(content, job.new).items()}
+    told = {**start.provenance["told"], "added too": f"the change of {len(vectors)} norms and biases"}
+    entries = {"base": job.new.spec.name, **start.provenance, "added": sorted(vectors), "told": told}
+    entries["left_out"] = {name: size for name, size in start.provenance["left_out"].items() if name not in vectors}
+    with atomic_folder(folder, force=force) as scratch:
+        write_merged(scratch, job.student, start.pairs, entries, vectors=vectors)
+        found.save(scratch / "lineage.json")
+
+
 class Job:
-    """The inputs of a transplant, opened: both models' matrices, the rows, the options."""
+    """The inputs of a transplant, opened: both models' matrices, the rows, the options.
+
+    with_vectors: norms and biases are kept beside the pairs.
+    """
 
     def __init__(
-        self, teacher: Any, student: Any, base: Any, adapter: str | Path | None, rows: Seeds, options: Options
+        self,
+        teacher: Any,
+        student: Any,
+        base: Any,
+        adapter: str | Path | None,
+        rows: Seeds,
+        options: Options,
+        *,
+        with_vectors: bool = False,
     ) -> None:
         self.teacher, self.student, self.base, self.adapter = teacher, student, base, adapter
         self.rows, self.options = rows, options
+        self.with_vectors = with_vectors
         self.old, self.new = Matrices(teacher), Matrices(student)
         spec = self.new.spec
         rows.check_fits(spec.vocab_size, spec.positions, spec.name)
@@ -168,10 +230,10 @@ class Job:
             "versions": versions(),
         }
 
-    def scale(self, made: Made, progress: bool) -> Scale:
+    def scale(self, made: Made, content: Difference, progress: bool) -> Scale:
         """How much is kept, by the seeds or as asked. Raises `PktError` where all of it makes the student worse."""
         asked = self.options.alpha
-        scale = self._try(made, asked, progress)
+        scale = self._try(made, content, asked, progress)
         if scale.own == 0 and asked is None and not self.options.anyway:
             told = ", ".join(f"α = {a}: {loss:.3f}" for a, loss in scale.losses.items())
             raise PktError(
@@ -180,14 +242,20 @@ class Job:
             )
         return scale
 
-    def _try(self, made: Made, asked: float | None, progress: bool) -> Scale:
+    def _try(self, made: Made, content: Difference, asked: float | None, progress: bool) -> Scale:
         pairs = {name: pair for name, (pair, _) in made.items()}
         model = self.student if isinstance(self.student, nn.Module) else load_model(self.student, dtype=torch.float32)
-        own, losses = best_scale(model, pairs, self.rows, also=asked, progress=progress)
+        vectors = vectors_of(content, self.new) if self.with_vectors else {}
+        own, losses = best_scale(model, pairs, self.rows, also=asked, vectors=vectors, progress=progress)
         return Scale(asked or own or 1.0, own, losses)
 
-    def control(self, kept: Start, made: Made, content: Difference, found: Lineage, progress: bool) -> Start:
-        """What the transplant `kept` is held against, at its α unless asked otherwise; the re-pruned teacher is itself at 1."""
+    def control(
+        self, kept: Start, made: Made, content: Difference, found: Lineage, progress: bool
+    ) -> tuple[Start, Difference]:
+        """What the transplant `kept` is held against, at its α unless asked otherwise, and its content.
+
+        The re-pruned teacher is itself at α = 1.
+        """
         kind, theirs = self.options.control, kept.provenance
         assert kind is not None
         content, others = self._others(made, content, found)
@@ -197,7 +265,7 @@ class Job:
             scale = Scale(alpha, alpha, {"0": before, f"{alpha:g}": before})
         else:
             alpha = self.options.alpha or (1.0 if kind == "repruned" else theirs["alpha"])
-            scale = self._try(others, alpha, progress)
+            scale = self._try(others, content, alpha, progress)
         start = self.result(others, scale, content, found)
         start.mode = "paired" if kind == "neutral" else "add"
         own = "0, none of it: a plain LoRA" if scale.own == 0 else f"{scale.own:g}"
@@ -205,7 +273,7 @@ class Job:
         told["best α by the seeds"] = f"the control's own {own}; the transplant's {theirs['own_alpha']:g}"
         transplanted = {name: theirs[name] for name in ("alpha", "own_alpha", "losses")}
         start.provenance |= {"control": kind, "transplant": transplanted, "told": told}
-        return start
+        return start, content
 
     def _others(self, made: Made, content: Difference, found: Lineage) -> tuple[Difference, Made]:
         """A control's content and its pairs."""
@@ -326,8 +394,4 @@ def _read_step(file: Path, targets: list[Target]) -> Made:
 def left_out(content: Difference, new: Matrices, made: Made) -> dict[str, float]:
     """What a LoRA of matrices cannot hold, norms and biases, with the norm of its change; and matrices nothing feeds, 0."""
     found = {t.module: 0.0 for t in new.spec.targets if t.module not in made and not content.cutter.roles(t)}
-    for name in (n for n, shape in new.shapes.items() if len(shape) == 1):
-        change = content.vector(name)
-        if change is not None and bool((change != 0).any()):
-            found[name] = float(change.norm())
-    return found
+    return found | {name: float(change.norm()) for name, change in vectors_of(content, new).items()}

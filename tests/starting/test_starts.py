@@ -162,7 +162,7 @@ def test_the_scale_is_sought_as_far_as_the_loss_falls(
 ) -> None:
     at: list[float] = []
 
-    def added(model: Any, pairs: Any, alpha: float) -> Any:
+    def added(model: Any, pairs: Any, alpha: float, vectors: Any) -> Any:
         at.append(alpha)
         return contextlib.nullcontext()
 
