@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pkt.matching import lineage as lineage
     from pkt.planning import TransferPlan as TransferPlan
     from pkt.planning import plan as plan
+    from pkt.pruning import shrink as shrink
     from pkt.scoring import Sensitivity as Sensitivity
     from pkt.scoring import sensitivity as sensitivity
     from pkt.seeds import Seeds as Seeds
@@ -57,6 +58,7 @@ _HOME = {
     "load_seeds": "seeds",
     "plan": "planning",
     "sensitivity": "scoring",
+    "shrink": "pruning",
     "start": "starting",
     "train": "training",
     "transfer": "transferring",

@@ -41,6 +41,7 @@ KINDS = {
     "adapter": FolderKind("a finalized adapter", "pkt-adapter-1", {"mode": str, "base": str}),
     "residual-base": FolderKind("the shifted base of a residual injection", "pkt-training-1", older=("pkt-run-1",)),
     "model": FolderKind("a merged model", "pkt-adapter-1"),
+    "shrunk": FolderKind("a shrunk model", "pkt-shrunk-1", {"teacher": dict, "shape": dict, "told": dict}),
     "demo": FolderKind("a demo's folder", "pkt-demo-1"),
 }
 

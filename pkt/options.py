@@ -28,6 +28,7 @@ TrainingLoss: TypeAlias = Literal["answer", "last", "all"]
 RowTemplate: TypeAlias = Literal["chat", "paper"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 How: TypeAlias = Literal["lora", "pissa", "lora-ga", "eva", "spectral"]
+Score: TypeAlias = Literal["sensitivity", "activation", "magnitude", "random"]
 AnswerRule: TypeAlias = Literal["mark", "number"]
 
 
@@ -131,6 +132,18 @@ class Starting:
             raise PktError(f"rank={self.rank!r} must be a whole number of at least 1")
         if not 0 < self.a_scale < math.inf:
             raise PktError(f"a_scale={self.a_scale} must be positive and finite")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """By what the units of a smaller model are chosen; seed: of what is random."""
+
+    score: Score = "sensitivity"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("score", self.score, Score)
         _check_seed(self.seed)
 
 

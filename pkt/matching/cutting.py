@@ -80,13 +80,23 @@ class Cutter:
             return None
         owner = self.new.spec.by_module().get(name.rpartition(".")[0])
         if name.endswith(".bias") and owner is not None:
-            roles = self.roles(owner)
-            if len(roles) != 1 or owner.parts:
-                return None
-            return _take(source(theirs)[:, None], self._index(_AXES[roles[0]][0], owner))[:, 0]
+            return self._bias(owner, layer, source(theirs))
         if size == self.new.hidden and whole[0] == self.old.hidden:
             return _take(source(theirs)[:, None], _singles(self.found.hidden))[:, 0]
         return source(theirs).float() if whole[0] == size else None
+
+    def _bias(self, owner: Target, layer: int | None, bias: Tensor) -> Tensor | None:
+        """A matrix's bias; None where the teacher has not all of its roles."""
+        layer = None if layer is None else self.found.layers[layer]
+        if len(self.roles(owner)) != len(owner.roles()):
+            return None
+        whole = torch.zeros(owner.shape[0])
+        for role, rows in owner.roles():
+            theirs, ours = (
+                torch.cat([torch.arange(a, b) for a, b in r]) for r in (self.old.index[role, layer][1], rows)
+            )
+            whole[ours] = _take(bias[theirs][:, None], self._index(_AXES[role][0], owner))[:, 0]
+        return whole
 
     def _gather(self, matrix: Tensor, role: str, target: Target) -> Tensor:
         rows, cols = (self._index(axis, target) for axis in _AXES[role])

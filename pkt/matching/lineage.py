@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError
-from pkt.files import atomic_file, read_json, write_json
+from pkt.files import MANIFEST, atomic_file, read_json, write_json
+from pkt.manifest import read_manifest
 from pkt.matching.layers import increasing
 from pkt.matching.matrices import Matrices
 from pkt.matching.units import assign, cosines, rotation, table_cosines, unit_rows
@@ -24,6 +25,7 @@ from pkt.models import check_identity
 from pkt.progress import bar
 
 FORMAT = "pkt-lineage-1"
+BESIDE = "lineage.json"  # in the folder of a student that `pkt shrink` made
 Verdict = Literal["descends", "descends but has drifted", "no lineage"]
 # Rows of the tables, hidden units and units of each layer that are looked at: enough for a cosine's noise of 1/32.
 _TOKENS, _FEATURES, _SAMPLE = 32768, 1024, 64
@@ -76,9 +78,9 @@ class Lineage:
         return f"Lineage({self.verdict}: {self.reason})"
 
     def __str__(self) -> str:
-        rows = [("units", "matched", "mean cosine", "chance")]
+        rows = [("units", "matched", "mean cosine", "chance")] if self.evidence else []
         rows += [(e.kind, f"{e.matched} of {e.total}", f"{e.cosine:.3f}", f"{e.chance:.3f}") for e in self.evidence]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.kin:
             lines.append(f"student layers are the teacher's {', '.join(map(str, self.layers))}")
@@ -121,8 +123,13 @@ def lineage(
     teacher, student: a model or a checkpoint directory. tokens: (teacher's row, student's row) of what means the same in their
     tables; None: the same rows. Raises `PktError` for models without an embedding or decoder layers, and weights that are not
     finite.
+
+    What `pkt shrink` recorded beside `student` is taken as it is while the weights of both are still those it was made of.
     """
     old, new = Matrices(teacher), Matrices(student)
+    known = _recorded(old, new)
+    if known is not None:
+        return known
     for side in (old, new):
         if not side.has("embed", None) or not side.spec.num_layers:
             raise PktError(
@@ -139,6 +146,20 @@ def lineage(
     if found.kin:
         _match_layers(old, new, hidden, found, generator, progress)
     return found
+
+
+def _recorded(old: Matrices, new: Matrices) -> Lineage | None:
+    """The lineage beside a shrunk student, where the hashes of both models' weights are those it records."""
+    folder = new.model.path
+    if folder is None or not (folder / BESIDE).is_file() or not (folder / MANIFEST).is_file():
+        return None
+    if read_manifest(folder).get("kind") != "shrunk":
+        return None
+    found = Lineage.load(folder / BESIDE)
+    sides = ((found.teacher, old), (found.student, new))
+    return (
+        found if all(then.get("fingerprint") == side.model.content()["fingerprint"] for then, side in sides) else None
+    )
 
 
 def _match_hidden(old: Matrices, new: Matrices, found: Lineage, generator: torch.Generator) -> Tensor:

@@ -61,12 +61,17 @@ class Matrices:
 
     def gain(self, before: str, layer: int | None) -> Tensor | None:
         """The gain [hidden] of the norm before the attention, the FFN or the head; None where it is not known."""
+        name = self.norm(before, layer)
+        return None if name is None else self.model.tensor(name).float() + unit_offset(self.spec.model_type)
+
+    def norm(self, before: str, layer: int | None) -> str | None:
+        """The name of that gain's parameter."""
         home = "" if layer is None else f"{self.spec.layers}.{layer}."
         for name in NORMS.get(before, ()):
             found = [p for p in self.shapes if p.startswith(home) and p.endswith(f".{name}.weight")]
             found = [p for p in found if len(self.shapes[p]) == 1 and (layer is not None or ".layers." not in p)]
             if found:
-                return self.model.tensor(found[0]).float() + unit_offset(self.spec.model_type)
+                return found[0]
         return None
 
     @property

@@ -14,113 +14,257 @@ from pkt.errors import PktError
 from pkt.matching.cutting import Cutter
 from pkt.matching.lineage import Lineage
 from pkt.matching.matrices import Matrices
-from pkt.models import unwrap
+from pkt.models import HEAD_NORMS, SIZES, Model, ModelSpec, embedding_scale, unit_offset
 
-_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+# What the rows and the columns of a role are units of; its group's key/value heads stand for a query too.
+_ROWS = {
+    "q": "queries",
+    "k": "groups",
+    "v": "groups",
+    "gate": "neurons",
+    "up": "neurons",
+    "o": "hidden",
+    "down": "hidden",
+}
+_COLUMNS = {"o": "queries", "down": "neurons"}
+_SPOKEN = {
+    "hidden": "hidden units",
+    "neurons": "neurons a layer",
+    "groups": "key/value groups a layer",
+    "layers": "layers",
+    "queries": "heads a group",
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a shrunk model keeps: hidden units, FFN neurons, key/value groups (each with its queries), layers."""
+    """What a shrunk model keeps: hidden units, FFN neurons, key/value groups, layers, and queries of each group (None: all)."""
 
     hidden: int
     neurons: int
     groups: int
     layers: int
+    queries: int | None = None
+
+    def __str__(self) -> str:
+        share = "" if self.queries is None else f" of {self.queries} heads"
+        return (
+            f"{self.layers} layers of {self.hidden} hidden units, {self.neurons} neurons, {self.groups} groups{share}"
+        )
+
+
+def shape_of(model: Matrices) -> Shape:
+    """A model's own shape, of its first layer. Raises `PktError` for one whose units are not all known."""
+    check_shrinkable(model.spec)
+    heads, groups = model.heads(0)
+    if not groups or not (model.has("up", 0) and model.has("down", 0)):
+        raise PktError(
+            f"{model.spec.name}: the heads or neurons of its layers are not known by name: it cannot be shrunk"
+        )
+    return Shape(model.hidden, model.index["down", 0][0].shape[1], groups, model.spec.num_layers, heads // groups)
+
+
+def check_shrinkable(spec: ModelSpec) -> None:
+    """Raises `PktError` for a model that has units of which pkt cannot take some."""
+    why = "it reads more than text" if spec.multimodal else ""
+    why = why or ("" if spec.num_layers else "it has no decoder layers that pkt knows")
+    for target in spec.targets:
+        if target.experts or target.role == "router":
+            why = "it has experts, which pkt does not shrink yet"
+        elif target.doubt or (target.layer is not None and not all(role in _ROWS for role, _ in target.roles())):
+            why = why or f"what the units of {target.module} are is not known"
+    if why:
+        raise PktError(f"{spec.name} cannot be shrunk: {why}; shrink a dense model of a family in the README's table")
+
+
+class UnitScores:
+    """What each unit of a model is worth: the sum of the scores of all matrices it touches, added as they come.
+
+    hidden [hidden]; layers [layers]; for each layer neurons, groups and queries.
+    """
+
+    def __init__(self, old: Matrices) -> None:
+        whole = shape_of(old)
+        self.old, count = old, whole.layers
+        self.layers = torch.zeros(count, dtype=torch.float64)
+        self.hidden = torch.zeros(whole.hidden, dtype=torch.float64)
+        heads = [old.heads(layer) for layer in range(count)]
+        self.neurons = [torch.zeros(old.index["down", i][0].shape[1], dtype=torch.float64) for i in range(count)]
+        self.queries = [torch.zeros(queries, dtype=torch.float64) for queries, _ in heads]
+        self.groups = [torch.zeros(groups, dtype=torch.float64) for _, groups in heads]
+
+    def add(self, scores: Mapping[str, Tensor]) -> None:
+        """Add scores of parameters, in their shapes; those of no matrix are left alone."""
+        for target in self.old.spec.targets:
+            if target.parameter not in scores:
+                continue
+            whole = target.oriented(scores[target.parameter]).double()
+            if target.layer is None:
+                if whole.shape[1] == len(self.hidden):
+                    self.hidden += whole.sum(0)
+                continue
+            self.layers[target.layer] += whole.sum()
+            for role, rows in target.roles():
+                part = torch.cat([whole[a:b] for a, b in rows])
+                self._add(_ROWS[role], target.layer, part.sum(1))
+                self._add(_COLUMNS.get(role, "hidden"), target.layer, part.sum(0))
+
+    def _add(self, axis: str, layer: int, sums: Tensor) -> None:
+        """Sums of single rows or columns; a head's are added up, and a query's are its group's too."""
+        if axis == "hidden":
+            self.hidden += sums
+            return
+        units = getattr(self, axis)[layer]
+        found = sums.view(len(units), -1).sum(1)
+        units += found
+        if axis == "queries":
+            self.groups[layer] += found.view(len(self.groups[layer]), -1).sum(1)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Random scores in their place."""
+        for units in (self.layers, self.hidden, *self.neurons, *self.queries, *self.groups):
+            units.copy_(torch.rand(len(units), generator=generator, dtype=torch.float64))
+
+    def check(self, shape: Shape) -> None:
+        """Raises `PktError` for a shape that is not a part of the model's."""
+        whole = shape_of(self.old)
+        for name in ("hidden", "neurons", "groups", "layers", "queries"):
+            asked, there = getattr(shape, name), getattr(whole, name)
+            if asked is not None and not 0 < asked <= there:
+                raise PktError(
+                    f"{self.old.spec.name} has {there} {_SPOKEN[name]}, and {asked} are asked for; a part of them can be kept"
+                )
+
+    def choose(self, shape: Shape) -> Lineage:
+        """The units with the largest scores, in their order. Raises `PktError` for a shape that the model does not have."""
+        spec = self.old.spec
+        self.check(shape)
+        layers = _largest(self.layers, shape.layers)
+        found = Lineage(
+            spec.identity(), {}, _largest(self.hidden, shape.hidden), layers, verdict="descends", reason="cut from it"
+        )
+        for layer in layers:
+            groups = _largest(self.groups[layer], shape.groups)
+            queries = self.queries[layer].view(len(self.groups[layer]), -1)
+            kept = queries.shape[1] if shape.queries is None else shape.queries
+            found.neurons.append(_largest(self.neurons[layer], shape.neurons))
+            found.groups.append([[g] for g in groups])
+            found.queries.append([g * queries.shape[1] + q for g in groups for q in _largest(queries[g], kept)])
+        return found
 
 
 def choose_units(old: Matrices, scores: Mapping[str, Tensor], shape: Shape) -> Lineage:
-    """The units with the largest score, Σ over all matrices they touch, in their order; layers by the score of all of theirs.
+    """The units of `old` with the largest score, Σ over all matrices they touch; layers by the score of all of theirs.
 
-    scores: parameter -> S, in the parameter's shape (`pkt.sensitivity`, |W|², ...). Raises `PktError` for a shape that the
+    scores: parameter -> S, in the parameter's shape (`pkt.sensitivity`, |W|, ...). Raises `PktError` for a shape that the
     model does not have.
     """
-    spec = old.spec
-    count = spec.num_layers
-    if not (0 < shape.layers <= count and 0 < shape.hidden <= old.hidden):
-        raise PktError(
-            f"{spec.name} has {count} layers of {old.hidden} hidden units; {shape} asks for more, or for none"
-        )
-    by_layer = torch.zeros(count, dtype=torch.float64)
-    hidden = torch.zeros(old.hidden, dtype=torch.float64)
-    neurons: list[Tensor] = []
-    groups: list[Tensor] = []
-    for layer in range(count):
-        share = old.heads(layer)
-        if not share[1]:
-            raise PktError(f"{spec.name}: the heads of layer {layer} are not known by name, so they cannot be chosen")
-        part = {
-            role: _scores(old, scores, role, layer)
-            for role in ("q", "k", "v", "o", "gate", "up", "down")
-            if old.has(role, layer)
-        }
-        by_layer[layer] = sum(float(s.sum()) for s in part.values())
-        hidden += sum(s.sum(0) for role, s in part.items() if role not in ("o", "down"))
-        hidden += part["o"].sum(1) + part["down"].sum(1)
-        neurons.append(sum((part[r].sum(1) for r in ("gate", "up") if r in part), part["down"].sum(0)))
-        per_group = [s.reshape(share[1], -1).sum(1) for s in (part["q"], part["k"], part["v"], part["o"].t())]
-        groups.append(sum(per_group[1:], per_group[0]))
-    for role in ("embed", "head"):
-        if old.has(role, None):
-            hidden += _scores(old, scores, role, None).sum(0)
-    layers = _largest(by_layer, shape.layers)
-    found = Lineage(
-        spec.identity(), {}, _largest(hidden, shape.hidden), layers, verdict="descends", reason="cut from it"
-    )
-    for layer in layers:
-        if shape.neurons > len(neurons[layer]) or shape.groups > len(groups[layer]):
-            raise PktError(
-                f"{spec.name} has {len(neurons[layer])} neurons and {len(groups[layer])} groups a layer; {shape} asks for more"
-            )
-        chosen = _largest(groups[layer], shape.groups)
-        queries = old.heads(layer)[0] // old.heads(layer)[1]
-        found.neurons.append(_largest(neurons[layer], shape.neurons))
-        found.groups.append([[g] for g in chosen])
-        found.queries.append([g * queries + i for g in chosen for i in range(queries)])
-    return found
-
-
-def _scores(old: Matrices, scores: Mapping[str, Tensor], role: str, layer: int | None) -> Tensor:
-    target, rows = old.index[role, layer]
-    if target.experts:
-        raise PktError(f"{old.spec.name} has experts, which cannot be shrunk yet")
-    whole = target.oriented(scores[target.parameter]).double()
-    return torch.cat([whole[a:b] for a, b in rows])
+    units = UnitScores(old)
+    units.add(scores)
+    return units.choose(shape)
 
 
 def _largest(scores: Tensor, count: int) -> list[int]:
     return [int(i) for i in scores.topk(count).indices.sort().values]
 
 
-def shrink_to(model: nn.Module, found: Lineage) -> Any:
-    """The model of the units in `found`, with their weights as they are, in fp32 and in memory."""
-    old = Matrices(model)
-    plain: Any = unwrap(model)
-    config = copy.deepcopy(plain.config)
-    heads = len(found.queries[0])
-    config.update(
-        {
-            "hidden_size": len(found.hidden),
-            "intermediate_size": len(found.neurons[0]),
-            "num_hidden_layers": len(found.layers),
-            "num_key_value_heads": len(found.groups[0]),
-            "num_attention_heads": heads,
-            "head_dim": old.spec.head_dim,
-        }
-    )
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in found.layers]
-    small: Any = type(plain)(config).float()
-    new = Matrices(small)
+def shrunk_config(old: Matrices, shape: Shape, layers: list[int] | None = None) -> Any:
+    """The model's configuration in another shape. layers: the layers kept, for the settings that are listed by layer."""
+    config = copy.deepcopy(old.model.config)
+    whole, dim = shape_of(old), old.spec.head_dim or 1
+    heads = shape.groups * (whole.queries if shape.queries is None else shape.queries)  # type: ignore[operator]
+    values = {"hidden": shape.hidden, "neurons": shape.neurons, "layers": shape.layers, "heads": heads,
+              "groups": shape.groups}  # fmt: skip
+    kept = list(range(shape.layers)) if layers is None else layers
+    known = config.to_dict()
+    listed = [k for k, v in known.items() if isinstance(v, list) and len(v) == whole.layers]
+    for what, names in SIZES.items():
+        for name in (n for n in names if n in known or n in getattr(config, "attribute_map", ())):
+            setattr(config, name, values[what])
+    if dim * heads != shape.hidden or known.get("head_dim") is not None:
+        # Where a class works it out from the others, the shapes tell below.
+        config.update({"head_dim": dim})
+    for name in listed:
+        setattr(config, name, [known[name][i] for i in kept])
+    config.tie_word_embeddings = old.spec.tied
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def shrunk_model(old: Matrices, shape: Shape, layers: list[int] | None = None) -> Model:
+    """The model of another shape, without weights. Raises `PktError` for a shape that its family cannot have."""
+    whole = shape_of(old)
+    config = shrunk_config(old, shape, layers)
+    try:
+        getattr(config, "validate", lambda: None)()
+    except Exception as error:  # whatever a configuration class raises for sizes that it does not take
+        raise PktError(
+            f"no {old.spec.model_type} has {shape}: {str(error).splitlines()[-1].strip()} ask for another shape"
+        ) from error
+    made = Model.of(config)
+    found = shape_of(Matrices(made))
+    dim, share = old.spec.head_dim or 1, whole.queries if shape.queries is None else shape.queries
+    wanted = Shape(shape.hidden, shape.neurons, shape.groups, shape.layers, share)
+    if found != wanted or made.spec.head_dim != dim:
+        raise PktError(
+            f"no {old.spec.model_type} has {wanted}, each head of {dim}: the heads' sizes add up to the hidden units there; "
+            f"ask for {dim} hidden units a head"
+        )
+    return made
+
+
+def shrink_to(model: Any, found: Lineage) -> Any:
+    """The model of the units in `found`, with their weights as they are, in memory, in the type they have.
+
+    model: a model, or a checkpoint, which is then read a matrix at a time. Norms keep their gains: over fewer units the mean
+    square that a norm divides by stays what it was (docs/lineage.md). Raises `PktError` for weights that are not finite.
+    """
+    old = model if isinstance(model, Matrices) else Matrices(model)
+    groups = len(found.groups[0])
+    shape = Shape(len(found.hidden), len(found.neurons[0]), groups, len(found.layers), len(found.queries[0]) // groups)
+    new = Matrices(shrunk_model(old, shape, found.layers))
+    small: Any = new.model.hollow(old.parameter(old.index["embed", None][0].parameter).dtype, torch.device("cpu"))
     cutter = Cutter(found, old, new)
+    # Gemma multiplies its embeddings by what follows from their width.
+    offset = unit_offset(old.spec.model_type)
+    scale = embedding_scale(old.model.config) / embedding_scale(new.model.config)
     with torch.no_grad():
-        for target in new.spec.targets:
-            small.get_parameter(target.parameter).copy_(target.oriented(cutter.matrix(target, old.raw)))
-        for name, shape in new.shapes.items():
-            if len(shape) == 1:
-                vector = cutter.vector(name, old.parameter)
-                if vector is None:
-                    raise PktError(f"{name} of the small model has no counterpart in {old.spec.name}")
-                small.get_parameter(name).copy_(vector)
+        for name, shape_ in new.shapes.items():
+            value = _gathered(cutter, name)
+            if name == new.index["embed", None][0].parameter:
+                value *= scale
+            elif old.spec.tied and name == new.norm("head", None):
+                # The head is the embedding, so this takes back there what that gave.
+                value = (value + offset) / scale - offset
+            if tuple(value.shape) != shape_:
+                raise PktError(
+                    f"{old.spec.name}: {name} is {list(value.shape)} once cut and {list(shape_)} in the small model"
+                )
+            home, _, key = name.rpartition(".")
+            owner = small.get_submodule(home)
+            owner._parameters[key] = nn.Parameter(value.to(owner._parameters[key].dtype).contiguous())
+    small.tie_weights()
     found.student = new.spec.identity()
     return small.eval()
+
+
+def _gathered(cutter: Cutter, name: str) -> Tensor:
+    """A parameter of the small model: its rows and columns of the large one's, fp32."""
+    old, new = cutter.old, cutter.new
+    target = next((t for t in new.spec.targets if t.parameter == name), None)
+    if target is None:
+        over_heads = name.split(".")[-2] in HEAD_NORMS and new.shapes[name] != (new.spec.head_dim,)
+        value = None if over_heads else cutter.vector(name, old.parameter)
+    elif target.layer is None and target.role not in ("embed", "head"):
+        # A table of positions.
+        value = old.parameter(name)[:, cutter.found.hidden].float()
+    else:
+        value = target.oriented(cutter.matrix(target, old.raw))
+    if value is None:
+        raise PktError(f"{old.spec.name} cannot be shrunk: what the units of {name} are is not known")
+    if not bool(torch.isfinite(value).all()):
+        raise PktError(
+            f"{old.spec.name}: {name} or its like holds NaN or Inf; the checkpoint is damaged: copy it again"
+        )
+    return value

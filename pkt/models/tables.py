@@ -233,3 +233,21 @@ NORMS: dict[str, tuple[str, ...]] = {
 def unit_offset(model_type: str) -> float:
     """What a norm adds to its stored gain: Gemma's are stored around zero."""
     return 1.0 if model_type.startswith(("gemma", "recurrent_gemma")) else 0.0
+
+
+# What a configuration calls its sizes, beside the names that `attribute_map` gives them.
+SIZES: dict[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size", "word_embed_proj_dim"),
+    "neurons": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "groups": ("num_key_value_heads", "num_kv_heads"),
+}
+
+# Norms within the attention; over one head each, or (OLMo 2) over all heads together.
+HEAD_NORMS = ("q_norm", "k_norm")
+
+
+def embedding_scale(config: Any) -> float:
+    """What a model multiplies its embeddings by that follows from their width: Gemma, by its square root."""
+    return float(config.hidden_size) ** 0.5 if str(config.model_type).startswith(("gemma", "recurrent_gemma")) else 1.0

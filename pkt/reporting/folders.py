@@ -138,6 +138,15 @@ def _model(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"is": what, "student": student, "next": "load it with AutoModelForCausalLM.from_pretrained"}
 
 
+def _shrunk(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "is": "a model of a larger one's own units, to be healed by training on general text",
+        **manifest["told"],
+        "next": "heal it with any trainer, then: pkt transplant TEACHER HEALED SEEDS.jsonl --base "
+        f"{shlex.quote(str(manifest['teacher'].get('name')))} --out DIR",
+    }
+
+
 def _foreign(folder: Path) -> dict[str, Any]:
     """An adapter without pkt.json: a trainer's, of what pkt injected, or not pkt's at all."""
     try:
@@ -158,5 +167,6 @@ _DESCRIBED: dict[str | None, Callable[[Path, dict[str, Any]], dict[str, Any]]] =
     "run": _run,
     "adapter": _adapter,
     "residual-base": _model,
+    "shrunk": _shrunk,
     "model": _model,
 }

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pkt.files import check_output_file, followed, os_errors
 from pkt.models import Model
 from pkt.options import Execution, Limits, Loss, Reading
 from pkt.scoring import FORMAT, Sensitivity
 from pkt.streaming import NotLayeredError
-from pkt.transferring.job import ScoringJob, day_of
-from pkt.transferring.reader import Listeners, Reader, score_whole, working_folder
+from pkt.transferring.job import ScoringJob, SeedsLike, day_of
+from pkt.transferring.reader import Listeners, Reader, activations_folder, score_whole, working_folder
 
 
 def score_checkpoint(
@@ -62,3 +66,31 @@ def score_checkpoint(
         with os_errors(f"writing {out}"):
             os.replace(folder.scores_file(0), out)
     return Sensitivity.load(out)
+
+
+def read_scores(
+    teacher: Any,
+    seeds: SeedsLike,
+    take: Callable[[Mapping[str, Tensor]], None],
+    *,
+    tokenizer: Any = None,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
+    execution: Execution = Execution(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
+    listeners: Listeners = Listeners(),  # noqa: B008
+) -> dict[str, Any]:
+    """Hand S of a teacher's parameters to `take`, a layer at a time; nothing of them is kept. Returns what the seeds were.
+
+    Each parameter comes once. An interrupted call begins anew.
+    """
+    job = ScoringJob(Model.of(teacher), {"": seeds}, tokenizer, reading=reading, execution=execution, limits=limits)
+    job.keeps = False
+    told = dataclasses.replace(listeners, on_scores=lambda _, scores: take(scores))
+    with activations_folder(job) as activations:
+        try:
+            with Reader(job, {}, None, activations, told).reading():
+                pass
+        except NotLayeredError as error:
+            for _ in score_whole(job, None, told, str(error)):
+                pass
+    return job.seeds[""].describe()
