@@ -134,12 +134,12 @@ def mixture() -> Any:
     return model
 
 
-def trained_like(kind: str, *, seed: int = 0, tied: bool = False) -> Any:
+def trained_like(kind: str, *, seed: int = 0, tied: bool = False, vocab_size: int = 400) -> Any:
     """A model of a family with 6 layers of 64 hidden units, its weights spread like those of a trained one."""
     import transformers
 
     common = {
-        "vocab_size": 400,
+        "vocab_size": vocab_size,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 6,
@@ -150,9 +150,11 @@ def trained_like(kind: str, *, seed: int = 0, tied: bool = False) -> Any:
         "llama": lambda: transformers.LlamaConfig(**common, **more),
         "qwen3": lambda: transformers.Qwen3Config(**common, **more),
         "gemma2": lambda: transformers.Gemma2Config(**common, **more),
-        "phi3": lambda: transformers.Phi3Config(**{**common, "num_attention_heads": 8}, **more),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**common, **more),
+        "mixtral": lambda: transformers.MixtralConfig(**common, **more, num_local_experts=4),
+        "phi3": lambda: transformers.Phi3Config(**common, **more),
         "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=400, n_embd=64, n_inner=96, n_layer=6, n_head=8, tie_word_embeddings=True
+            vocab_size=vocab_size, n_embd=64, n_inner=96, n_layer=6, n_head=8, tie_word_embeddings=True
         ),
     }[kind]()
     torch.manual_seed(seed)

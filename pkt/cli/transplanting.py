@@ -145,7 +145,7 @@ def _tell(start: Any, out: Path | None, merge: Path | None, student: str) -> Non
     lost = {n: size for n, size in found["left_out"].items() if size}
     if lost:
         where = f"in {merge} alone" if merge else "not in a LoRA"
-        say(f"{where}: the change of {len(lost)} norms and biases, such as {next(iter(lost))}")
+        say(f"{where}: the change of {len(lost)} norms, biases and the like, such as {next(iter(lost))}")
     if merge:
         say(f"{merge}: the whole student with the change added; any trainer goes on from it")
     if out is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pkt.matching.lineage import Lineage
 from pkt.matching.matrices import Matrices
-from pkt.models import Target
+from pkt.models import Runs, Target, layer_of
 
 # What the rows and the columns of a role are units of.
 _AXES = {
@@ -20,9 +20,13 @@ _AXES = {
     "gate": ("neurons", "hidden"),
     "up": ("neurons", "hidden"),
     "down": ("hidden", "neurons"),
+    "router": ("experts", "hidden"),
     "embed": ("tokens", "hidden"),
     "head": ("tokens", "hidden"),
+    "positions": ("places", "hidden"),
 }
+# Axes whose units do not depend on the layer.
+_EVERYWHERE = ("hidden", "tokens", "places")
 
 # (role, teacher's layer, expert) -> a matrix of the teacher's shape
 Source = Callable[[str, int | None, int | None], Tensor]
@@ -36,32 +40,57 @@ class Cutter:
 
     def roles(self, target: Target) -> list[str]:
         """The roles of a student's matrix that the teacher has and whose units are matched."""
-        layer = None if target.layer is None else self.found.layers[target.layer]
+        layer = self._layer(target)
+        if layer == -1 or target.doubt:
+            return []
         return [
             role
             for role, _ in target.roles()
-            if role in _AXES and not target.experts and self.old.has(role, layer) and self._matched(role, target.layer)
+            if role in _AXES and self._given(role, layer, target) and self._matched(role, target.layer)
         ]
 
+    def _layer(self, target: Target) -> int | None:
+        """The teacher's layer of a student's matrix, -1 for none; None outside of the layers."""
+        return None if target.layer is None else self.found.layers[target.layer]
+
+    def _given(self, role: str, layer: int | None, target: Target) -> bool:
+        source = self.old.index.get((role, layer))
+        return source is not None and bool(source[0].experts) == bool(target.experts)
+
     def _matched(self, role: str, layer: int | None) -> bool:
-        return all(axis in ("hidden", "tokens") or bool(getattr(self.found, axis)[layer or 0]) for axis in _AXES[role])
+        units = [getattr(self.found, axis) for axis in _AXES[role] if axis not in _EVERYWHERE]
+        return all(found and found[layer or 0] for found in units)
 
     def matrix(self, target: Target, source: Source) -> Tensor:
-        """[out, in] fp32 for one of the student's matrices; roles of a fused one lie where its rows do."""
+        """[out, in] fp32 for one of the student's matrices, [experts, out, in] for its experts; zeros where nothing matches.
+
+        Roles of a fused matrix lie where its rows do.
+        """
+        if not target.experts:
+            return self._one(target, source, None, None)
+        theirs = self.found.experts[target.layer or 0] if self.roles(target) else [-1] * target.experts
+        return torch.stack(
+            [
+                self._one(target, source, *pair) if pair[1] >= 0 else torch.zeros(target.shape)
+                for pair in enumerate(theirs)
+            ]
+        )
+
+    def _one(self, target: Target, source: Source, expert: int | None, theirs: int | None) -> Tensor:
         whole = torch.zeros(target.shape)
-        wanted = self.roles(target)
-        layer = None if target.layer is None else self.found.layers[target.layer]
+        wanted, layer = self.roles(target), self._layer(target)
         for role, rows in target.roles():
-            if role not in wanted:
-                continue
-            piece = self._gather(source(role, layer, None), role, target)
-            place = torch.cat([torch.arange(a, b) for a, b in rows])
-            whole[place] = piece
+            if role in wanted:
+                indices = [self._index(axis, target, expert) for axis in _AXES[role]]
+                piece = _take(_take(source(role, layer, theirs), indices[0]).t(), indices[1]).t()
+                whole[_places(rows)] = piece
         return whole
 
-    def factors(self, target: Target, role: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, target: Target, role: str, a: Tensor, b: Tensor, expert: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of a teacher's matrix of this role on the student's units: their product, cut."""
-        rows, cols = (self._index(axis, target) for axis in _AXES[role])
+        rows, cols = (self._index(axis, target, expert) for axis in _AXES[role])
         return _take(a.t(), cols).t(), _take(b, rows)
 
     def vector(self, name: str, source: Callable[[str], Tensor]) -> Tensor | None:
@@ -69,48 +98,46 @@ class Cutter:
 
         source: the teacher's vector by its name.
         """
-        layers = f"{self.new.spec.layers}."
-        layer = int(name[len(layers) :].split(".")[0]) if name.startswith(layers) else None
+        layer = layer_of(name, self.new.spec.layers)
         theirs = name
         if layer is not None:
-            suffix = name[len(f"{layers}{layer}.") :]
+            suffix = name[len(f"{self.new.spec.layers}.{layer}.") :]
             theirs = f"{self.old.spec.layers}.{self.found.layers[layer]}.{suffix}"
         size, whole = self.new.shapes[name][0], self.old.shapes.get(theirs)
         if whole is None or len(whole) != 1:
             return None
         owner = self.new.spec.by_module().get(name.rpartition(".")[0])
         if name.endswith(".bias") and owner is not None:
-            return self._bias(owner, layer, source(theirs))
+            every = len(self.roles(owner)) == len(owner.roles())
+            return self._bias(owner, source(theirs)) if every else None
         if size == self.new.hidden and whole[0] == self.old.hidden:
             return _take(source(theirs)[:, None], _singles(self.found.hidden))[:, 0]
         return source(theirs).float() if whole[0] == size else None
 
-    def _bias(self, owner: Target, layer: int | None, bias: Tensor) -> Tensor | None:
-        """A matrix's bias; None where the teacher has not all of its roles."""
-        layer = None if layer is None else self.found.layers[layer]
-        if len(self.roles(owner)) != len(owner.roles()):
-            return None
+    def _bias(self, owner: Target, theirs: Tensor) -> Tensor:
+        """The bias of a student's matrix, whose rows are units as the matrix's are."""
         whole = torch.zeros(owner.shape[0])
         for role, rows in owner.roles():
-            theirs, ours = (
-                torch.cat([torch.arange(a, b) for a, b in r]) for r in (self.old.index[role, layer][1], rows)
-            )
-            whole[ours] = _take(bias[theirs][:, None], self._index(_AXES[role][0], owner))[:, 0]
+            given = theirs[_places(self.old.index[role, self._layer(owner)][1])]
+            whole[_places(rows)] = _take(given[:, None], self._index(_AXES[role][0], owner))[:, 0]
         return whole
 
-    def _gather(self, matrix: Tensor, role: str, target: Target) -> Tensor:
-        rows, cols = (self._index(axis, target) for axis in _AXES[role])
-        return _take(_take(matrix, rows).t(), cols).t()
-
-    def _index(self, axis: str, target: Target) -> list[list[int]]:
+    def _index(self, axis: str, target: Target, expert: int | None = None) -> list[list[int]]:
         """For each of the student's rows (or columns) those of the teacher's that it is the mean of."""
         if axis == "hidden":
             return _singles(self.found.hidden)
         layer = target.layer or 0
         if axis == "tokens":
             return self._tokens(target.shape[0])
+        if axis == "places":
+            theirs = self.old.index["positions", None][0].shape[0]
+            return [[i] if i < theirs else [] for i in range(target.shape[0])]
+        if axis == "experts":
+            return _singles(self.found.experts[layer])
         if axis == "neurons":
-            return _singles(self.found.neurons[layer])
+            every = self.found.neurons[layer]
+            each = len(every) // max(1, target.experts)
+            return _singles(every if expert is None else every[expert * each : (expert + 1) * each])
         size = self.new.spec.head_dim or 1
         heads = self.found.groups[layer] if axis == "groups" else _singles(self.found.queries[layer])
         return [[head * size + i for head in members] for members in heads for i in range(size)]
@@ -123,6 +150,10 @@ class Cutter:
         for teacher, student in self.found.tokens:
             index[student] = [teacher]
         return index
+
+
+def _places(rows: Runs) -> Tensor:
+    return torch.cat([torch.arange(a, b) for a, b in rows])
 
 
 def _singles(found: Sequence[int]) -> list[list[int]]:

@@ -20,7 +20,8 @@ from pkt.files import MANIFEST, atomic_file, read_json, write_json
 from pkt.manifest import read_manifest
 from pkt.matching.layers import increasing
 from pkt.matching.matrices import Matrices
-from pkt.matching.units import assign, cosines, rotation, table_cosines, unit_rows
+from pkt.matching.units import Evidence, assign, rotation, table_cosines, unit_rows
+from pkt.matching.within import Within
 from pkt.models import check_identity
 from pkt.progress import bar
 
@@ -34,28 +35,13 @@ _SAMPLE_FEATURES = 256
 _KIN, _CLOSE = 0.1, 0.5
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """How well one kind of unit matches: mean cosine of what was matched, and what chance gives for this pair."""
-
-    kind: str
-    matched: int
-    total: int
-    cosine: float
-    chance: float
-
-    @property
-    def closeness(self) -> float:
-        """0 at chance, 1 for the same weights."""
-        return (self.cosine - self.chance) / max(1e-6, 1 - self.chance)
-
-
 @dataclass
 class Lineage:
     """The teacher's unit of each student's, -1 where there is none; prints as a table.
 
-    hidden [student's hidden]; layers [student's layers]; for each student layer: neurons (of the FFN, or a list for each
-    expert), queries (attention heads), groups (the teacher's key/value heads that one is the mean of), experts.
+    hidden [student's hidden]; layers [student's layers]; for each student layer: neurons (of the FFN, or of one expert after
+    another, each in its own expert of the teacher's), queries (attention heads), groups (the teacher's key/value heads that one
+    is the mean of), experts.
     """
 
     teacher: dict[str, Any]
@@ -65,6 +51,7 @@ class Lineage:
     neurons: list[list[int]] = field(default_factory=list)
     queries: list[list[int]] = field(default_factory=list)
     groups: list[list[list[int]]] = field(default_factory=list)
+    experts: list[list[int]] = field(default_factory=list)
     tokens: list[tuple[int, int]] | None = None
     evidence: list[Evidence] = field(default_factory=list)
     verdict: Verdict = "no lineage"
@@ -116,13 +103,14 @@ def lineage(
     *,
     tokens: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
+    anyway: bool = False,
     progress: bool = True,
 ) -> Lineage:
     """Match every unit of `student` with one of `teacher` by their weights, and say whether it descends from it.
 
     teacher, student: a model or a checkpoint directory. tokens: (teacher's row, student's row) of what means the same in their
-    tables; None: the same rows. Raises `PktError` for models without an embedding or decoder layers, and weights that are not
-    finite.
+    tables; None: the same rows. anyway: match the units of each layer where there is no lineage too. Raises `PktError` for
+    models without an embedding or decoder layers, and weights that are not finite.
 
     What `pkt shrink` recorded beside `student` is taken as it is while the weights of both are still those it was made of.
     """
@@ -143,7 +131,14 @@ def lineage(
         scores = samples.scores(advance)
     found.layers = increasing(scores)
     _judge(found, scores, samples.chance(found.layers))
-    if found.kin:
+    mixed = [any(side.experts(layer) for layer in range(side.spec.num_layers)) for side in (old, new)]
+    if mixed[0] != mixed[1]:
+        whose = ("teacher", "student") if mixed[0] else ("student", "teacher")
+        found.verdict = "no lineage"
+        found.reason = (
+            f"the {whose[0]}'s FFNs are experts and the {whose[1]}'s are not, so neither was cut from the other's"
+        )
+    if found.kin or anyway:
         _match_layers(old, new, hidden, found, generator, progress)
     return found
 
@@ -295,96 +290,16 @@ def _judge(found: Lineage, scores: Tensor, rotated: float) -> None:
 def _match_layers(
     old: Matrices, new: Matrices, hidden: Tensor, found: Lineage, generator: torch.Generator, progress: bool
 ) -> None:
-    """Neurons and heads of every matched pair of layers; adds their lines of evidence."""
-    matched = (hidden >= 0).nonzero()[:, 0]
-    mine = _some(matched, _FEATURES, generator)
-    theirs = hidden[mine]
-    tallies: dict[str, list[Tensor]] = {"FFN neurons": [], "attention heads": []}
-    chances: dict[str, list[float]] = {kind: [] for kind in tallies}
-    turn = rotation(len(mine), generator)
-    count = new.spec.num_layers
-    with bar("matching units", count, unit="layers", shown=progress) as advance:
+    """Neurons, experts and heads of every matched pair of layers; adds their lines of evidence."""
+    mine = _some((hidden >= 0).nonzero()[:, 0], _FEATURES, generator)
+    within = Within(old, new, hidden[mine], mine, rotation(len(mine), generator))
+    with bar("matching units", new.spec.num_layers, unit="layers", shown=progress) as advance:
         for j, layer in enumerate(found.layers):
-            found.neurons.append(_neurons(old, new, layer, j, theirs, mine, tallies, chances, turn))
-            queries, groups = _heads(old, new, layer, j, theirs, mine, tallies, chances, turn)
+            neurons, experts = within.ffn(layer, j)
+            queries, groups = within.heads(layer, j)
+            found.neurons.append(neurons)
+            found.experts.append(experts)
             found.queries.append(queries)
             found.groups.append(groups)
             advance(j + 1)
-    for kind, values in tallies.items():
-        if values:
-            every = torch.cat(values)
-            good = every != 0
-            mean = float(every[good].mean()) if bool(good.any()) else 0.0
-            chance = sum(chances[kind]) / max(1, len(chances[kind]))
-            found.evidence.append(Evidence(kind, int(good.sum()), len(every), mean, chance))
-
-
-def _rotated_best(teacher: Tensor, student: Tensor, turn: Tensor) -> float:
-    few = student[:_SAMPLE]
-    turned = (few.unflatten(1, (-1, len(turn))) @ turn).flatten(1)
-    return float(cosines(teacher, turned).amax(0).mean())
-
-
-def _neurons(
-    old: Matrices,
-    new: Matrices,
-    layer: int,
-    j: int,
-    theirs: Tensor,
-    mine: Tensor,
-    tallies: dict[str, list[Tensor]],
-    chances: dict[str, list[float]],
-    turn: Tensor,
-) -> list[int]:
-    if not (old.has("down", layer) and new.has("down", j)) or old.experts(layer) or new.experts(j):
-        return []
-    teacher, student = old.neurons(layer, theirs), new.neurons(j, mine)
-    if teacher.shape[1] != student.shape[1]:
-        return []
-    index, values = assign(cosines(teacher, student))
-    tallies["FFN neurons"].append(values)
-    chances["FFN neurons"].append(_rotated_best(teacher, student, turn))
-    return [int(i) for i in index]
-
-
-def _heads(
-    old: Matrices,
-    new: Matrices,
-    layer: int,
-    j: int,
-    theirs: Tensor,
-    mine: Tensor,
-    tallies: dict[str, list[Tensor]],
-    chances: dict[str, list[float]],
-    turn: Tensor,
-) -> tuple[list[int], list[list[int]]]:
-    """The teacher's query head of each student's, and its key/value heads of each."""
-    (heads_t, groups_t), (heads_s, groups_s) = old.heads(layer), new.heads(j)
-    if not (heads_t and heads_s) or old.spec.head_dim != new.spec.head_dim:
-        return [], []
-    by_query = cosines(old.queries(layer, theirs), new.queries(j, mine))
-    kv_t, kv_s = old.groups(layer, theirs), new.groups(j, mine)
-    whole, values = assign(cosines(kv_t, kv_s))
-    groups = [[int(g)] if g >= 0 else [] for g in whole]
-    share_t, share_s = heads_t // groups_t, heads_s // groups_s
-    queries = torch.full((heads_s,), -1)
-    if groups_t > groups_s:
-        # A student whose groups are means of several: its query heads tell of which.
-        free, _ = assign(by_query)
-        means = [
-            sorted({int(q) // share_t for q in free[g * share_s : (g + 1) * share_s] if q >= 0})
-            for g in range(groups_s)
-        ]
-        mean_kv = torch.stack([kv_t[m].mean(0) if m else torch.zeros_like(kv_t[0]) for m in means])
-        joined = (unit_rows(mean_kv) * unit_rows(kv_s)).sum(1)
-        if float(joined.mean()) > float(values.mean()) + 0.02:
-            groups, queries, values = means, free, joined
-    if bool((queries < 0).all()):
-        for g, (group,) in ((g, found) for g, found in enumerate(groups) if found):
-            rows, cols = slice(group * share_t, (group + 1) * share_t), slice(g * share_s, (g + 1) * share_s)
-            index, _ = assign(by_query[rows, cols])
-            queries[cols] = torch.where(index >= 0, index + group * share_t, index)
-    of_queries = by_query.gather(0, queries.clamp_min(0)[None])[0]
-    tallies["attention heads"] += [torch.where(queries >= 0, of_queries, torch.zeros_like(of_queries))]
-    chances["attention heads"].append(_rotated_best(old.queries(layer, theirs), new.queries(j, mine), turn))
-    return [int(q) for q in queries], groups
+    found.evidence += within.evidence()

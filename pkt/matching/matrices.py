@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkt.models import NORMS, Model, ModelSpec, Runs, Target, unit_offset
+from pkt.models import NORMS, POSITION_TABLES, Model, ModelSpec, Runs, Target, layer_of, unit_offset
 
 # Roles whose input is a norm's output, and which norm's: that before the attention, the FFN or the head.
 _NORMED = {
@@ -24,15 +26,18 @@ _NORMED = {
 class Matrices:
     """Weights of a model or checkpoint by (role, layer); a checkpoint is read a matrix at a time.
 
-    shapes: every parameter's name and shape. `gate` of a dense FFN is None where it has none (GPT-2).
+    shapes: every parameter's name and shape. others: matrices with units that no LoRA here holds: tables of positions, and
+    routers that are no linear layer.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = Model.of(model)
         self.spec: ModelSpec = self.model.spec
         self.shapes = self.model.shapes
+        self.others = (*_positions(self.spec), *_routers(self.spec, self.shapes))
         self.index: dict[tuple[str, int | None], tuple[Target, Runs]] = {}
-        for target in self.spec.targets:
+        self._read: tuple[str, Tensor] | None = None
+        for target in (*self.spec.targets, *self.others):
             for role, rows in target.roles():
                 if role and not target.doubt:
                     self.index.setdefault((role, target.layer), (target, rows))
@@ -50,8 +55,17 @@ class Matrices:
     def raw(self, role: str, layer: int | None, expert: int | None = None) -> Tensor:
         """[out, in] in the stored type, only this role's rows of a fused projection."""
         target, rows = self.index[role, layer]
-        matrix = target.oriented(self.model.tensor(target.parameter), expert)
+        matrix = target.oriented(self._tensor(target), expert)
         return matrix if rows == ((0, matrix.shape[0]),) else torch.cat([matrix[a:b] for a, b in rows])
+
+    def _tensor(self, target: Target) -> Tensor:
+        """The parameter; experts that lie in one are kept until another is read, as they are asked for one after another."""
+        if not target.experts:
+            return self.model.tensor(target.parameter)
+        if self._read is None or self._read[0] != target.parameter:
+            self._read = None
+            self._read = target.parameter, self.model.tensor(target.parameter)
+        return self._read[1]
 
     def folded(self, role: str, layer: int | None, units: Tensor, expert: int | None = None) -> Tensor:
         """[out, units] fp32: these input columns, the gain of the norm before them multiplied in."""
@@ -104,3 +118,22 @@ class Matrices:
         heads = self.heads(layer)[0]
         out = self.raw("o", layer)[units].float().t()
         return torch.cat([self.folded("q", layer, units).reshape(heads, -1), out.reshape(heads, -1)], 1)
+
+
+def _positions(spec: ModelSpec) -> Iterator[Target]:
+    """Tables of learned positions."""
+    for target in spec.targets:
+        if target.kind == "embedding" and not target.role and target.module.rpartition(".")[2] in POSITION_TABLES:
+            yield dataclasses.replace(target, role="positions")
+
+
+def _routers(spec: ModelSpec, shapes: dict[str, tuple[int, ...]]) -> Iterator[Target]:
+    """Matrices [experts, hidden] beside experts, in a module that is no linear layer."""
+    known = {target.parameter for target in spec.targets}
+    beside = {t.module.rpartition(".")[0].rpartition(".")[0]: t.experts for t in spec.targets if t.experts}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module == name or name in known or len(shape) != 2 or shape[0] != beside.get(module.rpartition(".")[0]):
+            continue
+        layer = layer_of(module, spec.layers)
+        yield Target(module, "linear", (shape[0], shape[1]), "router", "router", layer)

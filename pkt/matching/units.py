@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How well one kind of unit matches: mean cosine of what was matched, and what chance gives for this pair."""
+
+    kind: str
+    matched: int
+    total: int
+    cosine: float
+    chance: float
+
+    @property
+    def closeness(self) -> float:
+        """0 at chance, 1 for the same weights."""
+        return (self.cosine - self.chance) / max(1e-6, 1 - self.chance)
 
 
 def unit_rows(features: Tensor) -> Tensor:

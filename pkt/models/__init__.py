@@ -38,6 +38,7 @@ from pkt.models.tables import MIXERS as MIXERS
 from pkt.models.tables import NAMED_ROLES as NAMED_ROLES
 from pkt.models.tables import NORMS as NORMS
 from pkt.models.tables import PEFT_EMBEDDINGS as PEFT_EMBEDDINGS
+from pkt.models.tables import POSITION_TABLES as POSITION_TABLES
 from pkt.models.tables import ROLES as ROLES
 from pkt.models.tables import SIZES as SIZES
 from pkt.models.tables import UNADAPTABLE as UNADAPTABLE

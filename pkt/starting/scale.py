@@ -27,12 +27,14 @@ BEYOND = (2.0, 3.0, 4.0)
 def added(
     model: nn.Module, pairs: Mapping[str, Pair], scale: float, vectors: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Inside, the modules' outputs are those of W + scale · ΔW; no matrix is touched. A tied head is changed with its table.
+    """Inside, the modules' outputs are those of W + scale · ΔW. A tied head is changed with its table.
 
-    vectors: changes of norms and biases, by the parameter's name, which are exchanged meanwhile.
+    No matrix is touched but those of experts, which lie in one parameter. vectors: changes of norms, biases and the like, by the
+    parameter's name. Both are exchanged meanwhile.
     """
     handles = []
-    before = {name: model.get_parameter(name).data for name in vectors or {}}
+    changes = {name: pair.delta() for name, pair in pairs.items() if pair.experts} | dict(vectors or {})
+    before = {name: model.get_parameter(name).data for name in changes}
     embedding, head = tables_of(model)
 
     def linear(a: Tensor, b: Tensor) -> Any:
@@ -42,9 +44,11 @@ def added(
         return lambda module, args, out: out + scale * F.linear(F.embedding(args[0], a.t().to(out)), b.to(out))
 
     try:
-        for name, change in (vectors or {}).items():
+        for name, change in changes.items():
             model.get_parameter(name).data = before[name] + scale * change.to(before[name])
         for name, pair in pairs.items():
+            if pair.experts:
+                continue
             module = model.get_submodule(name)
             if pair.kind == "embedding":
                 handles.append(module.register_forward_hook(lookup(pair.A, pair.B)))

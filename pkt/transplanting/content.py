@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pkt.adapters import Pair, read_adapter, split_tied
 from pkt.errors import PktError
-from pkt.extraction.factorization import factorize_all
+from pkt.extraction.factorization import Factors, factorize_all
 from pkt.matching import Cutter, Matrices
-from pkt.models import Target
+from pkt.models import Kind, Target
 from pkt.options import Factorization
 
 Rank: TypeAlias = int | Literal["full"]
@@ -30,14 +30,19 @@ class Difference:
         self.cutter = cutter
 
     def whole(self, target: Target) -> Tensor:
-        """The change [out, in] of one of the student's matrices, fp32."""
+        """The change [out, in] of one of the student's matrices, [experts, out, in] of its experts, fp32."""
         cut = self.cutter.matrix(target, self.cutter.old.raw)
-        mine = target.oriented(self.cutter.new.parameter(target.parameter)).float()
+        mine = self.cutter.new.parameter(target.parameter).float()
+        mine = mine.mT if target.kind == "conv1d" else mine
         # Units without a match stay the student's own, here and in vectors.
         known = self.cutter.matrix(
             target, lambda *where: torch.ones_like(self.cutter.old.raw(*where), dtype=torch.float32)
         )
         return torch.where(known > 0, cut - mine, torch.zeros_like(cut))
+
+    def holds(self, target: Target) -> bool:
+        """Whether a LoRA of one of the student's matrices takes its change: it is matched, and an adapter reaches it."""
+        return bool(self.cutter.roles(target)) and not target.unadaptable
 
     def pair(self, target: Target) -> Pair | None:
         """Its factors where they need no SVD."""
@@ -102,6 +107,16 @@ class OwnLora(Difference):
             # (B A)ᵀ is the table [vocabulary, d]: its rows are A's columns.
             table_in, table_out = self.cutter.factors(target, roles[0], b.t(), a.t())
             return Pair(table_out.t().contiguous(), table_in.t().contiguous(), target.kind)
+        if target.experts:
+            theirs = self.cutter.found.experts[target.layer or 0]
+            # An expert without a match gets no change.
+            each = [
+                self.cutter.factors(
+                    target, roles[0], a[max(t, 0)], b[t] if t >= 0 else torch.zeros_like(b[0]), expert=e
+                )
+                for e, t in enumerate(theirs)
+            ]
+            return Pair(torch.stack([a for a, _ in each]), torch.stack([b for _, b in each]), target.kind)
         a, b = self.cutter.factors(target, roles[0], a, torch.cat([b[x:y] for x, y in rows]))
         return Pair(a.contiguous(), b.contiguous(), target.kind)
 
@@ -113,7 +128,8 @@ class OwnLora(Difference):
         pair = self.pairs.get(target.module)
         if pair is None:
             return torch.zeros(sum(b - a for a, b in rows), target.shape[1])
-        delta = (pair.B @ pair.A).float()
+        a, b = (pair.A, pair.B) if expert is None else (pair.A[expert], pair.B[expert])
+        delta = (b @ a).float()
         delta = delta.t() if pair.kind == "embedding" else delta
         return torch.cat([delta[a:b] for a, b in rows])
 
@@ -172,11 +188,14 @@ def pairs_of(content: Difference, targets: Sequence[Target], rank: Rank, seed: i
         change = content.whole(target)
         if bool((change != 0).any()):
             matrix = change.t() if target.kind == "embedding" else change
-            wholes.setdefault(min(rank, *matrix.shape), {})[target.module] = matrix
+            wholes.setdefault(min(rank, *matrix.shape[-2:]), {})[target.module] = matrix
     for each, matrices in wholes.items():
         options = Factorization(rank=each, split="sqrt", seed=seed)
-        made = factorize_all(list(matrices.values()), list(matrices), options)
-        found |= {n: (Pair(f.A, f.B, kinds[n]), f.energy) for n, f in zip(matrices, made, strict=True)}
+        slices = [(name, m) for name, matrix in matrices.items() for m in (matrix if matrix.ndim == 3 else [matrix])]
+        made = iter(factorize_all([m for _, m in slices], [name for name, _ in slices], options))
+        for name, matrix in matrices.items():
+            parts = [next(made) for _ in (matrix if matrix.ndim == 3 else [matrix])]
+            found[name] = _joined(parts, matrix, kinds[name])
     return {t.module: found[t.module] for t in targets if t.module in found}
 
 
@@ -188,14 +207,29 @@ def whole_pairs(content: Difference, targets: Sequence[Target]) -> dict[str, Pai
         if not bool((change != 0).any()):
             continue
         matrix = (change.t() if target.kind == "embedding" else change).contiguous()
-        rows, cols = matrix.shape
-        a, b = (torch.eye(cols), matrix) if cols <= rows else (matrix, torch.eye(rows))
+        rows, cols = matrix.shape[-2:]
+        one = torch.eye(min(rows, cols)).expand(*matrix.shape[:-2], -1, -1).contiguous()
+        a, b = (one, matrix) if cols <= rows else (matrix, one)
         found[target.module] = Pair(a, b, target.kind)
     return found
 
 
 def vectors_of(content: Difference, new: Matrices) -> dict[str, Tensor]:
-    """The change [units], fp32, of each norm and bias of the student's that changes, by name: what no LoRA of matrices holds."""
-    names = (name for name, shape in new.shapes.items() if len(shape) == 1)
-    found = {name: content.vector(name) for name in names}
+    """The change, fp32, of each parameter of the student's that changes and that no LoRA of matrices holds, by its name.
+
+    Norms and biases [units], routers, tables of positions, and matrices that no adapter reaches.
+    """
+    found = {name: content.vector(name) for name, shape in new.shapes.items() if len(shape) == 1}
+    for target in (*new.others, *(t for t in new.spec.targets if t.unadaptable)):
+        change = content.whole(target)
+        found[target.parameter] = change.mT if target.kind == "conv1d" else change
     return {name: change for name, change in found.items() if change is not None and bool((change != 0).any())}
+
+
+def _joined(parts: Sequence[Factors], matrix: Tensor, kind: Kind) -> tuple[Pair, float]:
+    """The pair of a matrix, or of experts in one parameter, and the share of its squared norm that it holds."""
+    if matrix.ndim == 2:
+        return Pair(parts[0].A, parts[0].B, kind), parts[0].energy
+    sizes = matrix.double().square().sum((1, 2))
+    held = sum(part.energy * float(size) for part, size in zip(parts, sizes, strict=True))
+    return Pair(torch.stack([p.A for p in parts]), torch.stack([p.B for p in parts]), kind), held / float(sizes.sum())

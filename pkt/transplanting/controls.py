@@ -32,6 +32,7 @@ def shuffled(found: Lineage, seed: int) -> Lineage:
 
     other.hidden = [found.hidden[i] for i in order(len(found.hidden))]
     other.neurons = [[layer[i] for i in order(len(layer))] for layer in found.neurons]
+    other.experts = [[layer[i] for i in order(len(layer))] for layer in found.experts]
     other.groups = [[layer[i] for i in order(len(layer))] for layer in found.groups]
     other.queries = [[layer[i] for i in order(len(layer))] for layer in found.queries]
     return other
@@ -41,14 +42,14 @@ def noise_like(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
     """Random orthonormal directions with the singular values of each pair's product, √Σ on each side."""
     generator = torch.Generator().manual_seed(seed)
 
-    def directions(rows: int, rank: int) -> Tensor:
-        found: Tensor = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+    def directions(*shape: int) -> Tensor:
+        found: Tensor = torch.linalg.qr(torch.randn(*shape, generator=generator))[0]
         return found
 
     made = {}
     for name, pair in pairs.items():
-        left, right = (torch.linalg.qr(side.float())[1] for side in (pair.B, pair.A.t()))
-        root = torch.linalg.svdvals(left @ right.t()).sqrt()
-        u, v = directions(pair.B.shape[0], len(root)), directions(pair.A.shape[1], len(root))
-        made[name] = Pair((v * root).t().contiguous(), u * root, pair.kind)
+        left, right = (torch.linalg.qr(side.float())[1] for side in (pair.B, pair.A.mT))
+        root = torch.linalg.svdvals(left @ right.mT).sqrt()
+        u, v = (directions(*side.shape[:-1], root.shape[-1]) for side in (pair.B, pair.A.mT))
+        made[name] = Pair((v * root[..., None, :]).mT.contiguous(), u * root[..., None, :], pair.kind)
     return made

@@ -206,7 +206,8 @@ class Job:
         """The given lineage, checked, or one made now. Raises `PktError` for a pair without one."""
         if isinstance(given, (str, Path)):
             given = Lineage.load(given)
-        found = given or lineage(self.teacher, self.student, seed=self.options.seed, progress=progress)
+        anyway = self.options.anyway
+        found = given or lineage(self.teacher, self.student, seed=self.options.seed, anyway=anyway, progress=progress)
         found.check(self.old, self.new)
         if not found.kin and not self.options.anyway:
             raise PktError(
@@ -277,7 +278,7 @@ class Job:
 
     def _others(self, made: Made, content: Difference, found: Lineage) -> tuple[Difference, Made]:
         """A control's content and its pairs."""
-        options, targets = self.options, [t for t in self.new.spec.targets if content.cutter.roles(t)]
+        options, targets = self.options, [t for t in self.new.spec.targets if content.holds(t)]
         if options.control == "wrong-units":
             cutter = Cutter(shuffled(found, options.seed), self.old, self.new)
             content = open_content(cutter, base=self.base, adapter=self.adapter)
@@ -360,7 +361,7 @@ def _pairs(content: Difference, job: Job, steps: RunFolder | None, progress: boo
     """The pairs of every matrix, a layer at a time, each layer a checkpoint."""
     parts: dict[int, list[Target]] = {}
     for target in job.new.spec.targets:
-        if content.cutter.roles(target):
+        if content.holds(target):
             parts.setdefault(-1 if target.layer is None else target.layer, []).append(target)
     found: Made = {}
     with bar("cutting", len(parts), unit="layers", shown=progress) as advance:
@@ -392,6 +393,7 @@ def _read_step(file: Path, targets: list[Target]) -> Made:
 
 
 def left_out(content: Difference, new: Matrices, made: Made) -> dict[str, float]:
-    """What a LoRA of matrices cannot hold, norms and biases, with the norm of its change; and matrices nothing feeds, 0."""
-    found = {t.module: 0.0 for t in new.spec.targets if t.module not in made and not content.cutter.roles(t)}
-    return found | {name: float(change.norm()) for name, change in vectors_of(content, new).items()}
+    """What a LoRA of matrices cannot hold, with the norm of its change; and matrices nothing feeds, 0."""
+    held = {name: float(change.norm()) for name, change in vectors_of(content, new).items()}
+    apart = [t for t in new.spec.targets if t.module not in made and t.parameter not in held]
+    return {t.module: 0.0 for t in apart if not content.cutter.roles(t)} | held

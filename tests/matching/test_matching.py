@@ -270,6 +270,10 @@ def test_strangers_and_other_peoples_lineages_are_refused(family: dict[str, Any]
         pkt.transplant(ASSETS / "teacher", ASSETS / "student", seeds, base=root / "base", progress=False)
     with pytest.raises(pkt.PktError, match="the lineage's student side was made from another model"):
         pkt.transplant(root / "teacher", ASSETS / "student", seeds, lineage=family["true"], progress=False)
+    forced = pkt.transplant(
+        ASSETS / "teacher", ASSETS / "student", seeds, base=root / "teacher", alpha=0.5, anyway=True, progress=False
+    )
+    assert {"self_attn", "mlp"} <= {name.split(".")[-2] for name in forced.pairs}
 
 
 def test_a_change_that_only_harms_is_not_kept(family: dict[str, Any], tmp_path: Path) -> None:
