@@ -9,6 +9,8 @@ import torch
 
 from pkt.matching import Cutter, Lineage, Matrices
 
+KINDS = ("hidden", "layers", "neurons", "queries", "groups", "experts")
+
 
 def drawn(
     teacher: Any,

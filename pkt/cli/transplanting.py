@@ -34,7 +34,9 @@ def lineage(
     if out is not None:
         found.save(out)
     if json_:
-        print_json({"verdict": found.verdict, "reason": found.reason, "evidence": [e.__dict__ for e in found.evidence]})
+        shared = None if found.tokens is None else len(found.tokens)
+        evidence = [e.__dict__ for e in found.evidence]
+        print_json({"verdict": found.verdict, "reason": found.reason, "shared_tokens": shared, "evidence": evidence})
         return
     say(str(found))
     both = f"{shlex.quote(teacher)} {shlex.quote(student)}"

@@ -7,6 +7,7 @@ hidden units are randomly rotated, and by the layers that were not matched.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError
-from pkt.files import MANIFEST, atomic_file, read_json, write_json
+from pkt.files import MANIFEST, atomic_file, read_json, sha256, write_json
 from pkt.manifest import read_manifest
 from pkt.matching.layers import increasing
 from pkt.matching.matrices import Matrices
 from pkt.matching.units import Evidence, assign, rotation, table_cosines, unit_rows
 from pkt.matching.within import Within
-from pkt.models import check_identity
+from pkt.models import check_identity, other_ids, shared_vocabulary
 from pkt.progress import bar
 
 FORMAT = "pkt-lineage-1"
@@ -41,7 +42,7 @@ class Lineage:
 
     hidden [student's hidden]; layers [student's layers]; for each student layer: neurons (of the FFN, or of one expert after
     another, each in its own expert of the teacher's), queries (attention heads), groups (the teacher's key/value heads that one
-    is the mean of), experts.
+    is the mean of), experts. tokens: (teacher's row, student's row) of the tokens in both vocabularies; None: the same rows.
     """
 
     teacher: dict[str, Any]
@@ -69,6 +70,10 @@ class Lineage:
         rows += [(e.kind, f"{e.matched} of {e.total}", f"{e.cosine:.3f}", f"{e.chance:.3f}") for e in self.evidence]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.tokens is not None:
+            lines.insert(
+                0, f"two vocabularies: the tables are compared by the {len(self.tokens)} tokens that both have"
+            )
         if self.kin:
             lines.append(f"student layers are the teacher's {', '.join(map(str, self.layers))}")
         return "\n".join([*lines, f"{self.verdict}: {self.reason}"])
@@ -87,9 +92,15 @@ class Lineage:
             raise PktError(f"{path} is not a lineage; make one with `pkt lineage TEACHER STUDENT --out FILE`")
         try:
             rest = {k: v for k, v in value.items() if k not in ("format", "evidence")}
+            rest["tokens"] = rest["tokens"] and [(t, s) for t, s in rest["tokens"]]
             return cls(**rest, evidence=[Evidence(**e) for e in value["evidence"]])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PktError(f"{path} is incomplete ({error}); make it again with `pkt lineage`") from error
+
+    def fingerprint(self) -> str:
+        """A hash of which unit is whose."""
+        units = [self.hidden, self.layers, self.neurons, self.queries, self.groups, self.experts, self.tokens]
+        return sha256(json.dumps(units))
 
     def check(self, teacher: Matrices, student: Matrices) -> None:
         """Raises `PktError` when it was made for another pair."""
@@ -109,8 +120,9 @@ def lineage(
     """Match every unit of `student` with one of `teacher` by their weights, and say whether it descends from it.
 
     teacher, student: a model or a checkpoint directory. tokens: (teacher's row, student's row) of what means the same in their
-    tables; None: the same rows. anyway: match the units of each layer where there is no lineage too. Raises `PktError` for
-    models without an embedding or decoder layers, and weights that are not finite.
+    tables; None: of the tokens that both tokenizers have, where they lie beside the models and differ, and else the same rows.
+    anyway: match the units of each layer where there is no lineage too. Raises `PktError` for models without an embedding or
+    decoder layers, tokenizers without a common token, and weights that are not finite.
 
     What `pkt shrink` recorded beside `student` is taken as it is while the weights of both are still those it was made of.
     """
@@ -124,7 +136,8 @@ def lineage(
                 f"{side.spec.name} has no embedding or no decoder layers that pkt knows, so nothing can be matched"
             )
     generator = torch.Generator().manual_seed(seed)
-    found = Lineage(old.spec.identity(), new.spec.identity(), [], [], tokens=None if tokens is None else list(tokens))
+    rows = _shared_tokens(old, new) if tokens is None else list(tokens)
+    found = Lineage(old.spec.identity(), new.spec.identity(), [], [], tokens=rows)
     hidden = _match_hidden(old, new, found, generator)
     with bar("matching layers", old.spec.num_layers, unit="layers", shown=progress) as advance:
         samples = _Samples(new, old, hidden, generator)
@@ -155,6 +168,25 @@ def _recorded(old: Matrices, new: Matrices) -> Lineage | None:
     return (
         found if all(then.get("fingerprint") == side.model.content()["fingerprint"] for then, side in sides) else None
     )
+
+
+def _shared_tokens(old: Matrices, new: Matrices) -> list[tuple[int, int]] | None:
+    """Rows of the tokens that both tokenizers have; None where ids mean the same, or a tokenizer is not at hand."""
+    if not (old.model.is_named and new.model.is_named):
+        return None
+    try:
+        tokenizers = old.model.tokenizer, new.model.tokenizer
+    except PktError:
+        return None
+    if not other_ids(*tokenizers):
+        return None
+    most = [side.index["embed", None][0].shape[0] for side in (old, new)]
+    shared = [(t, s) for t, s in shared_vocabulary(*tokenizers) if t < most[0] and s < most[1]]
+    if not shared:
+        raise PktError(
+            f"the tokenizers of {old.spec.name} and {new.spec.name} share no token, so their tables cannot be compared"
+        )
+    return shared
 
 
 def _match_hidden(old: Matrices, new: Matrices, found: Lineage, generator: torch.Generator) -> Tensor:

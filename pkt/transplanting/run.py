@@ -226,7 +226,7 @@ class Job:
             "adapter": None if file is None else sha256(file.read_bytes()),
             "seeds": self.rows.fingerprint,
             **({} if self.rows.today is None else {"today": self.rows.today.isoformat()}),
-            "lineage": [found.hidden, found.layers],
+            "lineage": found.fingerprint(),
             **{f"option {name}": value for name, value in self.options.__dict__.items()},
             "versions": versions(),
         }

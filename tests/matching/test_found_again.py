@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from descent import cut, drawn, trained
+from descent import KINDS, cut, drawn, trained
 
 from pkt.matching import lineage
 
@@ -19,7 +19,6 @@ FAMILIES = [
     ("gpt2", True),
     ("mixtral", False),
 ]
-KINDS = ("hidden", "layers", "neurons", "queries", "groups", "experts")
 
 
 @pytest.mark.parametrize(("kind", "tied"), FAMILIES)
