@@ -5,7 +5,8 @@
 #   OUT=folder STEPS="build assert smoke stream" bench/gpu.sh    # some of it, so that it can be two calls on one machine
 #   OUT=folder DEVICE=cpu bench/gpu.sh                       # a rehearsal: each step's twin on a CPU, in tiny shapes
 #
-# Steps, always in this order: build assert smoke stream kernels rsvd model tests sanitizer (and sweep, when it is named).
+# Steps, always in this order: build assert smoke stream kernels rsvd model tests sanitizer (and, when they are named, sweep, and
+# descendant: a real pair, by itself within the deadline; GSM8K names its rows, SMOLLM2 a model folder instead of the package's).
 # A failed build or assertion stops the rest: figures of torch's own operations would be no figures of pkt. Otherwise every step
 # runs whatever became of those before it. $OUT (bench/results) then holds JSON files, written after every group of a bench, and
 # logs.tar.gz: at most eight files. The last lines are a table of the design's goals. The exit status is 1 if a step failed.
@@ -26,7 +27,7 @@ export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" 
 
 # A step's share of the deadline. What it does not use is the next one's, so it may run until all shares up to its own are over.
 declare -A share=([build]=90 [assert]=15 [smoke]=45 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
-    [sweep]=120)
+    [sweep]=120 [descendant]=530)
 total=0 reached=0 stopped="" failed=()
 for name in $steps; do
     [[ -n ${share[$name]:-} ]] || { echo "there is no step $name; there are ${!share[*]}" >&2; exit 2; }
@@ -54,6 +55,13 @@ command_of() {
             --full --odd --quality --student --layers 8) ;;
         model) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --model "$size" --batch 4) ;;
         sweep) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --sweep) ;;
+        descendant)
+            command=("$python" examples/descendant.py --device "$device" --out "$results" --gsm8k "${GSM8K:-}"
+                ${SMOLLM2:+--model "$SMOLLM2"} --heal-tokens 4000000 --heal-batch 32 --length 256 --own 1024 --teacher-rows 800
+                --train-rows 256 --test-rows 100 --rates 3e-4 1e-3 3e-3 --seeds 5 --minutes 6)
+            [[ $device == cpu ]] && command+=(--tiny)
+            [[ $device == cpu || -n ${GSM8K:-} ]] || missing="GSM8K does not name a file of rows"
+            ;;
         tests)
             mapfile -t gpu_tests < <(grep -rl --include="test_*.py" "pytest.mark.gpu" tests)
             command=("$python" -m pytest -m gpu -v --durations=10 "${gpu_tests[@]}")
@@ -109,7 +117,7 @@ run() {
     [[ $name == build || $name == assert ]] && stopped="$name failed"
 }
 
-for name in build assert smoke stream kernels rsvd model tests sanitizer sweep; do
+for name in build assert smoke stream kernels rsvd model tests sanitizer sweep descendant; do
     [[ " $steps " == *" $name "* ]] && run "$name"
 done
 rm -rf "$logs"

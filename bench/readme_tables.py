@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -138,6 +139,61 @@ def kernels_table(found: dict) -> str:
     )
 
 
+def descendant_text(found: dict) -> str:
+    """A real pair: what was made, and the transplant beside what it is held against."""
+    student, teacher, asked, machine = found["student"], found["teacher"], found["options"], found["machine"]
+    seeds = max(len(row["after"]["task"]) for row in found["rows"])
+    again = ", ".join(f"{name} {count}" for name, count in found["lineage"]["found again"].items())
+    text = (
+        f"{student['general before healing']:.2f} once cut, {student['general']:.2f} healed on only "
+        f"{student['healed on tokens']:,} tokens, {found['base']['general']:.2f} the whole model's"
+    )
+    tuned = f"from {teacher['base task']:.2f} to {teacher['task']:.2f} on {asked['test_rows']} rows held out"
+    lines = [
+        f"`python examples/descendant.py --gsm8k ROWS.jsonl`, {found['what']}; {machine['cpu']}, {found['threads']} thread(s).",
+        "",
+        f"- Student: {student['parameters'] / 1e6:.0f} M parameters, {student['shape']}. NLL of general text {text}.",
+        f"- Teacher: the whole model, tuned on {teacher['rows']} rows: NLL {tuned}.",
+        f"- `pkt lineage`: *{found['lineage']['verdict']}*; found again from the healed weights alone: {again}.",
+        f"- Transplant: α = {found['transplant']['alpha']:g}, rank {asked['rank']}. Then each method learns from "
+        f"{asked['train_rows']} of the teacher's rows at its own rate, {seeds} seed(s).",
+        "",
+        "| | lr | NLL before training | NLL after | general text before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        cells = [row["method"], f"{row['lr']:g}"]
+        for figure in ("task", "general"):
+            mean = sum(row["after"][figure]) / len(row["after"][figure])
+            cells += [f"{row['before'][figure]:.3f}", f"{mean:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [""] if found["comparisons"] else []
+    for c in found["comparisons"]:
+        apart = "" if c["adjusted"] < 0.05 else ", which may be chance"
+        what = "NLL" if c["figure"] == "task" else "general text"
+        lines.append(f"- {c['a']} against {c['b']}: {what} {c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]{apart}")
+    return "\n".join(lines)
+
+
+def shrink_table(found: dict) -> str:
+    lines = [
+        f"`python bench/bench_shrink.py`: the demo's base ({found['teacher']['parameters']:,} parameters, NLL of general text "
+        f"{found['teacher']['nll']:.3f}) cut to {found['shape']}, and healed on {found['healed_tokens']:,} tokens of general text, "
+        f"{found['seeds']} seed(s) of healing (mean, and ± half the range):",
+        "",
+        "| units chosen by | parameters | NLL once cut | perplexity | gains × √(H/h) | NLL healed | perplexity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        healed = row["healed"]
+        mean, half = sum(healed) / len(healed), (max(healed) - min(healed)) / 2
+        lines.append(
+            f"| {row['score']} | {row['parameters']:,} | {row['cut']:.3f} | {math.exp(row['cut']):.1f} | {row['louder']:.3f} | "
+            f"{mean:.3f} ± {half:.3f} | {math.exp(mean):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 # Page -> table -> the file its figures come from, and how they are laid out.
 PAGES = {
     "README.md": {
@@ -147,6 +203,10 @@ PAGES = {
         "families": ("families.json", families_table),
     },
     "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
+    "docs/lineage.md": {
+        "shrink table": ("shrink_cpu.json", shrink_table),
+        "descendant": ("descendant_cpu.json", descendant_text),
+    },
     "docs/scaling.md": {"stream table": ("stream_cpu.json", stream_table)},
     "kernels/README.md": {"cpu table": ("kernels_cpu.json", kernels_table)},
 }

@@ -409,3 +409,26 @@ def test_the_lineage_of_a_large_pair_runs_in_tiny_shapes(tmp_path: Path) -> None
     assert {pair: row["verdict"] for pair, row in found.items()} == {"stranger": "no lineage", "descendant": "descends"}
     assert found["descendant"]["layers_right"]
     assert found["descendant"]["hidden_right"] == found["descendant"]["evidence"]["hidden units"]["of"]
+
+
+@pytest.mark.slow
+def test_a_real_pair_is_rehearsed_in_its_step(tmp_path: Path) -> None:
+    status, output, _ = slot(ROOT, tmp_path, STEPS="descendant", DEADLINE="600")
+    assert status == 0, output
+    assert said(tmp_path) == {"descendant": "passed"}
+    found = json.loads((tmp_path / "descendant_tiny.json").read_text())
+    assert found["complete"]
+    assert found["lineage"]["verdict"] == "descends"
+    assert found["lineage"]["found again"]["hidden"] == "84 of 84"
+    assert {row["method"]: len(row["after"]["task"]) for row in found["rows"]} == dict.fromkeys(
+        ["transplant", "re-pruned teacher", "plain LoRA", "noise of the same size", "neutral"], 2
+    )
+    assert len(found["comparisons"]) == 8
+    by = {row["method"]: row["before"]["task"] for row in found["rows"]}
+    assert by["neutral"] == pytest.approx(by["plain LoRA"], abs=0.05)
+
+
+def test_a_real_pair_without_rows_is_not_run(tmp_path: Path) -> None:
+    status, output, _ = slot(ROOT, tmp_path, STEPS="descendant", DEVICE="cuda", GSM8K="", PYTHON="true")
+    assert status == 0, output
+    assert said(tmp_path) == {"descendant": "not run: GSM8K does not name a file of rows"}
