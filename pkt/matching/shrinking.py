@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from pkt.errors import PktError
 from pkt.matching.cutting import Cutter
 from pkt.matching.lineage import Lineage
 from pkt.matching.matrices import Matrices
-from pkt.models import HEAD_NORMS, SIZES, Model, ModelSpec, embedding_scale, unit_offset
+from pkt.models import HEAD_NORMS, SIZES, Model, ModelSpec, Target, embedding_scale, unit_offset
 
 # What the rows and the columns of a role are units of; its group's key/value heads stand for a query too.
 _ROWS = {
+    "router": "experts",
     "q": "queries",
     "k": "groups",
     "v": "groups",
@@ -33,21 +34,25 @@ _SPOKEN = {
     "groups": "key/value groups a layer",
     "layers": "layers",
     "queries": "heads a group",
+    "experts": "experts a layer",
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a shrunk model keeps: hidden units, FFN neurons, key/value groups, layers, and queries of each group (None: all)."""
+    """What a shrunk model keeps: hidden units, FFN neurons (of each expert), key/value groups, layers; queries of each group and
+    experts (None: all)."""
 
     hidden: int
     neurons: int
     groups: int
     layers: int
     queries: int | None = None
+    experts: int | None = None
 
     def __str__(self) -> str:
         share = "" if self.queries is None else f" of {self.queries} heads"
+        share += "" if self.experts is None else f", {self.experts} experts"
         return (
             f"{self.layers} layers of {self.hidden} hidden units, {self.neurons} neurons, {self.groups} groups{share}"
         )
@@ -61,7 +66,11 @@ def shape_of(model: Matrices) -> Shape:
         raise PktError(
             f"{model.spec.name}: the heads or neurons of its layers are not known by name: it cannot be shrunk"
         )
-    return Shape(model.hidden, model.index["down", 0][0].shape[1], groups, model.spec.num_layers, heads // groups)
+    counts = {model.experts(layer) for layer in range(model.spec.num_layers)}
+    if len(counts) > 1:
+        raise PktError(f"{model.spec.name} cannot be shrunk: some of its layers have experts and others have not")
+    neurons = model.index["down", 0][0].shape[1]
+    return Shape(model.hidden, neurons, groups, model.spec.num_layers, heads // groups, counts.pop() or None)
 
 
 def check_shrinkable(spec: ModelSpec) -> None:
@@ -69,18 +78,16 @@ def check_shrinkable(spec: ModelSpec) -> None:
     why = "it reads more than text" if spec.multimodal else ""
     why = why or ("" if spec.num_layers else "it has no decoder layers that pkt knows")
     for target in spec.targets:
-        if target.experts or target.role == "router":
-            why = "it has experts, which pkt does not shrink yet"
-        elif target.doubt or (target.layer is not None and not all(role in _ROWS for role, _ in target.roles())):
+        if target.doubt or (target.layer is not None and not all(role in _ROWS for role, _ in target.roles())):
             why = why or f"what the units of {target.module} are is not known"
     if why:
-        raise PktError(f"{spec.name} cannot be shrunk: {why}; shrink a dense model of a family in the README's table")
+        raise PktError(f"{spec.name} cannot be shrunk: {why}; shrink a model of which `pkt models` knows every matrix")
 
 
 class UnitScores:
     """What each unit of a model is worth: the sum of the scores of all matrices it touches, added as they come.
 
-    hidden [hidden]; layers [layers]; for each layer neurons, groups and queries.
+    hidden [hidden]; layers [layers]; for each layer neurons (of all its experts, one after another), groups, queries, experts.
     """
 
     def __init__(self, old: Matrices) -> None:
@@ -89,32 +96,42 @@ class UnitScores:
         self.layers = torch.zeros(count, dtype=torch.float64)
         self.hidden = torch.zeros(whole.hidden, dtype=torch.float64)
         heads = [old.heads(layer) for layer in range(count)]
-        self.neurons = [torch.zeros(old.index["down", i][0].shape[1], dtype=torch.float64) for i in range(count)]
+        sizes = [max(1, old.experts(i)) * old.index["down", i][0].shape[1] for i in range(count)]
+        self.neurons = [torch.zeros(size, dtype=torch.float64) for size in sizes]
         self.queries = [torch.zeros(queries, dtype=torch.float64) for queries, _ in heads]
         self.groups = [torch.zeros(groups, dtype=torch.float64) for _, groups in heads]
+        self.experts = [torch.zeros(old.experts(i), dtype=torch.float64) for i in range(count)]
 
     def add(self, scores: Mapping[str, Tensor]) -> None:
         """Add scores of parameters, in their shapes; those of no matrix are left alone."""
-        for target in self.old.spec.targets:
-            if target.parameter not in scores:
-                continue
-            whole = target.oriented(scores[target.parameter]).double()
-            if target.layer is None:
-                if whole.shape[1] == len(self.hidden):
-                    self.hidden += whole.sum(0)
-                continue
-            self.layers[target.layer] += whole.sum()
-            for role, rows in target.roles():
-                part = torch.cat([whole[a:b] for a, b in rows])
-                self._add(_ROWS[role], target.layer, part.sum(1))
-                self._add(_COLUMNS.get(role, "hidden"), target.layer, part.sum(0))
+        targets = {target.parameter: target for target in (*self.old.spec.targets, *self.old.others)}
+        for name, target in targets.items():
+            if name in scores:
+                for expert in range(target.experts) if target.experts else (None,):
+                    self._add_matrix(target, target.oriented(scores[name], expert).double(), expert)
 
-    def _add(self, axis: str, layer: int, sums: Tensor) -> None:
+    def _add_matrix(self, target: Target, scores: Tensor, expert: int | None) -> None:
+        layer = target.layer
+        if layer is None:
+            if scores.shape[1] == len(self.hidden):
+                self.hidden += scores.sum(0)
+            return
+        self.layers[layer] += scores.sum()
+        if expert is not None:
+            self.experts[layer][expert] += scores.sum()
+        for role, rows in target.roles():
+            part = torch.cat([scores[a:b] for a, b in rows])
+            self._add(_ROWS[role], layer, part.sum(1), expert)
+            self._add(_COLUMNS.get(role, "hidden"), layer, part.sum(0), expert)
+
+    def _add(self, axis: str, layer: int, sums: Tensor, expert: int | None) -> None:
         """Sums of single rows or columns; a head's are added up, and a query's are its group's too."""
         if axis == "hidden":
             self.hidden += sums
             return
         units = getattr(self, axis)[layer]
+        if expert is not None:
+            units = units.view(len(self.experts[layer]), -1)[expert]
         found = sums.view(len(units), -1).sum(1)
         units += found
         if axis == "queries":
@@ -122,17 +139,17 @@ class UnitScores:
 
     def draw(self, generator: torch.Generator) -> None:
         """Random scores in their place."""
-        for units in (self.layers, self.hidden, *self.neurons, *self.queries, *self.groups):
+        for units in (self.layers, self.hidden, *self.neurons, *self.queries, *self.groups, *self.experts):
             units.copy_(torch.rand(len(units), generator=generator, dtype=torch.float64))
 
     def check(self, shape: Shape) -> None:
         """Raises `PktError` for a shape that is not a part of the model's."""
         whole = shape_of(self.old)
-        for name in ("hidden", "neurons", "groups", "layers", "queries"):
+        for name in ("hidden", "neurons", "groups", "layers", "queries", "experts"):
             asked, there = getattr(shape, name), getattr(whole, name)
-            if asked is not None and not 0 < asked <= there:
+            if asked is not None and not 0 < asked <= (there or 0):
                 raise PktError(
-                    f"{self.old.spec.name} has {there} {_SPOKEN[name]}, and {asked} are asked for; a part of them can be kept"
+                    f"{self.old.spec.name} has {there or 0} {_SPOKEN[name]}, and {asked} are asked for; a part of them can be kept"
                 )
 
     def choose(self, shape: Shape) -> Lineage:
@@ -147,7 +164,10 @@ class UnitScores:
             groups = _largest(self.groups[layer], shape.groups)
             queries = self.queries[layer].view(len(self.groups[layer]), -1)
             kept = queries.shape[1] if shape.queries is None else shape.queries
-            found.neurons.append(_largest(self.neurons[layer], shape.neurons))
+            neurons = self.neurons[layer].view(max(1, len(self.experts[layer])), -1)
+            experts = _largest(self.experts[layer], shape.experts or len(self.experts[layer]))
+            found.experts.append(experts)
+            found.neurons.append([i for e in experts or [0] for i in _largest(neurons[e], shape.neurons)])
             found.groups.append([[g] for g in groups])
             found.queries.append([g * queries.shape[1] + q for g in groups for q in _largest(queries[g], kept)])
         return found
@@ -173,13 +193,22 @@ def shrunk_config(old: Matrices, shape: Shape, layers: list[int] | None = None) 
     config = copy.deepcopy(old.model.config)
     whole, dim = shape_of(old), old.spec.head_dim or 1
     heads = shape.groups * (whole.queries if shape.queries is None else shape.queries)  # type: ignore[operator]
-    values = {"hidden": shape.hidden, "neurons": shape.neurons, "layers": shape.layers, "heads": heads,
+    known = config.to_dict()
+    experts = shape.experts or whole.experts
+    # Beside experts the FFN's own size is that of layers without, of which there are none here.
+    inner = (
+        "neurons of an expert"
+        if whole.experts and any(n in known for n in SIZES["neurons of an expert"])
+        else "neurons"
+    )
+    values = {"hidden": shape.hidden, inner: shape.neurons, "layers": shape.layers, "heads": heads,
               "groups": shape.groups}  # fmt: skip
     kept = list(range(shape.layers)) if layers is None else layers
-    known = config.to_dict()
-    listed = [k for k, v in known.items() if isinstance(v, list) and len(v) == whole.layers]
-    for what, names in SIZES.items():
-        for name in (n for n in names if n in known or n in getattr(config, "attribute_map", ())):
+    if experts:
+        values |= {"experts": experts, "experts at once": min(experts, int(known.get("num_experts_per_tok", 1)))}
+    listed = [k for k, v in known.items() if isinstance(v, list) and len(v) == whole.layers and "token" not in k]
+    for what in values:
+        for name in (n for n in SIZES[what] if n in known or n in getattr(config, "attribute_map", ())):
             setattr(config, name, values[what])
     if dim * heads != shape.hidden or known.get("head_dim") is not None:
         # Where a class works it out from the others, the shapes tell below.
@@ -205,7 +234,7 @@ def shrunk_model(old: Matrices, shape: Shape, layers: list[int] | None = None) -
     made = Model.of(config)
     found = shape_of(Matrices(made))
     dim, share = old.spec.head_dim or 1, whole.queries if shape.queries is None else shape.queries
-    wanted = Shape(shape.hidden, shape.neurons, shape.groups, shape.layers, share)
+    wanted = replace(shape, queries=share, experts=shape.experts or whole.experts)
     if found != wanted or made.spec.head_dim != dim:
         raise PktError(
             f"no {old.spec.model_type} has {wanted}, each head of {dim}: the heads' sizes add up to the hidden units there; "
@@ -222,7 +251,11 @@ def shrink_to(model: Any, found: Lineage) -> Any:
     """
     old = model if isinstance(model, Matrices) else Matrices(model)
     groups = len(found.groups[0])
-    shape = Shape(len(found.hidden), len(found.neurons[0]), groups, len(found.layers), len(found.queries[0]) // groups)
+    experts = len(found.experts[0]) if found.experts else 0
+    neurons = len(found.neurons[0]) // max(1, experts)
+    shape = Shape(
+        len(found.hidden), neurons, groups, len(found.layers), len(found.queries[0]) // groups, experts or None
+    )
     new = Matrices(shrunk_model(old, shape, found.layers))
     small: Any = new.model.hollow(old.parameter(old.index["embed", None][0].parameter).dtype, torch.device("cpu"))
     cutter = Cutter(found, old, new)
@@ -252,15 +285,15 @@ def shrink_to(model: Any, found: Lineage) -> Any:
 def _gathered(cutter: Cutter, name: str) -> Tensor:
     """A parameter of the small model: its rows and columns of the large one's, fp32."""
     old, new = cutter.old, cutter.new
-    target = next((t for t in new.spec.targets if t.parameter == name), None)
+    target = next((t for t in (*new.others, *new.spec.targets) if t.parameter == name), None)
     if target is None:
         over_heads = name.split(".")[-2] in HEAD_NORMS and new.shapes[name] != (new.spec.head_dim,)
         value = None if over_heads else cutter.vector(name, old.parameter)
-    elif target.layer is None and target.role not in ("embed", "head"):
-        # A table of positions.
-        value = old.parameter(name)[:, cutter.found.hidden].float()
+    elif len(cutter.roles(target)) < len(target.roles()):
+        value = None
     else:
-        value = target.oriented(cutter.matrix(target, old.raw))
+        value = cutter.matrix(target, old.raw)
+        value = value.mT if target.kind == "conv1d" else value
     if value is None:
         raise PktError(f"{old.spec.name} cannot be shrunk: what the units of {name} are is not known")
     if not bool(torch.isfinite(value).all()):

@@ -239,6 +239,9 @@ def unit_offset(model_type: str) -> float:
 SIZES: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "word_embed_proj_dim"),
     "neurons": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "neurons of an expert": ("moe_intermediate_size",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "experts at once": ("num_experts_per_tok",),
     "layers": ("num_hidden_layers",),
     "heads": ("num_attention_heads",),
     "groups": ("num_key_value_heads", "num_kv_heads"),

@@ -71,7 +71,7 @@ def shrink(
 
     The weights stay as they are, in the teacher's type: general text is to be learnt again before it is of use. With `out`, a
     folder that any trainer takes, its lineage beside it. Raises one `PktError` for a shape that the teacher or its family does
-    not have, experts, weights that are not finite, and anything that cannot be read.
+    not have, weights that are not finite, and anything that cannot be read.
     """
     options = Shrinking(score, seed)
     if (like is None) == (params is None):
@@ -85,6 +85,8 @@ def shrink(
     shape = shape_near(old, read_count(params)) if params is not None else shape_like(old, like)
     units = UnitScores(old)
     units.check(shape)
+    if score == "activation" and any(target.experts for target in old.spec.targets):
+        raise PktError(f"{old.spec.name} has experts, whose inputs are not measured one by one; choose another score")
     shrunk_model(old, shape)  # what its family cannot have is refused before anything is read
     read = Reading(loss, max_length), Execution(batch_size, device, dtype)
     limits = Limits(device_memory, host_memory, scratch, prefetch)
@@ -105,8 +107,8 @@ def _score(
     if options.score == "random":
         units.draw(torch.Generator().manual_seed(options.seed))
     elif options.score == "magnitude":
-        for target in old.spec.targets:
-            units.add({target.parameter: old.parameter(target.parameter).float().abs()})
+        for name in {target.parameter for target in (*old.spec.targets, *old.others)}:
+            units.add({name: old.parameter(name).float().abs()})
     elif options.score == "sensitivity":
         return read_scores(
             model,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pkt.models import load_model
 from pkt.pruning.activations import activation_scores
 from pkt.seeds import load_seeds
 
-KINDS = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
+KINDS = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "mixtral"]
 IDS = torch.arange(3, 23).view(2, 10)
 
 
@@ -72,9 +73,12 @@ def test_neurons_and_groups_and_layers_left_out_are_as_if_zero(kind: str) -> Non
         for layer, neurons, queries in zip(found.layers, found.neurons, found.queries, strict=True):
             for role, kept, size in (("down", neurons, 1), ("o", queries, old.spec.head_dim)):
                 target = old.index[role, layer][0]
-                columns = torch.zeros(target.shape[1])
-                columns[torch.tensor([i * size + j for i in kept for j in range(size)])] = 1
-                target.oriented(masked.get_parameter(target.parameter)).mul_(columns)
+                each = len(kept) // max(1, target.experts)
+                for expert in range(target.experts) if target.experts else (None,):
+                    mine = kept[(expert or 0) * each :][:each]
+                    columns = torch.zeros(target.shape[1])
+                    columns[torch.tensor([i * size + j for i in mine for j in range(size)])] = 1
+                    target.oriented(masked.get_parameter(target.parameter), expert).mul_(columns)
         for layer in set(range(6)) - set(found.layers):
             for role in ("o", "down"):
                 target = old.index[role, layer][0]
@@ -134,10 +138,26 @@ def test_the_lineage_is_found_again_from_the_weights_alone(kind: str) -> None:
     teacher = made(kind)
     units = by_size(teacher)
     shape = Shape(40, 48, 5, 4) if kind == "gpt2" else Shape(40, 48, 2, 4, 1 if kind == "llama" else None)
+    shape = replace(shape, experts=3 if kind == "mixtral" else None)
     true = units.choose(shape)
     found = lineage(teacher, shrink_to(teacher, true), progress=False)
     assert (found.verdict, found.layers, found.hidden) == ("descends", true.layers, true.hidden)
     assert (found.neurons, found.queries, found.groups) == (true.neurons, true.queries, true.groups)
+    assert not any(true.experts) or found.experts == true.experts
+
+
+def test_experts_and_their_routers_rows_go_together(tmp_path: Path) -> None:
+    teacher = made("mixtral")
+    found = pkt.shrink(teacher, like=config(tmp_path, teacher, num_local_experts=1), score="magnitude", progress=False)
+    assert (found.model.config.num_local_experts, found.model.config.num_experts_per_tok) == (1, 1)
+    layer, (kept,) = found.lineage.layers[2], found.lineage.experts[2]
+    ours, theirs = found.model.model.layers[2].mlp, teacher.model.layers[layer].mlp
+    assert torch.equal(ours.gate.weight[0], theirs.gate.weight[kept])
+    assert torch.equal(ours.experts.down_proj[0], theirs.experts.down_proj[kept])
+    with pytest.raises(pkt.PktError, match="whose inputs are not measured"):
+        pkt.shrink(teacher, "none.jsonl", like=teacher, score="activation", progress=False)
+    with pytest.raises(pkt.PktError, match="has 4 experts a layer, and 5 are asked for"):
+        pkt.shrink(teacher, like=config(tmp_path, teacher, num_local_experts=5), score="magnitude", progress=False)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -276,8 +296,8 @@ def test_what_is_refused(tmp_path: Path, general: Path, tokenizer: Any) -> None:
         shrunk_model(Matrices(llama), Shape(39, 48, 2, 4))
     with pytest.raises(pkt.PktError, match=r"is a gpt2 and .* a llama; --like takes a shape of the same family"):
         pkt.shrink(llama, like=gpt2, **quick)
-    with pytest.raises(pkt.PktError, match="it has experts"):
-        pkt.shrink(zoo.mixture(), params="10K", **quick)
+    with pytest.raises(pkt.PktError, match=r"some of its layers have experts|what the units of .* are is not known"):
+        pkt.shrink(zoo.model("DeepSeek-V3"), params="10K", **quick)
     for wrong, message in (("0", "no number"), ("many", "no number"), ("9B", "are asked for; ask for fewer")):
         with pytest.raises(pkt.PktError, match=message):
             pkt.shrink(llama, params=wrong, **quick)
