@@ -54,6 +54,8 @@ def transfer(
         shown.append(plan)
         typer.echo(str(plan))
 
+    if not json_:
+        _tell_kin(teacher, student, seeds)
     with resumable(run_path(out).is_dir, force=force):
         found = pkt.transfer(
             teacher,
@@ -78,6 +80,26 @@ def transfer(
         there = "" if shown else "the result of this command is there already: "
         out_console.print(f"{folder}: {there}{ext}", highlight=False)
         next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
+
+
+def _tell_kin(teacher: str, student: str, seeds: Path | None) -> None:
+    """A line where the student looks like the teacher's descendant, so that transplant would do better."""
+    from pkt.matching import looks_kin
+
+    try:
+        found = looks_kin(teacher, student)
+    except PktError:
+        return  # the transfer says what is wrong
+    if found is not None:
+        file = "SEEDS.jsonl" if seeds is None else shlex.quote(str(seeds))
+        err_console.print(
+            f"the student looks like a descendant of the teacher (its neurons match at {found.cosine:.2f}, by chance "
+            f"{found.chance:.2f}); for such pairs transplant does better: pkt transplant {shlex.quote(teacher)} "
+            f"{shlex.quote(student)} {file} --base BASE --out DIR",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _print_memory(memory: Any) -> None:

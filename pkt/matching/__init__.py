@@ -1,6 +1,7 @@
 """Which of a teacher's units a student's are: matched by weights alone, held against chance, and cut to the student's shape."""
 
 from pkt.matching.cutting import Cutter as Cutter
+from pkt.matching.hinting import looks_kin as looks_kin
 from pkt.matching.lineage import BESIDE as BESIDE
 from pkt.matching.lineage import Lineage as Lineage
 from pkt.matching.lineage import lineage as lineage

@@ -325,6 +325,16 @@ class CheckpointFiles:
             self.fill(name, memoryview(view))
         return buffer.view(stored.dtype).view(stored.shape)
 
+    def read_rows(self, name: str, count: int) -> Tensor:
+        """The first rows of one tensor, without reading the others where it is stored in one piece."""
+        stored = self.tensors[name]
+        if name in self.joined or count >= stored.shape[0]:
+            return self.read(name)[:count]
+        buffer = torch.empty(stored.nbytes // stored.shape[0] * count, dtype=torch.uint8)
+        view: Any = buffer.numpy()
+        self._read(stored, name, 0, memoryview(view))
+        return buffer.view(stored.dtype).view(count, *stored.shape[1:])
+
     def fill(self, name: str, target: memoryview) -> None:
         done = 0
         for part in self.joined.get(name, [name]):

@@ -236,6 +236,20 @@ class Model:
             pass
         raise PktError(f"{self.name} has no parameter {name}; the plan was made for another model")
 
+    def rows(self, name: str, count: int) -> Tensor:
+        """The first rows of one parameter, without reading the others where the files allow it."""
+        if self._loaded is None and self.is_stored_one_by_one and name in self._stored_as:
+            return self.files.read_rows(self._stored_as[name], count)
+        return self.tensor(name)[:count]
+
+    @property
+    def is_stored_one_by_one(self) -> bool:
+        """Whether its tensors can be read one at a time, from files that are here."""
+        try:
+            return self.is_named and self.is_here and bool(self.files.tensors)
+        except NotStoredError:
+            return False
+
     # -- identity
 
     def content(self, *, progress: bool = False) -> dict[str, str]:
