@@ -32,10 +32,10 @@ def inspect(
 
 @app.command(rich_help_panel="Look")
 def report(
-    folder: Annotated[Path, typer.Argument(help="An extraction folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="An extraction, a transplant or a start.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file; default: report.html in the folder.")] = None,
 ) -> None:
-    """Write a page with the layers' sensitivity, the regions chosen and what they catch."""
+    """Write a page: regions and what they catch; or lineage, the loss at each α, energies and what was left out."""
     from pkt.reporting import write_report
 
     out_console.print(str(write_report(folder, out)), highlight=False)

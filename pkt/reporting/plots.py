@@ -72,6 +72,16 @@ def plot_methods(
     axes.grid(axis="x", alpha=0.3)
 
 
+def plot_scales(axes: Any, losses: dict[float, float], kept: float) -> None:
+    """The loss on the seeds at each scale tried; the one that was kept stands out."""
+    axes.plot(list(losses), list(losses.values()), "o-", color=TAKEN, markersize=4)
+    axes.plot([kept], [losses[kept]], "o", color="black", markersize=8, fillstyle="none")
+    axes.axhline(losses[0.0], color=LEFT, linestyle="--", linewidth=1, label="the student as it was")
+    axes.legend(fontsize=7)
+    axes.set_xlabel("α")
+    axes.set_title("loss on the seeds (circle: kept)", fontsize=9)
+
+
 def png_bytes(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
