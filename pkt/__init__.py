@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pkt.seeds import Seeds as Seeds
     from pkt.seeds import load_seeds as load_seeds
     from pkt.starting import start as start
+    from pkt.targets import Targets as Targets
+    from pkt.teaching import teach as teach
     from pkt.training import train as train
     from pkt.transferring import transfer as transfer
     from pkt.transplanting import transplant as transplant
@@ -47,6 +49,7 @@ _HOME = {
     "Seeds": "seeds",
     "Sensitivity": "scoring",
     "Start": "extraction",
+    "Targets": "targets",
     "TransferPlan": "planning",
     "extract": "extraction",
     "factorize": "extraction.factorization",
@@ -60,6 +63,7 @@ _HOME = {
     "sensitivity": "scoring",
     "shrink": "pruning",
     "start": "starting",
+    "teach": "teaching",
     "train": "training",
     "transfer": "transferring",
     "transplant": "transplanting",

@@ -42,6 +42,11 @@ KINDS = {
     "residual-base": FolderKind("the shifted base of a residual injection", "pkt-training-1", older=("pkt-run-1",)),
     "model": FolderKind("a merged model", "pkt-adapter-1"),
     "shrunk": FolderKind("a shrunk model", "pkt-shrunk-1", {"teacher": dict, "shape": dict, "told": dict}),
+    "targets": FolderKind(
+        "a teacher's targets",
+        "pkt-targets-1",
+        {"form": str, "size": int, "vocabulary": int, "tokenizer": str, "sha256": str},
+    ),
     "demo": FolderKind("a demo's folder", "pkt-demo-1"),
 }
 

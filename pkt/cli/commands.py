@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from pkt.cli import extracting, shrinking, starting, students, transplanting, viewing
+from pkt.cli import extracting, shrinking, starting, students, teaching, transplanting, viewing
 from pkt.cli.application import app, err_console, state
 from pkt.errors import PktError
 
-__all__ = ["app", "extracting", "run", "shrinking", "starting", "students", "transplanting", "viewing"]
+__all__ = ["app", "extracting", "run", "shrinking", "starting", "students", "teaching", "transplanting", "viewing"]
 
 
 def run() -> None:

@@ -49,3 +49,4 @@ from pkt.models.tables import read_roles as read_roles
 from pkt.models.tables import unit_offset as unit_offset
 from pkt.models.vocabulary import other_ids as other_ids
 from pkt.models.vocabulary import shared_vocabulary as shared_vocabulary
+from pkt.models.vocabulary import vocabulary_digest as vocabulary_digest

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from pkt.files import sha256
 
 
 def shared_vocabulary(teacher: Any, student: Any) -> list[tuple[int, int]]:
@@ -19,3 +22,8 @@ def other_ids(teacher: Any, student: Any) -> int:
     """How many of the student tokenizer's tokens the teacher's gives another id, or does not have."""
     known = teacher.get_vocab()
     return sum(known.get(token) != index for token, index in student.get_vocab().items())
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """What tells a tokenizer's ids from another's: a hash of every token with its id."""
+    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())))

@@ -24,11 +24,11 @@ from pkt.streaming.microbatches import rounded_up, width_step
 Place: TypeAlias = Literal["device", "host", "disk"]
 
 # What the CPU's matrix libraries keep: their buffers, and code and buffers for each micro-batch's shapes in the half types.
-_LIBRARIES, _PER_SHAPE = 24 << 20, 10 << 20
+LIBRARIES, PER_SHAPE = 24 << 20, 10 << 20
 # The workspaces of cuBLAS and cuBLASLt, of 32 MiB each from Hopper on.
-_CUDA_LIBRARIES = 64 << 20
+CUDA_LIBRARIES = 64 << 20
 # The share of a GPU's memory that is left to its allocator, which rounds what it is asked for and leaves holes.
-_ROUNDING = 0.08
+ROUNDING = 0.08
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _choosing(elements: int, side: int, *, itemsize: int, choices: Sequence[tupl
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """Bytes that may be used: on the device, on a host beside it, on the scratch disk; and the option that allows more."""
 
     device: int
@@ -261,9 +261,9 @@ def plan_memory(
     free. On a CPU both limit the same memory and the smaller counts. scratch_free: bytes on the scratch disk. resident:
     whether the weights of a teacher that fits may stay. choices: how regions are selected and at what largest rank.
     """
-    limits = _limits(device, device_memory, host_memory, scratch_free)
+    limits = limits_of(device, device_memory, host_memory, scratch_free)
     work, smallest = _Work(sizes, lengths, device, in_memory, choices), 0
-    for micro in _halvings(batch_size):
+    for micro in halvings(batch_size):
         need = _need(work, micro)
         smallest = sum(need.device.values())
         if smallest <= _usable(limits, work):
@@ -275,22 +275,22 @@ def plan_memory(
     )
 
 
-def _limits(
+def limits_of(
     device: torch.device, device_memory: int | None, host_memory: int | None, scratch_free: int | None
-) -> _Limits:
+) -> Limits:
     free = _free_memory()
     if device.type != "cpu":
         here = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
-        return _Limits(here, host_memory if host_memory is not None else free, scratch_free, "--device-memory")
+        return Limits(here, host_memory if host_memory is not None else free, scratch_free, "--device-memory")
     least = min([m for m in (device_memory, host_memory) if m is not None], default=free)
     # The smaller counts, so it is the one to raise.
     option = "--host-memory" if host_memory is not None and host_memory == least else "--device-memory"
-    return _Limits(least, 0, scratch_free, option)
+    return Limits(least, 0, scratch_free, option)
 
 
-def _usable(limits: _Limits, work: _Work) -> int:
+def _usable(limits: Limits, work: _Work) -> int:
     """What may be planned for, of the device's memory: a GPU's allocator rounds what it is asked for, and leaves holes."""
-    return limits.device if work.on_cpu else int(limits.device * (1 - _ROUNDING))
+    return limits.device if work.on_cpu else int(limits.device * (1 - ROUNDING))
 
 
 def _need(work: _Work, micro: int) -> _Need:
@@ -303,11 +303,11 @@ def _need(work: _Work, micro: int) -> _Need:
     waiting = 0
     if work.on_cpu:
         always["gradients at the boundary"] += work.rows
-        kept = _LIBRARIES + _PER_SHAPE * len(set(shapes))
-        always["libraries"] = kept if item == 2 else min(_LIBRARIES, sizes.layer * 4)
+        kept = LIBRARIES + PER_SHAPE * len(set(shapes))
+        always["libraries"] = kept if item == 2 else min(LIBRARIES, sizes.layer * 4)
         waiting = work.waiting
     else:
-        always["libraries"] = _CUDA_LIBRARIES
+        always["libraries"] = CUDA_LIBRARIES
         # Two on their way to the host, one on its way back.
         always["activations under way"] = 3 * widest * sizes.hidden * item
         # A byte for each pair of a sample's positions, as the model's own masks have it.
@@ -317,12 +317,12 @@ def _need(work: _Work, micro: int) -> _Need:
         {**_largest_part(work, widest, 0), **always},
         {**_largest_part(work, widest, waiting), **always},
         padded * sizes.hidden * item,
-        sum(_pinned(area * sizes.hidden * item) for area in areas),
+        sum(pinned(area * sizes.hidden * item) for area in areas),
         gradients,
     )
 
 
-def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> MemoryPlan:
+def _placed(work: _Work, need: _Need, limits: Limits, resident: bool) -> MemoryPlan:
     """Where activations and weights go, for micro-batches that fit."""
     sizes, usable, boundaries = work.sizes, _usable(limits, work), work.sizes.layers + 1
     weights = work.parameters * sizes.itemsize
@@ -337,7 +337,7 @@ def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> Memory
     on_device = min(most, max(0, left // max(1, need.boundary)))
     host = 0 if work.on_cpu else work.waiting + work.rows
     if not work.on_cpu and not work.in_memory:
-        host += _pinned(sizes.stored * max(sizes.layer, sizes.front, sizes.head))
+        host += pinned(sizes.stored * max(sizes.layer, sizes.front, sizes.head))
     on_host = min(boundaries - on_device, max(0, int(0.9 * limits.host) - host) // max(1, need.pinned))
     on_disk = boundaries - on_device - on_host
     disk = on_disk * need.boundary + (work.waiting if on_disk else 0)
@@ -352,7 +352,7 @@ def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> Memory
     if extra:
         device_use["resident weights"] = extra
     if not work.on_cpu:
-        device_use["allocator's rounding"] = int(sum(device_use.values()) * _ROUNDING / (1 - _ROUNDING))
+        device_use["allocator's rounding"] = int(sum(device_use.values()) * ROUNDING / (1 - ROUNDING))
     twice = 2 * sizes.layers * sizes.layer + 2 * sizes.front + sizes.head
     return MemoryPlan(
         micro_batch=need.micro,
@@ -370,12 +370,12 @@ def _placed(work: _Work, need: _Need, limits: _Limits, resident: bool) -> Memory
     )
 
 
-def _pinned(size: int) -> int:
+def pinned(size: int) -> int:
     """Bytes that torch takes for a pinned buffer: the next power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 
-def _halvings(size: int) -> Iterator[int]:
+def halvings(size: int) -> Iterator[int]:
     while size > 1:
         yield size
         size = (size + 1) // 2

@@ -151,17 +151,17 @@ class RunFolder:
         if key == "front":
             # Nothing is left to compute from gradients.
             tensors, state["boundary"] = {}, -1
-        self._save(f"grad-{number:04d}.safetensors", state, tensors)
+        self.save(f"grad-{number:04d}.safetensors", state, tensors)
         if key == "head" and any(progress.carried):
             carried = {f"{i}.{k}": t for i, task in enumerate(progress.carried) for k, t in task.items()}
-            self._save("tied.safetensors", {}, carried)
+            self.save("tied.safetensors", {}, carried)
         records, factors = [], {}
         for i, extractor in enumerate(extractors):
             record, pairs = _stored(extractor.choices[key])
             records.append(record)
             for name, pair in pairs.items():
                 factors[f"{i}.A.{name}"], factors[f"{i}.B.{name}"] = pair.A, pair.B
-        self._save(f"step-{number:04d}.safetensors", {"key": key, "records": records}, factors)
+        self.save(f"step-{number:04d}.safetensors", {"key": key, "records": records}, factors)
         self.steps.append(f"step-{number:04d}.safetensors")
         if number:
             (self.path / f"grad-{number - 1:04d}.safetensors").unlink(missing_ok=True)
@@ -172,17 +172,17 @@ class RunFolder:
         for number, name in enumerate(self.steps):
             if name != f"step-{number:04d}.safetensors":
                 raise PktError(f"{self.path} lacks step {number}; start over with --force")
-            step, factors = self._load(name)
+            step, factors = self.load(name)
             for i, found in enumerate(choices):
                 found[step["key"]] = _restored(step["records"][i], factors, i)
         if not self.steps:
             return None
         for extractor, found in zip(extractors, choices, strict=True):
             extractor.restore(found)
-        state, grads = self._load(f"grad-{len(self.steps) - 1:04d}.safetensors")
+        state, grads = self.load(f"grad-{len(self.steps) - 1:04d}.safetensors")
         carried: list[dict[str, Tensor]] = [{} for _ in range(tasks)]
         if (self.path / "tied.safetensors").is_file():
-            _, tied = self._load("tied.safetensors")
+            _, tied = self.load("tied.safetensors")
             for label, tensor in tied.items():
                 owner, _, rest = label.partition(".")
                 carried[int(owner)][rest] = tensor
@@ -190,7 +190,8 @@ class RunFolder:
             state["boundary"], [grads[f"grad.{i}"] for i in range(len(grads))], state["losses"], carried, state["sizes"]
         )
 
-    def _save(self, name: str, value: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def save(self, name: str, value: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write a checkpoint whole, with a checksum."""
         tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
         text = json.dumps(value)
         with atomic_file(self.path / name) as scratch:
@@ -198,7 +199,8 @@ class RunFolder:
             with open(scratch, "rb") as file:
                 os.fsync(file.fileno())
 
-    def _load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `save` wrote. Raises `PktError` where it is damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path / name
@@ -291,6 +293,13 @@ def describe_run(path: Path) -> dict[str, str]:
     if not isinstance(inputs, dict) or "teacher" not in inputs:
         raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
     parts = len(list(path.glob("step-*.safetensors")))
+    if inputs.get("kind") == "targets":
+        passes = len(value.get("execution", {}).get("micro_batches", ()))
+        return {
+            "is": f"an unfinished reading of a teacher's distributions: {parts} of {passes} passes are finished",
+            "teacher": str(inputs["teacher"]),
+            "next": "the same pkt teach command continues it; with --force it starts over; the folder may be deleted",
+        }
     what, command = ("transfer", "transfer") if "student" in inputs else ("scoring", "sensitivity")
     given = {spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
     settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
