@@ -84,7 +84,8 @@ _TRAINING: dict[str, Any] = {
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Rows per step.")],
     "micro_batch": Annotated[int, typer.Option("--micro-batch", help="Rows in memory at once.")],
     "lr": Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate; default: 3e-4, half of it for a transplant.")
+        float | None,
+        typer.Option("--lr", help="Peak learning rate; default: 3e-4, half of it for a transplant, 5e-5 with --full."),
     ],
     "warmup": Annotated[
         float | None, typer.Option("--warmup", help=f"Steps, or a share of them below 1; {_RECIPE_SAYS}, 0 or 0.03.")
@@ -176,12 +177,23 @@ def train(
             "--held-out", help="Rows to measure on as it trains; the best weights are kept.", show_default=False
         ),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights instead of a LoRA, and write a whole model.")
+    ] = False,
+    teacher_targets: Annotated[
+        Path | None,
+        typer.Option("--teacher-targets", help="Folder of pkt teach for these rows.", show_default=False),
+    ] = None,
+    mix: Annotated[
+        float | None,
+        typer.Option("--mix", help="The teacher's share of the loss, 0 to 1; 0.5 is usual.", show_default=False),
+    ] = None,
     dropout: DropoutOption = None,
     max_length: MaxLength = 2048,
     force: Annotated[bool, typer.Option("--force", help="Start over; what pkt wrote in OUT is removed.")] = False,
     **options: Any,
 ) -> None:
-    """Start a LoRA in the student, from an extraction or plainly, and train it with transformers' Trainer."""
+    """Start a LoRA in the student, from an extraction or plainly, and train it (or, with --full, all weights) with transformers."""
     from pkt.training import train as run
 
     # One path after the student: the rows alone.
@@ -194,6 +206,9 @@ def train(
             out,
             recipe=recipe,
             held_out=held_out,
+            full=full,
+            teacher_targets=teacher_targets,
+            mix=mix,
             dropout=dropout,
             max_length=max_length,
             force=force,
@@ -201,7 +216,8 @@ def train(
         )
     logs = f"; logs for TensorBoard in {out / 'logs'}" if "tensorboard" in options["report_to"] else ""
     out_console.print(f"{out}: trained{logs}", highlight=False)
-    next_line(f"pkt finalize {shlex.quote(str(out))} --out ADAPTER")
+    place = shlex.quote(str(out))
+    next_line(f"pkt evaluate {place} TEST.jsonl" if full else f"pkt finalize {place} --out ADAPTER")
 
 
 @app.command(rich_help_panel="The main path")

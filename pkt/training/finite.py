@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,30 @@ class ByLength(Sampler[int]):
 class FiniteTrainer(Trainer):  # type: ignore[misc]
     """Raises `PktError` for a loss or a gradient that is not finite, before it reaches the weights.
 
-    lengths: of the rows, where those of like lengths are to come together. callbacks: with a `restore`, as `Losses` has.
+    lengths: of the rows, where those of like lengths are to come together. callbacks: with a `restore`, as `Losses` has. loss: of
+    (model, batch, answer tokens of the whole step), instead of the model's own.
     """
 
-    def __init__(self, *, lengths: Sequence[int] | None = None, callbacks: Sequence[Any] = (), **given: Any) -> None:
-        self.losses, self.lengths = Losses(), lengths
+    def __init__(
+        self,
+        *,
+        lengths: Sequence[int] | None = None,
+        callbacks: Sequence[Any] = (),
+        loss: Callable[[Any, dict[str, Any], Any], torch.Tensor] | None = None,
+        **given: Any,
+    ) -> None:
+        self.losses, self.lengths, self.loss = Losses(), lengths, loss
         self.kept = [self.losses, *callbacks]
-        super().__init__(**given, callbacks=[Shared, *self.kept])
+        # With a loss function Trainer counts the answer tokens of the step and leaves the loss as it is.
+        super().__init__(**given, callbacks=[Shared, *self.kept], compute_loss_func=loss)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            return self.loss(model, inputs, num_items_in_batch)
 
     def _get_train_sampler(self, *given: Any) -> Any:
         if self.lengths is None:

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start
 from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, share_files, write_json
 from pkt.lora import INITIAL
 from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
-from pkt.models import content_kind
+from pkt.models import Model, content_kind, save_model
 
 
 def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> str | None:
@@ -48,17 +50,20 @@ def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> st
         )
     numbers = sorted((int(p.name[11:]) for p in entries if re.fullmatch(r"checkpoint-\d+", p.name)), reverse=True)
     for number in numbers:
-        fault = _checkpoint_fault(out / f"checkpoint-{number}", number)
+        fault = _checkpoint_fault(out / f"checkpoint-{number}", number, whole=settings["mode"] == "full")
         if fault is None:
             return str(out / f"checkpoint-{number}")
         say(f"checkpoint-{number} is incomplete and left aside ({fault})")
     return None
 
 
-def _checkpoint_fault(folder: Path, step: int) -> str | None:
-    """What keeps a checkpoint of the Trainer from being gone on from, or None for a complete one."""
+def _checkpoint_fault(folder: Path, step: int, *, whole: bool) -> str | None:
+    """What keeps a checkpoint of the Trainer from being gone on from, or None for a complete one. whole: of all weights."""
     try:
-        read_adapter(folder)
+        if whole:
+            Model.of(folder).check()
+        else:
+            read_adapter(folder)
         state = read_json(folder / "trainer_state.json")
     except PktError as error:
         return str(error)
@@ -70,9 +75,13 @@ def _checkpoint_fault(folder: Path, step: int) -> str | None:
 
 
 def write_run(
-    out: Path, ext: Extraction | Start, settings: dict[str, Any], student: str, more: Mapping[str, Any] | None = None
+    out: Path,
+    ext: Extraction | Start | None,
+    settings: dict[str, Any],
+    student: str,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Begin a run's folder. more: what else is told of it, which does not decide its result."""
+    """Begin a run's folder. ext: None where all weights are trained. more: what is told beside what decides its result."""
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         entries = {
@@ -86,21 +95,33 @@ def write_run(
         }
         with atomic_file(out / MANIFEST) as scratch:
             write_json(scratch, manifest_of("run", entries))
-        if settings["mode"] == "residual":
+        if settings["mode"] == "residual" and ext is not None:
             write_initial(out, ext, student)
 
 
-def finish_run(out: Path, model: Any, loss: float, more: Mapping[str, Any] | None = None) -> None:
-    """The trained adapter, and the manifest that says so. more: what else was found on the way."""
+def finish_run(
+    out: Path, model: Any, loss: float, more: Mapping[str, Any] | None = None, *, whole_from: Path | None = None
+) -> None:
+    """The trained adapter, and the manifest that says so. more: what else was found on the way.
+
+    whole_from: the student, where all its weights were trained: the model is written instead, in the student's type, with its
+    tokenizer.
+    """
     with os_errors(f"writing {out}"):
-        model.save_pretrained(str(out), save_embedding_layers=False)
+        if whole_from is None:
+            model.save_pretrained(str(out), save_embedding_layers=False)
+        else:
+            own = getattr(Model.of(whole_from).config, "dtype", None)
+            save_model(model.to(own) if isinstance(own, torch.dtype) else model, out, whole_from)
         share_files(out)
         with atomic_file(out / MANIFEST) as scratch:
             write_json(scratch, {**read_manifest(out), "finished": True, "train_loss": loss, **(more or {})})
 
 
-def _origin(ext: Extraction | Start) -> dict[str, Any]:
+def _origin(ext: Extraction | Start | None) -> dict[str, Any]:
     """What a run was started from: the plan of an extraction, or what a transplant or start tells."""
+    if ext is None:
+        return {}
     if isinstance(ext, Extraction):
         return {"plan": {k: v for k, v in ext.plan.as_dict().items() if k != "entries"}}
     return {"start": {"kind": ext.kind, **ext.provenance}}

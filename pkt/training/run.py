@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
@@ -18,11 +20,15 @@ from pkt.models import Model, ModelSpec, Target, load_model, load_tokenizer, spe
 from pkt.options import Lora, Precision, Recipe, RecipeName, RowTemplate, Training, TrainingLoss, TrainModules
 from pkt.planning import adapted
 from pkt.seeds import Seeds, load_seeds
+from pkt.targets import Targets
 from pkt.training.export import read_injected
 from pkt.training.folder import finish_run, say, start_run, write_run
+from pkt.training.targets import Distillation, check_mix, distillation
 from pkt.training.trainer import check_machine, check_reporters, fit
 
-RATE, KEPT_RATE = 3e-4, 1.5e-4
+# Of a LoRA, of one that is kept and has begun already, and of all weights.
+RATE, KEPT_RATE, FULL_RATE = 3e-4, 1.5e-4, 5e-5
+FULL = "full"
 
 
 def train(
@@ -57,6 +63,9 @@ def train(
     group_by_length: bool = False,
     held_out: str | Path | Seeds | None = None,
     eval_steps: int | None = None,
+    full: bool = False,
+    teacher_targets: str | Path | Targets | None = None,
+    mix: float | None = None,
     report_to: str = "tensorboard",
     force: bool = False,
     quietly: bool = False,
@@ -73,6 +82,9 @@ def train(
     whatever is not given of mode, lr, warmup, train_modules, loss, template, a_scale and gradient_checkpointing
     (`pkt.options.RECIPES`); "paper" is what the paper's authors train with. held_out: rows that the model is measured on before
     the first step, every eval_steps (save_steps unless given) and after the last; the run ends with the weights of the best look.
+    full: train all weights instead of a LoRA, in fp32, at 5e-5 unless given; `out` is then also the trained model, in the student's
+    own type, and a plain model is returned. teacher_targets: what `pkt.teach` gave for these rows, or its folder; mix: its share of
+    the loss, (1 − mix) · CE − mix · Σ_t (c_t / N) log p_t for each answer token.
     The rest is as in `pkt.options.Training`. loss and template concern files of rows; `Seeds` are taken as they were read.
 
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
@@ -80,10 +92,20 @@ def train(
     """
     given = Recipe(mode, lr, warmup, gradient_checkpointing, train_modules, a_scale, loss, template)
     told = given.over(recipe)
-    start = _opened(extraction, student, data, {"init": init, "rank": rank, "alpha": alpha, "modules": modules}, given)
-    told = replace(told, mode=mode or _usual_mode(start, told), a_scale=_a_scale(start, given, told))
-    # What is kept has begun already: it wants about half the usual rate.
-    rate = told.lr or (KEPT_RATE if told.mode == "add" and not isinstance(start, Lora) else RATE)
+    check_mix(teacher_targets, mix)
+    lora = {"init": init, "rank": rank, "alpha": alpha, "modules": modules}
+    start: Extraction | Start | Lora | None = None
+    if full:
+        _check_full(extraction, {**lora, "dropout": dropout}, given)
+        told = replace(told, mode=None, a_scale=None)
+        rate = given.lr or FULL_RATE
+    else:
+        start = _opened(extraction, student, data, lora, given)
+        told = replace(told, mode=mode or _usual_mode(start, told), a_scale=_a_scale(start, given, told))
+        rate = told.lr or (KEPT_RATE if told.mode == "add" and not isinstance(start, Lora) else RATE)
+        check_settings(str(told.mode), dropout)
+        if not isinstance(start, Lora):
+            checked_dropout(start.pairs, dropout)
     options = Training(
         epochs,
         batch_size,
@@ -100,17 +122,15 @@ def train(
         report_to,
         eval_steps,
     )
-    check_settings(str(told.mode), dropout)
-    if not isinstance(start, Lora):
-        checked_dropout(start.pairs, dropout)
     check_machine(options)
     check_reporters(options)
     out, student = followed(as_path(out, "the path of a run folder")), as_path(student, "the path of a student")
-    _check_out(out, (extraction, student, data, held_out))
+    _check_out(out, (extraction, student, data, held_out, teacher_targets))
     if held_out is None and eval_steps is not None:
         raise PktError("eval_steps concerns held-out rows; name them (--held-out FILE)")
     today = None if force else recorded_day(out / MANIFEST)
     job = _job(student, start, (data, held_out), told, options, dropout, max_length, today)
+    job = replace(job, taught=distillation(teacher_targets, mix, job.examples, job.tokenizer, spec_of(student)))
     with lock_folder(out, out):
         settings = job.settings()
         checkpoint = start_run(out, settings, force=force)
@@ -136,11 +156,12 @@ def _check_out(out: Path, given: Sequence[Any]) -> None:
 class Job:
     """The inputs of a run, checked: where the student's LoRA starts, the rows it learns from, and how.
 
-    targets: the matrices whose factors are drawn rather than given.
+    start: None where all weights are trained. targets: the matrices whose factors are drawn rather than given. taught: what a
+    teacher says of the rows.
     """
 
     student: Path
-    start: Extraction | Start | Lora
+    start: Extraction | Start | Lora | None
     targets: list[Target]
     told: Recipe
     options: Training
@@ -148,19 +169,21 @@ class Job:
     examples: Seeds
     tokenizer: Any
     held_out: Seeds | None = None
+    taught: Distillation | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides a run's result: a folder with other settings holds another run."""
         options, start = self.options, self.start
         drawn = {"a_scale": self.told.a_scale}
+        begun: dict[str, Any] = {}
         if isinstance(start, Lora):
-            begun: dict[str, Any] = {"lora": {**vars(start), **drawn}}
-        else:
+            begun = {"lora": {**vars(start), **drawn}}
+        elif start is not None:
             begun = {"extraction": start.adapter().fingerprint()}
             if self.targets:
                 begun |= {"train_modules": "all", **drawn}
         return {
-            "mode": self.told.mode,
+            "mode": FULL if start is None else self.told.mode,
             "epochs": options.epochs,
             "batch_size": options.batch_size,
             "lr": options.lr,
@@ -174,6 +197,7 @@ class Job:
             "data": self.examples.fingerprint,
             **({} if self.examples.today is None else {"today": self.examples.today.isoformat()}),
             **begun,
+            **({} if self.taught is None else {"teacher_targets": self.taught.fingerprint, "mix": self.taught.mix}),
             "student": Model.of(self.student).content()["fingerprint"],
         }
 
@@ -181,12 +205,15 @@ class Job:
     def eval_steps(self) -> int:
         return self.options.eval_steps or self.options.save_steps or 50
 
-    def begin(self) -> tuple[Extraction | Start, Any]:
-        """What the run starts from, with all its factors, and the student wrapped with them."""
+    def begin(self) -> tuple[Extraction | Start | None, Any]:
+        """What the run starts from, with all its factors, and the student wrapped with them; or the student as it is."""
         from transformers import set_seed
 
         seed = self.options.seed
         set_seed(seed)
+        if self.start is None:
+            # In a half type, steps this small would be lost in rounding.
+            return None, load_model(self.student, dtype=torch.float32)
         model = load_model(self.student)
         start, drawn = self.start, self._drawn(model)
         if isinstance(start, Lora):
@@ -214,15 +241,22 @@ class Job:
             resume_from=checkpoint,
             tokenizer=self.tokenizer,
             held_out=held,
+            taught=self.taught,
         )
-        finish_run(out, model, loss, {} if held is None else {"held_out": held.told()})
+        finish_run(out, model, loss, {} if held is None else {"held_out": held.told()}, whole_from=self.whole_from)
         if held is not None:
             held.clean()
+
+    @property
+    def whole_from(self) -> Path | None:
+        """The student, where a whole model is written rather than an adapter of it."""
+        return self.student if self.start is None else None
 
     def _drawn(self, model: Any) -> dict[str, Pair]:
         if not self.targets:
             return {}
         start = self.start
+        assert start is not None
         # Beside an extraction the others start at B = 0, at its rank.
         lora = start if isinstance(start, Lora) else Lora(rank=start.rank)
         scale = self.told.a_scale or 1.0
@@ -255,6 +289,19 @@ def _opened(
     return (read_injected(extraction, student) if is_stored(extraction) else None) or open_start(extraction)
 
 
+def _check_full(extraction: Any, lora: Mapping[str, Any], given: Recipe) -> None:
+    """Refuse what concerns a LoRA where all weights are trained."""
+    if extraction is not None:
+        raise PktError(
+            "full training takes no extraction or start: it changes the student's own weights; leave it out, or merge it first "
+            "(pkt finalize --merge)"
+        )
+    more = {"mode": given.mode, "train_modules": given.train_modules, "a_scale": given.a_scale}
+    said = [name for name, value in {**lora, **more}.items() if value is not None]
+    if said:
+        raise PktError(f"{', '.join(said)}: of a LoRA; full training has none, so leave it out")
+
+
 def _usual_mode(start: Extraction | Start | Lora, told: Recipe) -> Mode:
     """How it is injected unless one says otherwise: the recipe knows of extractions."""
     if isinstance(start, Lora):
@@ -270,7 +317,7 @@ def _a_scale(start: Extraction | Start | Lora, given: Recipe, told: Recipe) -> f
 
 def _job(
     student: Path,
-    start: Extraction | Start | Lora,
+    start: Extraction | Start | Lora | None,
     data: tuple[str | Path | Seeds, str | Path | Seeds | None],
     told: Recipe,
     options: Training,
@@ -281,9 +328,9 @@ def _job(
     spec, tokenizer = spec_of(student), load_tokenizer(student)
     targets = _targets(start, told, spec)
     members: dict[str, Pair | Target] = {t.module: t for t in targets}
-    if not isinstance(start, Lora):
+    if isinstance(start, (Extraction, Start)):
         members |= start.pairs
-    found = checked_dropout(members, dropout)
+    found = 0.0 if start is None else checked_dropout(members, dropout)
 
     def rows(given: str | Path | Seeds) -> Seeds:
         loss, template = told.loss or "answer", told.template or "chat"
@@ -300,8 +347,10 @@ def _job(
     return Job(student, start, targets, told, options, found, examples, tokenizer, held_out)
 
 
-def _targets(start: Extraction | Start | Lora, told: Recipe, spec: ModelSpec) -> list[Target]:
+def _targets(start: Extraction | Start | Lora | None, told: Recipe, spec: ModelSpec) -> list[Target]:
     """The matrices whose factors are drawn."""
+    if start is None:
+        return []
     if isinstance(start, Lora):
         return adapted(spec, start.modules)
     if told.train_modules != "all":

@@ -21,6 +21,7 @@ from pkt.training.folder import say
 
 if TYPE_CHECKING:
     from pkt.training.held_out import HeldOut
+    from pkt.training.targets import Distillation
 
 
 def fit(
@@ -33,10 +34,12 @@ def fit(
     resume_from: str | None = None,
     tokenizer: Any = None,
     held_out: HeldOut | None = None,
+    taught: Distillation | None = None,
 ) -> float:
     """Train a model on tokenized rows, on one device; returns the mean loss of all steps, those before `resume_from` too.
 
-    held_out: measures the model as it trains, and gives it its best weights at the end.
+    held_out: measures the model as it trains, and gives it its best weights at the end. taught: a teacher's targets for the rows,
+    which the loss is mixed with.
 
     Raises `PktError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
@@ -50,15 +53,20 @@ def fit(
             f"{at_once} rows in memory at once: the most up to {options.micro_batch} that divide a batch of "
             f"{options.batch_size}"
         )
+    rows: list[Any] = list(examples)
+    given: dict[str, Any] = {"data_collator": lambda rows: collate(rows, examples.pad_id)}
+    if taught is not None:
+        rows = list(zip(examples, range(len(examples)), strict=True))
+        given = {"data_collator": lambda rows: taught.collate(rows, examples.pad_id), "loss": taught.loss}
     with _run_environment(out), rows_apart(model), os_errors(f"training in {out}"):
         trainer = FiniteTrainer(
             model=model,
             args=_arguments(out, options, at_once, quietly=quietly),
-            train_dataset=list(examples),
-            data_collator=lambda rows: collate(rows, examples.pad_id),
+            train_dataset=rows,
             processing_class=tokenizer,
             callbacks=[] if held_out is None else [held_out],
             lengths=[len(e.input_ids) for e in examples] if options.group_by_length else None,
+            **given,
         )
         if quietly:
             trainer.remove_callback(PrinterCallback)
