@@ -127,6 +127,46 @@ def stream_table(found: dict) -> str:
     )
 
 
+def distil_table(found: dict) -> str:
+    lines = [
+        f"{found['what']} ({found['machine']['cpu']}, `python bench/bench_distil.py`):",
+        "",
+        "| | lr | NLL | right | general text NLL |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["arms"]:
+        mean, std = row["mean"], row["std"]
+        lines.append(
+            f"| {row['name']} | {row['lr']:g} | {mean['nll']:.3f} ± {std['nll']:.3f} | {100 * mean['exact_match']:.0f}% ± "
+            f"{100 * std['exact_match']:.0f} | {mean['general']:.3f} ± {std['general']:.3f} |"
+        )
+    return "\n".join([*lines, "", *(f"- {line}" for line in found["verdict"])])
+
+
+def teach_table(found: dict) -> str:
+    met = {name: "met" if good else "not met" for name, good in found["met"].items()}
+    shared = "; the machine was shared while it ran" if found["shared"] else ""
+    return "\n".join(
+        [
+            f"On {found['machine']['threads']} CPU core(s) ({found['machine']['cpu']}), computed in "
+            f"{found['machine']['computed_in']}: {found['what']} (`python bench/bench_teach.py`{shared}):",
+            "",
+            "| | measured | goal |",
+            "|---|---|---|",
+            f"| time | {found['seconds']:.1f} s, {found['time_ratio']:.2f}× its matrix products measured alone "
+            f"({found['products_seconds']:.1f} s) | ≤ {found['goals']['time_ratio']}×: {met['time_ratio']} |",
+            f"| memory, anonymous, beyond the imports | {found['peak_bytes'] / 1e6:.0f} MB ({found['planned_bytes'] / 1e6:.0f} "
+            f"planned) | ≤ planned: {met['memory']} |",
+            f"| bytes an answer token, of random weights | {found['bytes_a_token']:.0f} | ≤ {found['goals']['bytes_a_token']}: "
+            f"{met['bytes_a_token']} |",
+            *(
+                f"| bytes an answer token, the demo's {name} | {value:.1f} | |"
+                for name, value in found["demo_bytes_a_token"].items()
+            ),
+        ]
+    )
+
+
 def kernels_table(found: dict) -> str:
     lines = [f"| op, fp32, {found['threads']} cores | | ms | of pkt's time |", "|---|---|---|---|"]
     return "\n".join(
@@ -206,6 +246,10 @@ PAGES = {
     "docs/lineage.md": {
         "shrink table": ("shrink_cpu.json", shrink_table),
         "descendant": ("descendant_cpu.json", descendant_text),
+    },
+    "docs/distil.md": {
+        "distil table": ("distil_cpu.json", distil_table),
+        "teach table": ("teach_cpu.json", teach_table),
     },
     "docs/scaling.md": {"stream table": ("stream_cpu.json", stream_table)},
     "kernels/README.md": {"cpu table": ("kernels_cpu.json", kernels_table)},

@@ -14,6 +14,7 @@ from pkt.files import MANIFEST, read_json
 from pkt.lora import read_source
 from pkt.manifest import name_kind, read_manifest, tasks_in
 from pkt.models import spec_of
+from pkt.targets import Targets
 from pkt.transferring import describe_run, run_path
 
 
@@ -101,6 +102,13 @@ def _run(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             "next": "train it, then: pkt finalize TRAINER_OUTPUT --out ADAPTER",
         }
     finished = manifest.get("finished")
+    if manifest["mode"] == "full":
+        place = shlex.quote(str(folder))
+        return {
+            "is": f"a training run of all weights ({'finished: a whole model' if finished else 'unfinished'})",
+            "student": manifest["student"],
+            "next": f"pkt evaluate {place} TEST.jsonl" if finished else "the same pkt train command resumes it",
+        }
     return {
         "is": f"a training run ({manifest['mode']}, {'finished' if finished else 'unfinished'})",
         "student": manifest["student"],
@@ -142,8 +150,19 @@ def _shrunk(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "is": "a model of a larger one's own units, to be healed by training on general text",
         **manifest["told"],
-        "next": "heal it with any trainer, then: pkt transplant TEACHER HEALED SEEDS.jsonl --base "
-        f"{shlex.quote(str(manifest['teacher'].get('name')))} --out DIR",
+        "next": f"heal it: pkt train {shlex.quote(str(folder))} TEXT.jsonl --full --out HEALED; then: pkt transplant TEACHER "
+        f"HEALED SEEDS.jsonl --base {shlex.quote(str(manifest['teacher'].get('name')))} --out DIR",
+    }
+
+
+def _targets(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    found = Targets.load(folder)
+    return {
+        "is": "a teacher's next-token distributions for the answers of rows",
+        "teacher": manifest.get("teacher", {}).get("name"),
+        "rows": manifest.get("rows", {}).get("source"),
+        "holds": str(found),
+        "next": f"pkt train STUDENT DATA.jsonl --teacher-targets {shlex.quote(str(folder))} --mix 0.5 --out RUN",
     }
 
 
@@ -169,4 +188,5 @@ _DESCRIBED: dict[str | None, Callable[[Path, dict[str, Any]], dict[str, Any]]] =
     "residual-base": _model,
     "shrunk": _shrunk,
     "model": _model,
+    "targets": _targets,
 }
