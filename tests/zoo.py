@@ -134,16 +134,17 @@ def mixture() -> Any:
     return model
 
 
-def trained_like(kind: str, *, seed: int = 0, tied: bool = False, vocab_size: int = 400) -> Any:
+def trained_like(kind: str, *, seed: int = 0, tied: bool = False, **size: int) -> Any:
     """A model of a family with 6 layers of 64 hidden units, its weights spread like those of a trained one."""
     import transformers
 
     common = {
-        "vocab_size": vocab_size,
+        "vocab_size": 400,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 6,
         "num_attention_heads": 8,
+        **size,
     }
     more = {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": tied, "pad_token_id": 0, "eos_token_id": 1}
     config = {
@@ -154,7 +155,7 @@ def trained_like(kind: str, *, seed: int = 0, tied: bool = False, vocab_size: in
         "mixtral": lambda: transformers.MixtralConfig(**common, **more, num_local_experts=4),
         "phi3": lambda: transformers.Phi3Config(**common, **more),
         "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=vocab_size, n_embd=64, n_inner=96, n_layer=6, n_head=8, tie_word_embeddings=True
+            vocab_size=common["vocab_size"], n_embd=64, n_inner=96, n_layer=6, n_head=8, tie_word_embeddings=True
         ),
     }[kind]()
     torch.manual_seed(seed)

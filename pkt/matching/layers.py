@@ -6,26 +6,30 @@ import torch
 from torch import Tensor
 
 
-def increasing(scores: Tensor) -> list[int]:
+def increasing(scores: Tensor, least: float = -torch.inf) -> list[int]:
     """The teacher layer of each student layer, from matches [teacher's layers, student's].
 
-    Strictly increasing, the largest sum, by dynamic programming; a student with more layers than its teacher (one that was
-    stretched) gets the best of each.
+    Strictly increasing, the largest sum, by dynamic programming; a layer whose match would not be above `least` has none, -1.
+    A student with more layers than its teacher (one that was stretched) gets the best of each.
     """
     deep, layers = scores.shape
     if layers > deep:
-        return [int(i) for i in scores.argmax(0)]
-    best = torch.full((layers, deep), -torch.inf, dtype=torch.float64)
-    origin = torch.zeros(layers, deep, dtype=torch.int64)
-    best[0] = scores[:, 0]
-    for j in range(1, layers):
-        # The largest of what ends before each layer, and where.
-        before, where = best[j - 1].cummax(0)
-        best[j, 1:] = before[:-1] + scores[1:, j]
-        origin[j, 1:] = where[:-1]
-    at = int(best[-1].argmax())
-    found = [at]
-    for j in range(layers - 1, 0, -1):
-        at = int(origin[j, at])
-        found.append(at)
-    return found[::-1]
+        best, nearest = scores.max(0)
+        return [int(i) if value > least else -1 for i, value in zip(nearest, best, strict=True)]
+    # What each match is worth beyond none; without a bound, so much that as many as possible are made.
+    gain = scores - least if least > -torch.inf else scores + 2 * deep * scores.abs().max() + 1
+    total = torch.zeros(deep + 1, layers + 1, dtype=torch.float64)
+    for j in range(1, layers + 1):
+        for i in range(1, deep + 1):
+            total[i, j] = max(total[i - 1, j], total[i, j - 1], total[i - 1, j - 1] + gain[i - 1, j - 1])
+    found = [-1] * layers
+    i, j = deep, layers
+    while i and j:
+        if total[i, j] == total[i - 1, j]:
+            i -= 1
+        elif total[i, j] == total[i, j - 1]:
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            found[j] = i
+    return found

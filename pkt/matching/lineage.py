@@ -75,7 +75,8 @@ class Lineage:
                 0, f"two vocabularies: the tables are compared by the {len(self.tokens)} tokens that both have"
             )
         if self.kin:
-            lines.append(f"student layers are the teacher's {', '.join(map(str, self.layers))}")
+            layers = ", ".join("none" if layer < 0 else str(layer) for layer in self.layers)
+            lines.append(f"student layers are the teacher's {layers}")
         return "\n".join([*lines, f"{self.verdict}: {self.reason}"])
 
     def save(self, path: str | Path) -> None:
@@ -142,8 +143,7 @@ def lineage(
     with bar("matching layers", old.spec.num_layers, unit="layers", shown=progress) as advance:
         samples = _Samples(new, old, hidden, generator)
         scores = samples.scores(advance)
-    found.layers = increasing(scores)
-    _judge(found, scores, samples.chance(found.layers))
+    _judge(found, scores, samples)
     mixed = [any(side.experts(layer) for layer in range(side.spec.num_layers)) for side in (old, new)]
     if mixed[0] != mixed[1]:
         whose = ("teacher", "student") if mixed[0] else ("student", "teacher")
@@ -295,28 +295,34 @@ def _some(indices: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return indices[torch.randperm(len(indices), generator=generator)[:count].sort().values]
 
 
-def _judge(found: Lineage, scores: Tensor, rotated: float) -> None:
-    """The verdict: how far the matched layers are from chance, which is the larger of two measured ones."""
-    students = torch.arange(scores.shape[1])
-    chosen = torch.tensor(found.layers)
-    kept = float(scores[chosen, students].mean())
+def _judge(found: Lineage, scores: Tensor, samples: _Samples) -> None:
+    """The layers and the verdict: how far they are from chance, which is the larger of two measured ones.
+
+    A student layer that matches none counts as chance, and so not for it.
+    """
+    nearest = scores.argmax(0)
     others = torch.ones_like(scores, dtype=torch.bool)
-    others[chosen, students] = False
+    others[nearest, torch.arange(scores.shape[1])] = False
     wrong = float(scores[others].mean()) if bool(others.any()) else 0.0
-    layers = Evidence("layers", len(found.layers), len(found.layers), kept, max(rotated, wrong))
+    chance = max(samples.chance(nearest.tolist()), wrong)
+    found.layers = increasing(scores, chance + _KIN * (1 - chance))
+    chosen = torch.tensor(found.layers)
+    matched = chosen >= 0
+    values = scores.gather(0, chosen.clamp_min(0)[None])[0]
+    kept = float(values[matched].mean()) if bool(matched.any()) else float(scores.amax(0).mean())
+    layers = Evidence("layers", int(matched.sum()), len(chosen), kept, chance)
     found.evidence.append(layers)
-    if layers.closeness < _KIN:
+    if layers.closeness * float(matched.double().mean()) < _KIN:
+        found.layers = increasing(scores)
         found.verdict = "no lineage"
         found.reason = (
             f"the layers' weights match no better ({kept:.3f}) than those of a rotated student or of other layers "
             f"({layers.chance:.3f})"
         )
-    elif layers.closeness < _CLOSE:
-        found.verdict = "descends but has drifted"
-        found.reason = f"its layers are the teacher's, at a cosine of {kept:.3f} where chance gives {layers.chance:.3f}"
-    else:
-        found.verdict = "descends"
-        found.reason = f"its layers are the teacher's, at a cosine of {kept:.3f} where chance gives {layers.chance:.3f}"
+        return
+    some = "its layers are" if bool(matched.all()) else f"{layers.matched} of its {layers.total} layers are"
+    found.verdict = "descends" if layers.closeness >= _CLOSE else "descends but has drifted"
+    found.reason = f"{some} the teacher's, at a cosine of {kept:.3f} where chance gives {chance:.3f}"
 
 
 def _match_layers(
@@ -327,8 +333,8 @@ def _match_layers(
     within = Within(old, new, hidden[mine], mine, rotation(len(mine), generator))
     with bar("matching units", new.spec.num_layers, unit="layers", shown=progress) as advance:
         for j, layer in enumerate(found.layers):
-            neurons, experts = within.ffn(layer, j)
-            queries, groups = within.heads(layer, j)
+            neurons, experts = within.ffn(layer, j) if layer >= 0 else ([], [])
+            queries, groups = within.heads(layer, j) if layer >= 0 else ([], [])
             found.neurons.append(neurons)
             found.experts.append(experts)
             found.queries.append(queries)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkt.errors import PktError
 from pkt.models import NORMS, POSITION_TABLES, Model, ModelSpec, Runs, Target, layer_of, unit_offset
 
 # Roles whose input is a norm's output, and which norm's: that before the attention, the FFN or the head.
@@ -52,6 +53,12 @@ class Matrices:
     def parameter(self, name: str) -> Tensor:
         return self.model.tensor(name)
 
+    def same(self, other: Matrices) -> bool:
+        """Whether every parameter has the same values; the first that differs ends the reading."""
+        return self.shapes == other.shapes and all(
+            torch.equal(self.parameter(name).float(), other.parameter(name).float()) for name in self.shapes
+        )
+
     def raw(self, role: str, layer: int | None, expert: int | None = None) -> Tensor:
         """[out, in] in the stored type, only this role's rows of a fused projection."""
         target, rows = self.index[role, layer]
@@ -71,7 +78,19 @@ class Matrices:
         """[out, units] fp32: these input columns, the gain of the norm before them multiplied in."""
         matrix = self.raw(role, layer, expert)[:, units].float()
         gain = self.gain(_NORMED.get(role, ""), layer)
-        return matrix if gain is None else matrix * gain[units]
+        return self._sound(matrix if gain is None else matrix * gain[units], role, layer)
+
+    def _rising(self, role: str, layer: int, units: Tensor, expert: int | None = None) -> Tensor:
+        """[in, units] fp32: these output rows of a matrix that writes hidden units."""
+        return self._sound(self.raw(role, layer, expert)[units].float().t(), role, layer)
+
+    def _sound(self, features: Tensor, role: str, layer: int | None) -> Tensor:
+        if not bool(features.sum().isfinite()):
+            module = self.index[role, layer][0].module
+            raise PktError(
+                f"{self.spec.name}: {module} or the norm before it holds NaN or Inf; the checkpoint is damaged"
+            )
+        return features
 
     def gain(self, before: str, layer: int | None) -> Tensor | None:
         """The gain [hidden] of the norm before the attention, the FFN or the head; None where it is not known."""
@@ -106,7 +125,7 @@ class Matrices:
     def neurons(self, layer: int, units: Tensor, expert: int | None = None) -> Tensor:
         """[FFN neurons, features] fp32: gate row, up row and down column of each, on these hidden units."""
         parts = [self.folded(role, layer, units, expert) for role in ("gate", "up") if self.has(role, layer)]
-        return torch.cat([*parts, self.raw("down", layer, expert)[units].float().t()], 1)
+        return torch.cat([*parts, self._rising("down", layer, units, expert)], 1)
 
     def groups(self, layer: int, units: Tensor) -> Tensor:
         """[key/value heads, features] fp32: the rows of k and v of each, on these hidden units."""
@@ -116,8 +135,8 @@ class Matrices:
     def queries(self, layer: int, units: Tensor) -> Tensor:
         """[query heads, features] fp32: the rows of q and the columns of o of each, on these hidden units."""
         heads = self.heads(layer)[0]
-        out = self.raw("o", layer)[units].float().t()
-        return torch.cat([self.folded("q", layer, units).reshape(heads, -1), out.reshape(heads, -1)], 1)
+        out = self._rising("o", layer, units).reshape(heads, -1)
+        return torch.cat([self.folded("q", layer, units).reshape(heads, -1), out], 1)
 
 
 def _positions(spec: ModelSpec) -> Iterator[Target]:

@@ -206,6 +206,8 @@ class Job:
         """The given lineage, checked, or one made now. Raises `PktError` for a pair without one."""
         if isinstance(given, (str, Path)):
             given = Lineage.load(given)
+        if self.adapter is None and self.old.same(self.new):
+            raise PktError(f"{self.new.spec.name} has the teacher's own weights: there is nothing to transplant")
         anyway = self.options.anyway
         found = given or lineage(self.teacher, self.student, seed=self.options.seed, anyway=anyway, progress=progress)
         found.check(self.old, self.new)
