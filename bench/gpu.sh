@@ -58,7 +58,7 @@ command_of() {
         descendant)
             command=("$python" examples/descendant.py --device "$device" --out "$results" --gsm8k "${GSM8K:-}"
                 ${SMOLLM2:+--model "$SMOLLM2"} --heal-tokens 4000000 --heal-batch 32 --length 256 --own 1024 --teacher-rows 800
-                --train-rows 256 --test-rows 100 --rates 3e-4 1e-3 3e-3 --seeds 5 --minutes 6)
+                --train-rows 256 --test-rows 100 --alpha-rows 32 --rates 3e-4 1e-3 3e-3 --seeds 5 --minutes 6)
             [[ $device == cpu ]] && command+=(--tiny)
             [[ $device == cpu || -n ${GSM8K:-} ]] || missing="GSM8K does not name a file of rows"
             ;;

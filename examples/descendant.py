@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import math
 import random
 import sys
@@ -40,13 +41,14 @@ from pkt import ops  # noqa: E402
 from pkt.demo.measuring import scale_a  # noqa: E402
 from pkt.lora import inject, wrap  # noqa: E402
 from pkt.matching import Lineage, shrink_to  # noqa: E402
-from pkt.models import load_model, load_tokenizer, rows_apart  # noqa: E402
-from pkt.seeds import Seeds, collate, load_seeds  # noqa: E402
+from pkt.models import load_model, load_tokenizer, rows_apart, unwrap  # noqa: E402
+from pkt.seeds import IGNORE, Seeds, collate, load_seeds  # noqa: E402
 from pkt.studying import compare, holm  # noqa: E402
-from pkt.training import row_losses  # noqa: E402
+from pkt.transplanting.controls import noise_like  # noqa: E402
 
 OURS, REPRUNED, PLAIN = "transplant", "re-pruned teacher", "plain LoRA"
-METHODS = (OURS, REPRUNED, PLAIN, "noise of the same size", "neutral")
+NOISE = "noise of the same size"
+METHODS = (OURS, REPRUNED, PLAIN, NOISE, "neutral")
 TINY: dict[str, Any] = {
     "model": ROOT / "pkt/demo/assets/base", "gsm8k": ROOT / "pkt/demo/assets/data/train.jsonl", "hidden": 84, "neurons": 192,
     "groups": 2, "layers": 4, "heal_tokens": 4000, "own": 4, "text": [ROOT / "docs"], "teacher_rows": 48, "train_rows": 32,
@@ -62,6 +64,13 @@ class Run:
         self.device = torch.device(options.device)
         self.fast = self.device.type == "cuda" or torch.bfloat16 in ops.native_halves()
 
+    def note(self, report: Report, **facts: Any) -> None:
+        """Facts of the report that an interrupted run, going on from the work folder, must not lose."""
+        file = self.work / "facts.json"
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(known | facts))
+        report.save(**(known | facts))
+
     def products(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.fast else contextlib.nullcontext()
 
@@ -73,9 +82,29 @@ class Run:
         assert isinstance(found, Seeds)
         return found
 
-    def losses(self, model: Any, rows: Seeds) -> list[tuple[float, int]]:
+    def each(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of every token that counts, row after row; the head sees no other position."""
+        labels = batch["labels"][:, 1:]
+        keep = (labels != IGNORE).to(self.device)
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
         with self.products():
-            return row_losses(model, rows, batch_size=8 if self.device.type == "cpu" else 32)
+            plain = unwrap(model)
+            hidden = plain.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            logits = plain.get_output_embeddings()(hidden[keep])
+        return torch.nn.functional.cross_entropy(logits.float(), labels.to(self.device)[keep], reduction="none")
+
+    @torch.no_grad()
+    def losses(self, model: Any, rows: Seeds) -> list[tuple[float, int]]:
+        """Of each row the summed loss, in nats, and its tokens."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+        size, found = 8 if self.device.type == "cpu" else 32, {}
+        with rows_apart(model):
+            for chosen in (order[i : i + size] for i in range(0, len(order), size)):
+                batch = collate([rows[i] for i in chosen], rows.pad_id)
+                counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
+                parts = self.each(model, batch).double().cpu().split(counts)
+                found |= {i: (float(part.sum()), n) for i, part, n in zip(chosen, parts, counts, strict=True)}
+        return [found[i] for i in range(len(rows))]
 
 
 def train(run: Run, model: Any, rows: Seeds, steps: int, lr: float, *, seed: int, batch: int, what: str) -> int:
@@ -93,9 +122,9 @@ def train(run: Run, model: Any, rows: Seeds, steps: int, lr: float, *, seed: int
     begin, running, tokens = time.monotonic(), 0.0, 0
     with rows_apart(model):
         for step, batch_ in zip(range(steps), _batches(rows, batch, seed), strict=False):
-            with run.products():
-                loss = model(**{k: v.to(run.device) for k, v in batch_.items()}, use_cache=False).loss
-            tokens += int((batch_["labels"][:, 1:] != -100).sum())
+            each = run.each(model, batch_)
+            loss = each.mean()
+            tokens += len(each)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -140,19 +169,25 @@ def prepare(run: Run, report: Report) -> None:
         train(run, teacher, tuned, len(tuned) // 8, options.teacher_lr, seed=0, batch=8, what="teacher")
         found = {"rows": len(tuned), "lr": options.teacher_lr, "base task": before}
         found |= {"task": nll(run.losses(teacher, run.rows("test"))), "general": nll(run.losses(teacher, general))}
-        report.save(teacher=found)
+        run.note(report, teacher=found)
         save(teacher, work / "teacher", work / "base")
     known = pkt.lineage(work / "teacher", work / "healed", progress=False)
     print(known, flush=True)
     evidence = {
         e.kind: {"matched": e.matched, "of": e.total, "cosine": e.cosine, "chance": e.chance} for e in known.evidence
     }
-    report.save(lineage={"verdict": known.verdict, "reason": known.reason, "evidence": evidence, **_right(known, work)})
+    run.note(
+        report, lineage={"verdict": known.verdict, "reason": known.reason, "evidence": evidence, **_right(known, work)}
+    )
+    # α is searched with the products of the trainings; matrices are cut and factorized in fp32 all the same.
+    student = run.load(work / "healed")
+    student.forward = run.products()(student.forward) if run.fast else student.forward
     start = pkt.transplant(
-        work / "teacher", work / "healed", work / "seeds.jsonl", base=work / "base", lineage=known, rank=options.rank,
-        out=work / "moved", anyway=True, force=True, progress=False,
+        work / "teacher", student, run.rows("seeds", limit=options.alpha_rows), base=work / "base", lineage=known,
+        rank=options.rank, out=work / "moved", anyway=True, force=True, progress=False,
     )  # fmt: skip
-    report.save(transplant={key: start.provenance[key] for key in ("alpha", "own_alpha", "losses")})
+    del student
+    run.note(report, transplant={key: start.provenance[key] for key in ("alpha", "own_alpha", "losses")})
     cut = shrink_to(work / "teacher", copy.deepcopy(known))
     save(cut, work / "repruned", work / "base")
 
@@ -202,7 +237,7 @@ def _heal(run: Run, report: Report, general: Seeds) -> None:
     """`pkt shrink` into the shape asked for, and general text learnt again."""
     options, work = run.options, run.work
     base = run.load(work / "base")
-    report.save(base={"general": nll(run.losses(base, general))})
+    run.note(report, base={"general": nll(run.losses(base, general))})
     config = copy.deepcopy(base.config)
     share = config.num_attention_heads // config.num_key_value_heads
     config.update({"hidden_size": options.hidden, "intermediate_size": options.neurons, "num_hidden_layers": options.layers,
@@ -222,7 +257,7 @@ def _heal(run: Run, report: Report, general: Seeds) -> None:
     tokens = train(run, small, rows, steps, options.heal_lr, seed=0, batch=batch, what="healing")
     found |= {"healed on tokens": tokens, "general": nll(run.losses(small, general)),
               "task": nll(run.losses(small, run.rows("test")))}  # fmt: skip
-    report.save(student=found)
+    run.note(report, student=found)
     save(small, work / "healed", work / "base")
 
 
@@ -257,11 +292,8 @@ def begin(run: Run, name: str, seed: int) -> Any:
         )
         scale_a(model, 3.0, kept=False)
         return model.to(run.device)
-    if name == METHODS[3]:
-        start = pkt.transplant(
-            work / "teacher", work / "healed", work / "seeds.jsonl", base=work / "base", lineage=work / "moved" / "lineage.json",
-            rank=run.options.rank, control="noise", alpha=start.provenance["alpha"], seed=seed, anyway=True, progress=False,
-        )  # fmt: skip
+    if name == NOISE:
+        start.pairs = noise_like(start.pairs, seed)
     model = inject(
         load_model(work / "healed", dtype=torch.float32), start, mode="paired" if name == "neutral" else "add"
     )
@@ -364,10 +396,10 @@ def main() -> int:
     )
     for name, size in (("hidden", 504), ("neurons", 1152), ("groups", 3), ("layers", 24), ("heal-tokens", 64_000), ("own", 48),
                        ("length", 128), ("teacher-rows", 192), ("train-rows", 64), ("test-rows", 48), ("general-rows", 40),
-                       ("seeds", 3), ("rank", 16), ("heal-batch", 8)):  # fmt: skip
+                       ("seeds", 3), ("rank", 16), ("heal-batch", 8), ("alpha-rows", 16)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--epochs", type=float, default=1.0, help="of the student's trainings")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3], help="tried for each method")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 2e-3], help="tried for each method")
     parser.add_argument("--minutes", type=float, help="begin no further seed after so many")
     parser.add_argument("--heal-lr", type=float, default=4e-4)
     parser.add_argument("--teacher-lr", type=float, default=3e-5)
