@@ -12,28 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError, short_list
-from pkt.files import read_json, safetensors_header, sha256, write_json, write_tensors
-from pkt.models import EXPERT_PARAMETERS, PEFT_EMBEDDINGS, Kind, ModelSpec
+from pkt.files import safetensors_header, sha256, write_json, write_tensors
+from pkt.models import PEFT_EMBEDDINGS, Kind, ModelSpec
+from pkt.models.adapter_files import (
+    CONFIG,
+    PICKLE,
+    WEIGHTS,
+    check_plain,
+    experts_in,
+    factors_in,
+    read_config,
+    setting,
+    wrapped_names,
+)
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-RECORD = "pkt"  # key of pkt's record in the configuration's auto_mapping
-
-# Fields of LoraConfig that make an adapter more than a low-rank change of whole matrices.
-NOT_PLAIN = {
-    "use_dora": "DoRA",
-    "lora_bias": "biases in LoRA",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable tokens",
-    "layer_replication": "layer replication",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "velora_config": "VeLoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-}
 
 
 @dataclass(frozen=True)
@@ -71,14 +64,6 @@ class Pair:
 def parameter_name(module: str, pair: Pair | None) -> str:
     """The parameter that a pair changes."""
     return module if pair is not None and pair.experts else f"{module}.weight"
-
-
-def wrapped_names(parameters: Iterable[str]) -> dict[str, str]:
-    """Experts' parameter -> the module that holds its factors: PEFT nests wrappers, the first registered is innermost."""
-    names: dict[str, list[str]] = {}
-    for parameter in sorted(parameters, key=lambda p: -EXPERT_PARAMETERS.index(p.rpartition(".")[2])):
-        names.setdefault(parameter.rpartition(".")[0], []).append(parameter)
-    return {p: owner + ".base_layer" * depth for owner, found in names.items() for depth, p in enumerate(found)}
 
 
 def in_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,12 +216,8 @@ def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise PktError(f"{folder} has no {CONFIG}; name an adapter folder{where}")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise PktError(f"{folder / CONFIG} is not an adapter's configuration; copy the folder again")
-    pickled = folder / "adapter_model.bin"
+    config = read_config(folder, where=where)
+    pickled = folder / PICKLE
     if (folder / WEIGHTS).is_file() or not pickled.is_file():
         safetensors_header(folder / WEIGHTS)
         return adapter_from_state(load_file(str(folder / WEIGHTS)), config, str(folder)), config
@@ -251,35 +232,20 @@ def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[
 
 def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Adapter:
     """The adapter in a PEFT state dict (adapter names removed), with the configuration's scales folded into B."""
-    if config.get("peft_type") != "LORA":
-        found_type = config.get("peft_type")
-        method = f"is a {found_type} adapter" if found_type else f"has no peft_type in its {CONFIG}"
-        raise PktError(f"{what} {method}; pkt handles LoRA")
-    for key, name in NOT_PLAIN.items():
-        if config.get(key):
-            raise PktError(f"{what} uses {name}, which plain LoRA factors cannot represent; train without it")
-    if config.get("bias", "none") != "none":
-        raise PktError(f"{what} trained biases (bias={config['bias']!r}), which plain LoRA factors cannot represent")
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight)?", key)
-        if match:
-            found.setdefault(match[1], {})[("e" if match[2] else "") + match[3]] = tensor
-    expert = _experts_in(found, config, what)
+    check_plain(config, what)
+    found = factors_in(state, what)
+    expert = experts_in(found, config, what)
     kind: Kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
     pairs: dict[str, Pair] = {}
-    for place, parts in found.items():
+    for place, names in found.items():
         module = expert.get(place, place)
-        embedding = "eA" in parts or "eB" in parts
-        a, b = (parts.get("eA"), parts.get("eB")) if embedding else (parts.get("A"), parts.get("B"))
-        if a is None or b is None:
-            raise PktError(f"{what}: {module} has only one of its two LoRA factors; the file is incomplete")
+        a, b = state[names.a], state[names.b]
         if not (a.isfinite().all() and b.isfinite().all()):
             raise PktError(
                 f"{what}: the LoRA factors of {module} contain NaN or Inf; training diverged before it was saved"
             )
         try:
-            rank = int(_setting("rank_pattern", module, config["r"], config)) if place in expert else a.shape[0]
+            rank = int(setting("rank_pattern", module, config["r"], config)) if place in expert else a.shape[0]
             scale = _scale(module, rank, config)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PktError(
@@ -293,48 +259,12 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
                 )
             a, b = from_peft(a, b, len(a) // rank)
         work = torch.float64 if b.dtype == torch.float64 else torch.float32
-        pairs[module] = Pair(a.to(work), b.to(work) * scale, "embedding" if embedding else kind)
-    if not pairs:
-        raise PktError(f"{what} holds no LoRA factors")
+        pairs[module] = Pair(a.to(work), b.to(work) * scale, "embedding" if names.embedding else kind)
     return Adapter(pairs, str(config.get("base_model_name_or_path") or ""))
 
 
-def _experts_in(places: Iterable[str], config: Mapping[str, Any], what: str) -> dict[str, str]:
-    """Module of PEFT's -> the experts' parameter whose factors it holds. PEFT finds parameters by the ends of their names."""
-    targeted = sorted(config.get("target_parameters") or ())
-    unknown = [t for t in targeted if "." not in t or t.rpartition(".")[2] not in EXPERT_PARAMETERS]
-    if unknown:
-        raise PktError(
-            f"{what} uses target_parameters ({', '.join(unknown[:5])}), and pkt knows those of experts, by names such as "
-            f"{', '.join(f'experts.{name}' for name in EXPERT_PARAMETERS)}; train without the others"
-        )
-    owners = {place: re.sub(r"(\.base_layer)+$", "", place) for place in places}
-    parameters = [
-        f"{owner}.{name}"
-        for owner in dict.fromkeys(owners.values())
-        for name in EXPERT_PARAMETERS
-        if any(f".{owner}.{name}".endswith(f".{t}") for t in targeted)
-    ]
-    found = {place: parameter for parameter, place in wrapped_names(parameters).items()}
-    holding = {parameter.rpartition(".")[0] for parameter in parameters}
-    apart = set(found) ^ {place for place, owner in owners.items() if owner in holding}
-    if apart:
-        raise PktError(
-            f"{what}: its target_parameters and its weights name different experts ({min(apart)}); copy the folder again"
-        )
-    return found
-
-
-def _setting(pattern: str, module: str, default: Any, config: Mapping[str, Any]) -> float:
-    """r or lora_alpha of a module, by the first of a pattern's keys that ends its name."""
-    for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return float(default)
-
-
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha = _setting("alpha_pattern", module, config["lora_alpha"], config)
+    alpha = setting("alpha_pattern", module, config["lora_alpha"], config)
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 

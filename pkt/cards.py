@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pkt.version import __version__
@@ -60,6 +61,37 @@ from a `{mode}` injection. Load it on the original model:
 
 {report}
 """
+
+
+def extraction_summary(ranks: Sequence[int], energies: Mapping[str, float], unsettled: Mapping[str, float]) -> str:
+    """An extraction in a line. unsettled: module -> residual of directions that the iteration had not found when it ended."""
+    mean = sum(energies.values()) / max(1, len(energies))
+    span = str(min(ranks)) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
+    said = f"{len(ranks)} pairs of rank {span}; they catch {100 * mean:.1f}% of their regions' energy on average"
+    if not unsettled:
+        return said
+    worst = max(unsettled, key=lambda module: unsettled[module])
+    return (
+        f"{said}; {len(unsettled)} of them are not quite the leading directions (residual up to {100 * unsettled[worst]:.0f}%, "
+        f"{worst}): their spectra are flat, and svd='adaptive' or 'exact' (--svd) finds them"
+    )
+
+
+def start_words(kind: str, control: str | None) -> str:
+    """What a start or a transplant is, in words."""
+    if control is not None:
+        return f"a control of one, {control}"
+    return {"transplant": "what a teacher learnt, cut to this student", "start": "a start of the student's own"}[kind]
+
+
+def start_summary(ranks: Sequence[int], energies: Mapping[str, float], changed: bool) -> str:
+    """A start or a transplant in a line. changed: whether it makes the student another function at once."""
+    what = "kept: the student is changed" if changed else "neutral: the student is as it was"
+    said = f"{len(ranks)} pairs of rank up to {max(ranks)}, {what}"
+    if not energies:
+        return said
+    mean = sum(energies.values()) / len(energies)
+    return f"{said}; they hold {100 * mean:.1f}% of the change's energy on average"
 
 
 def write_card(folder: Path, card: str, **values: object) -> None:

@@ -14,11 +14,12 @@ import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from pkt.errors import PktError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "pkt.json"
 PAGE_MARK = '<meta name="generator" content="pkt">'
@@ -86,6 +87,12 @@ def followed(out: str | Path) -> Path:
     if target.is_symlink():
         raise PktError(f"{out} is a link that leads back to itself; name another path")
     return target
+
+
+def run_path(out: Path) -> Path:
+    """Where unfinished work on the folder `out` keeps its checkpoints."""
+    out = followed(out).absolute()
+    return out.parent / f".{out.name}.run"
 
 
 def check_output_folder(out: str | Path, *, force: bool = False) -> Path:

@@ -51,6 +51,9 @@ KINDS = {
 }
 
 
+STARTS = ("transplant", "start")  # kinds of what a student starts with as it is
+
+
 def manifest_of(kind: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The content of pkt.json for a folder of this kind."""
     return {"format": KINDS[kind].format, "kind": kind, **entries}

@@ -15,8 +15,9 @@ from lifecycle import IDS, extraction, logits, no_warnings, save_quietly, steps,
 
 import pkt
 from pkt.adapters import read_adapter
-from pkt.lora import INITIAL, load_with_adapter
+from pkt.lora import load_with_adapter
 from pkt.models import load_model
+from pkt.models.adapter_files import INITIAL
 from pkt.training import write_injected
 
 ROWS = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in IDS.repeat(6, 1)]

@@ -46,7 +46,7 @@ def transfer(
     The teacher may be larger than the memory: it is read one layer at a time. The same command continues an interrupted run.
     """
     import pkt
-    from pkt.transferring import run_path
+    from pkt.files import run_path
 
     shown: list[Any] = []
 
@@ -149,7 +149,8 @@ def sensitivity(
 
     Teacher and scores may be larger than the memory. The same command continues an interrupted run.
     """
-    from pkt.transferring import Listeners, run_path, score_checkpoint
+    from pkt.files import run_path
+    from pkt.transferring import Listeners, score_checkpoint
 
     with resumable(run_path(out).is_dir, force=False):
         told = Listeners(on_memory=_print_memory)

@@ -61,7 +61,7 @@ def teach(
     The teacher may be larger than the memory: it is read one layer at a time. The same command continues an interrupted run.
     """
     import pkt
-    from pkt.transferring import run_path
+    from pkt.files import run_path
 
     options.pop("scratch", None)
     if generate:

@@ -108,7 +108,7 @@ def transplant(
     The seeds only choose how much of it is kept. The same command continues an interrupted run.
     """
     import pkt
-    from pkt.transferring import run_path
+    from pkt.files import run_path
 
     folder = out or merge
     if folder is None:

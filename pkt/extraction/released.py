@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkt.adapters import CONFIG, Adapter, adapter_from_state, apply_kinds, check_fit, kinds_of, split_tied
+from pkt.adapters import Adapter, adapter_from_state, apply_kinds, check_fit, kinds_of, split_tied
 from pkt.errors import PktError
 from pkt.extraction.start import Start
 from pkt.files import as_path, check_apart, check_output_folder, os_errors, read_json
 from pkt.manifest import versions
 from pkt.models import spec_of
+from pkt.models.adapter_files import CONFIG, PICKLE
 
-PICKLE = "adapter_model.bin"
 TWIN = "-delta"
 
 

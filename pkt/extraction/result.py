@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
-from pkt.cards import EXTRACTION, write_card
+from pkt.cards import EXTRACTION, extraction_summary, write_card
 from pkt.errors import PktError
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import manifest_of, name_kind, read_manifest
@@ -36,24 +36,8 @@ class Extraction:
         return Adapter(self.pairs, str(self.plan.student.get("name", "")), tied_head)
 
     def __str__(self) -> str:
-        mean = sum(self.energies.values()) / max(1, len(self.energies))
-        ranks = sorted({p.rank for p in self.pairs.values()})
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        return (
-            f"{len(self.pairs)} pairs of rank {span}; they catch {100 * mean:.1f}% of their regions' energy on average"
-            f"{self._unsettled()}"
-        )
-
-    def _unsettled(self) -> str:
-        """What is to be said of directions that the iteration had not found when it ended."""
-        found: dict[str, float] = self.provenance.get("unsettled", {})
-        if not found:
-            return ""
-        worst = max(found, key=lambda module: found[module])
-        return (
-            f"; {len(found)} of them are not quite the leading directions (residual up to {100 * found[worst]:.0f}%, {worst}): "
-            "their spectra are flat, and svd='adaptive' or 'exact' (--svd) finds them"
-        )
+        ranks = [p.rank for p in self.pairs.values()]
+        return extraction_summary(ranks, self.energies, self.provenance.get("unsettled", {}))
 
     def __repr__(self) -> str:
         return f"Extraction({self})"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pkt.adapters import Adapter, Pair, read_adapter, split_tied
+from pkt.cards import start_summary, start_words
 from pkt.errors import PktError
 from pkt.extraction.result import Extraction
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
-from pkt.manifest import manifest_of, name_kind, read_manifest
+from pkt.manifest import STARTS, manifest_of, name_kind, read_manifest
 from pkt.options import Mode
 
 
@@ -22,7 +23,7 @@ class Start:
     student: its identity (`ModelSpec.identity`); energies: share of each change's squared norm that its pair holds.
     """
 
-    KINDS: ClassVar[tuple[str, ...]] = ("transplant", "start")
+    KINDS: ClassVar[tuple[str, ...]] = STARTS
 
     kind: str
     pairs: dict[str, Pair]
@@ -40,12 +41,7 @@ class Start:
 
     def __str__(self) -> str:
         changed = self.mode == "add" and any(bool(p.B.any()) for p in self.pairs.values())
-        what = "kept: the student is changed" if changed else "neutral: the student is as it was"
-        said = f"{len(self.pairs)} pairs of rank up to {self.rank}, {what}"
-        if not self.energies:
-            return said
-        mean = sum(self.energies.values()) / len(self.energies)
-        return f"{said}; they hold {100 * mean:.1f}% of the change's energy on average"
+        return start_summary([p.rank for p in self.pairs.values()], self.energies, changed)
 
     def __repr__(self) -> str:
         return f"Start({self.kind}: {self})"
@@ -90,11 +86,7 @@ class Start:
     @property
     def how(self) -> str:
         """What it is, in words."""
-        if "control" in self.provenance:
-            return f"a control of one, {self.provenance['control']}"
-        return {"transplant": "what a teacher learnt, cut to this student", "start": "a start of the student's own"}[
-            self.kind
-        ]
+        return start_words(self.kind, self.provenance.get("control"))
 
     def card(self) -> str:
         """README.md of the folder."""

@@ -11,7 +11,6 @@ from pkt.lora.plain import DRAWN as DRAWN
 from pkt.lora.plain import check_init as check_init
 from pkt.lora.plain import draw_pairs as draw_pairs
 from pkt.lora.plain import mode_of as mode_of
-from pkt.lora.recognition import INITIAL as INITIAL
 from pkt.lora.recognition import read_source as read_source
 from pkt.lora.record import Mode as Mode
 from pkt.lora.wrapping import ADAPTER as ADAPTER

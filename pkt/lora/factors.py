@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkt.adapters import RECORD, Adapter, Pair, from_peft
+from pkt.adapters import Adapter, Pair, from_peft
 from pkt.errors import PktError
-from pkt.lora.record import SHIFTED, Mode, make_record, subtract
+from pkt.lora.record import Mode, make_record, subtract
+from pkt.models.adapter_files import RECORD, SHIFTED
 
 
 def start_adapter(peft_model: Any, adapter: Adapter, mode: Mode, name: str) -> None:

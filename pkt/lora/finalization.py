@@ -24,10 +24,11 @@ from pkt.extraction import Extraction
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora.checking import TOLERANCE, Check, dtype_of, self_check, token_ids_of
 from pkt.lora.recognition import Source, read_source
-from pkt.lora.record import SHIFTED, compare_sketch, subtract
+from pkt.lora.record import compare_sketch, subtract
 from pkt.lora.wrapping import spec_of_base, unwrapped
 from pkt.manifest import manifest_of, recorded_day, versions
 from pkt.models import Model, ModelSpec, load_model, save_model, spec_of
+from pkt.models.adapter_files import SHIFTED
 
 
 @dataclass(repr=False)

@@ -27,10 +27,11 @@ from pkt.errors import PktError, PktWarning, short_list
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import as_path
 from pkt.lora.factors import arm_pair, layer_of, lora_parameters, shift, start_adapter
-from pkt.lora.record import MODES, SHIFTED, Mode, check_unshifted, compare_sketch, few, name_of, parameter_of, record_of
+from pkt.lora.record import Mode, check_unshifted, compare_sketch, few, name_of, parameter_of
 from pkt.lora.tying import is_tied, tie
 from pkt.lora.wrapping import ADAPTER, add_adapter, config_of, is_peft_model, spec_of_base, wrap
 from pkt.models import ModelSpec, Target, load_model, spec_of_model
+from pkt.models.adapter_files import MODES, SHIFTED, record_of
 
 DROPOUT = 0.05  # the paper's
 # Relative movement of the second half that rounding to bf16 cannot explain.

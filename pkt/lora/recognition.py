@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkt.adapters import CONFIG, Adapter, Pair, adapter_from_state, read_adapter
+from pkt.adapters import Adapter, Pair, adapter_from_state, read_adapter
 from pkt.errors import PktError, PktWarning
 from pkt.extraction import Extraction
-from pkt.files import MANIFEST, as_path, read_json
-from pkt.lora.record import SHIFTED, record_of
+from pkt.files import as_path
 from pkt.lora.wrapping import unwrapped
-from pkt.manifest import read_manifest
-
-INITIAL = "pkt_initial"  # folder with the factors that a residual adapter started from
+from pkt.models.adapter_files import CONFIG, SHIFTED, Origin, origin_of, read_config, record_of, without_initial
 
 
 @dataclass
@@ -50,10 +47,7 @@ def read_source(source: Any, extraction: Extraction | str | Path | None = None) 
     if found.mode == "residual":
         where = "this model" if isinstance(source, nn.Module) else str(source)
         if found.initial is None:
-            raise PktError(
-                f"{where} is a residual adapter without its initial factors, so its change cannot be computed; finalize it inside "
-                "its run folder, or name the extraction it started from (--extraction DIR)"
-            )
+            raise PktError(without_initial(where))
         wanted = found.record.get("initial")
         if wanted is not None and wanted != Adapter(found.initial, "").fingerprint():
             raise PktError(
@@ -96,44 +90,18 @@ def _read_model(model: Any) -> Source:
 def _read_folder(folder: Path) -> Source:
     if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
         raise PktError(f"{folder} is a model, not an adapter folder; name the folder that holds the trained adapter")
-    run = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / MANIFEST).is_file()), None)
-    manifest = {} if run is None else read_manifest(run)
-    kind = manifest.get("kind")
-    if kind == "extraction" and run == folder:
-        raise PktError(
-            f"{folder} is an extraction, not a trained adapter; train it first (pkt train), or load it with PEFT as it is"
-        )
-    adapter, config = read_adapter(folder)
-    record = record_of(config) or {}
-    # The base a residual folder was trained on, when pkt wrote it as a complete student.
-    base = Path(adapter.base) if adapter.base else None
-    shifted = read_json(base / "config.json").get(SHIFTED) if base and (base / "config.json").is_file() else None
-    if kind == "run":
-        mode, student, how = str(manifest["mode"]), manifest.get("student"), f"{run}/{MANIFEST}"
-        if record and record["mode"] != mode:
-            raise PktError(
-                f"{folder} was injected as {record['mode']}, but {how} says {mode}; it belongs to another run"
-            )
-    elif kind == "adapter" and run == folder:
-        mode, student, how = "plain", adapter.base, f"its {MANIFEST}"
-    elif record:
-        mode, student, how = record["mode"], record["student"], f"the record in its {CONFIG}"
-    elif shifted:
-        mode, student, how = "residual", shifted["student"], f"the shifted base it was trained on, {base}"
-        record = {"initial": shifted["initial"]}
-    elif looks_paired(adapter):
-        mode, student, how = "paired", adapter.base, "its factors: the second half is a pair of singular factors"
-    else:
+    origin = origin_of(folder, read_config(folder))
+    adapter, _ = read_adapter(folder)
+    if origin is None and looks_paired(adapter):
+        origin = Origin("paired", adapter.base, "its factors: the second half is a pair of singular factors")
+    if origin is None:
         raise PktError(
             f"{folder}: pkt cannot tell how this adapter was injected: no run manifest beside it, no record in its {CONFIG}, and "
             "its factors are not a paired adapter's. If pkt.inject made it, finalize the trainer's own output folder, or the "
             "model in memory; if not, it needs no finalize"
         )
-    if mode != "residual":
-        return Source(adapter, mode, None, record, student, how)
-    places = [f / INITIAL for f in (run, base) if f is not None]
-    initial = next((read_adapter(p)[0] for p in places if (p / CONFIG).is_file()), None)
-    return Source(adapter, mode, None if initial is None else initial.pairs, record, student, how)
+    initial = None if origin.initial is None else read_adapter(origin.initial)[0].pairs
+    return Source(adapter, origin.mode, initial, origin.record, origin.student, origin.how)
 
 
 def looks_paired(adapter: Adapter) -> bool:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pkt.adapters import RECORD, Adapter, Pair, parameter_name
+from pkt.adapters import Adapter, Pair, parameter_name
 from pkt.errors import PktError
 from pkt.models import Model
+from pkt.models.adapter_files import SHIFTED
 from pkt.options import Mode as Mode
-
-MODES: tuple[Mode, ...] = get_args(Mode)
-SHIFTED = "pkt_residual"  # in the configuration of a base whose weights are W − B₀A₀
-
-
-def record_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """pkt's record in an adapter's configuration, or None."""
-    record = (config.get("auto_mapping") or {}).get(RECORD)
-    return record if isinstance(record, dict) and record.get("mode") in MODES else None
 
 
 def make_record(base: nn.Module, adapter: Adapter, mode: Mode) -> dict[str, Any]:

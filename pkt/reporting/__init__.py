@@ -1,4 +1,4 @@
-"""What is in a folder: as a page, as lines."""
+"""What is in a folder: as a page, as lines. Imports no torch: most folders are told by their headers."""
 
 from pkt.reporting.environment import environment as environment
 from pkt.reporting.folders import inspect_folder as inspect_folder

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from pkt import ops
 from pkt.manifest import versions
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices, and the implementation of each op on each device here."""
     import importlib.util
+
+    import torch
+
+    from pkt import ops
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     names = {d: torch.cuda.get_device_name(d) for d in devices if d != "cpu"}

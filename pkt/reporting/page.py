@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pkt.extraction import Extraction, Start, describe_factorization, open_start
 from pkt.files import atomic_file, check_output_file
-from pkt.planning import describe
 from pkt.reporting.plots import TAKEN, check_packages, new_figure, plot_layers, plot_scales, png_bytes
+
+if TYPE_CHECKING:
+    from pkt.extraction import Extraction, Start
 
 
 def page(title: str, sections: list[dict[str, Any]]) -> str:
@@ -26,6 +27,8 @@ def page(title: str, sections: list[dict[str, Any]]) -> str:
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """The HTML page of an extraction, a transplant or a start. Raises `PktError` for a folder of anything else."""
+    from pkt.extraction import Extraction, open_start
+
     made = open_start(folder)
     if out is not None:
         check_output_file(out, "<!", force=True)
@@ -40,6 +43,9 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _of_extraction(ext: Extraction) -> list[dict[str, Any]]:
+    from pkt.extraction import describe_factorization
+    from pkt.planning import describe
+
     plan = ext.plan
     sections: list[dict[str, Any]] = []
     facts = [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from pkt import ops
 from pkt.extras import needs
-from pkt.planning import TransferPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pkt.planning import TransferPlan
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
 
@@ -40,9 +40,11 @@ def plot_layers(axes: Any, plan: TransferPlan) -> None:
     axes.set_xlabel("layer")
 
 
-def plot_window(axes: Any, score: torch.Tensor, plan: TransferPlan, source: str) -> None:
+def plot_window(axes: Any, score: Tensor, plan: TransferPlan, source: str) -> None:
     """The sensitivity map of one matrix, averaged down, with its chosen window."""
     from matplotlib.patches import Rectangle
+
+    from pkt import ops
 
     entry = next(e for e in plan.entries if e.source == source)
     side = max(1, max(score.shape) // 128)
@@ -62,7 +64,7 @@ def plot_methods(
     """One point per training seed and a bar at the mean, per method; a dashed line where `guess` lies."""
     for row, values in enumerate(results.values()):
         axes.plot(values, [row] * len(values), "o", color=TAKEN, alpha=0.6, markersize=5)
-        axes.plot([np.mean(values)] * 2, [row - 0.25, row + 0.25], color="black", linewidth=2)
+        axes.plot([sum(values) / len(values)] * 2, [row - 0.25, row + 0.25], color="black", linewidth=2)
     if guess is not None:
         axes.axvline(guess, color="black", linestyle="--", linewidth=1, label="guessing the commonest answer")
         axes.legend(fontsize=7)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError, PktWarning
-from pkt.files import as_path, check_apart, check_output_folder, is_stored
+from pkt.files import as_path, check_apart, check_output_folder, is_stored, run_path
 from pkt.manifest import recorded_day, versions
 from pkt.models import Model, checked_device, vocabulary_digest
 from pkt.options import RowTemplate, TrainingLoss
@@ -45,7 +45,7 @@ from pkt.streaming import (
 )
 from pkt.targets import DIGEST, Targets, row_digest, write_targets
 from pkt.teaching.drawing import Keeper, uniforms
-from pkt.transferring import RunFolder, run_path
+from pkt.transferring import RunFolder
 
 DRAWS = 64
 MOST = 4096  # draws, or likeliest tokens

@@ -1,8 +1,6 @@
 """The first half of the work in one call: streamed, resumable."""
 
 from pkt.transferring.checkpoints import RunFolder as RunFolder
-from pkt.transferring.checkpoints import describe_run as describe_run
-from pkt.transferring.checkpoints import run_path as run_path
 from pkt.transferring.job import Recipe as Recipe
 from pkt.transferring.reader import Listeners as Listeners
 from pkt.transferring.run import transfer as transfer

@@ -19,19 +19,13 @@ from torch import Tensor
 from pkt import ops
 from pkt.adapters import Pair
 from pkt.errors import PktError
-from pkt.files import LOCK, atomic_file, followed, lock_folder, read_json, sha256, write_json, write_tensors
-from pkt.manifest import difference, spoken_name
+from pkt.files import LOCK, atomic_file, lock_folder, read_json, run_path, sha256, write_json, write_tensors
+from pkt.manifest import difference
 from pkt.planning import Entry
 from pkt.streaming import Key, MemoryPlan, Progress, spoken_size
 from pkt.transferring.extractor import Choice, Extractor
 
 RUN_FORMAT = "pkt-run-2"
-
-
-def run_path(out: Path) -> Path:
-    """Where an unfinished transfer to `out` keeps its checkpoints."""
-    out = followed(out).absolute()
-    return out.parent / f".{out.name}.run"
 
 
 class RunFolder:
@@ -284,33 +278,6 @@ def _restored(record: dict[str, Any], factors: Mapping[str, Tensor], i: int) -> 
             kind = choice.entries[name][0].kind
             choice.pairs[name] = Pair(factors[f"{i}.A.{name}"], factors[f"{i}.B.{name}"], kind)
     return choice
-
-
-def describe_run(path: Path) -> dict[str, str]:
-    """What an unfinished run is, how far it came, and how it goes on. Raises `PktError` for a folder that is none."""
-    value = read_json(path / "run.json")
-    inputs = value.get("inputs") if isinstance(value, dict) else None
-    if not isinstance(inputs, dict) or "teacher" not in inputs:
-        raise PktError(f"{path / 'run.json'} is damaged; start over with --force, or delete {path}")
-    parts = len(list(path.glob("step-*.safetensors")))
-    if inputs.get("kind") == "targets":
-        passes = len(value.get("execution", {}).get("micro_batches", ()))
-        return {
-            "is": f"an unfinished reading of a teacher's distributions: {parts} of {passes} passes are finished",
-            "teacher": str(inputs["teacher"]),
-            "next": "the same pkt teach command continues it; with --force it starts over; the folder may be deleted",
-        }
-    what, command = ("transfer", "transfer") if "student" in inputs else ("scoring", "sensitivity")
-    given = {spoken_name(k): v for k, v in inputs.items() if v is not None and not isinstance(v, (dict, list))}
-    settings = ", ".join(f"{k} {v}" for k, v in given.items() if len(str(v)) < 40)
-    over = "with --force it starts over; the folder may be deleted" if "student" in inputs else "or delete the folder"
-    return {
-        "is": f"an unfinished {what}: {parts} of {inputs['teacher'].get('num_layers', 0) + 2} parts are finished",
-        "teacher": str(inputs["teacher"].get("name")),
-        **({"student": str(inputs["student"].get("name"))} if "student" in inputs else {}),
-        "options": settings,
-        "next": f"the same pkt {command} command continues it; {over}",
-    }
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

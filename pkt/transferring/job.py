@@ -21,7 +21,7 @@ from torch import Tensor
 from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction
-from pkt.files import MANIFEST, check_output_folder, os_errors, sha256, sweep_scratch
+from pkt.files import MANIFEST, check_output_folder, os_errors, run_path, sha256, sweep_scratch
 from pkt.manifest import difference, recorded_day, versions
 from pkt.models import Model, checked_device, content_kind, other_ids, with_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
@@ -31,7 +31,7 @@ from pkt.scoring import KEPT as SCORES
 from pkt.scoring import check_measure, check_tile, in_order_of, longest_first
 from pkt.seeds import Seeds, collate, load_seeds
 from pkt.streaming import parse_size, samples_of
-from pkt.transferring.checkpoints import RunFolder, run_path
+from pkt.transferring.checkpoints import RunFolder
 
 SeedsLike: TypeAlias = Seeds | str | Path
 

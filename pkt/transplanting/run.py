@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pkt.adapters import WEIGHTS, Pair
+from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.extraction import Start
 from pkt.files import (
@@ -28,6 +28,7 @@ from pkt.files import (
     check_apart,
     check_output_folder,
     is_stored,
+    run_path,
     safetensors_header,
     sha256,
     write_tensors,
@@ -36,10 +37,11 @@ from pkt.lora import write_merged
 from pkt.manifest import recorded_day, versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
 from pkt.models import Model, Target, load_model
+from pkt.models.adapter_files import WEIGHTS
 from pkt.progress import bar
 from pkt.seeds import Seeds
 from pkt.starting import best_scale, rows_for, tried
-from pkt.transferring import RunFolder, run_path
+from pkt.transferring import RunFolder
 from pkt.transplanting.content import Difference, Rank, open_content, pairs_of, vectors_of, whole_pairs
 from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled
 

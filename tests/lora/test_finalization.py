@@ -21,9 +21,10 @@ from torch import Tensor
 import pkt
 from pkt.adapters import CONFIG, WEIGHTS, Adapter, Pair, read_adapter
 from pkt.files import MANIFEST
-from pkt.lora import INITIAL, load_with_adapter
+from pkt.lora import load_with_adapter
 from pkt.lora.finalization import refactor
 from pkt.models import load_model
+from pkt.models.adapter_files import INITIAL
 from pkt.reporting import inspect_folder
 
 MODES = ("paired", "residual", "add")
