@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pkt.errors import PktError
+from pkt.errors import PktError, PktWarning
 from pkt.files import os_errors, sha256
 from pkt.models import load_tokenizer, quiet
 from pkt.options import RowTemplate, TrainingLoss
@@ -30,6 +31,7 @@ class Example:
     prompt_ids: list[int]  # what comes before the last answer; empty for {"text"}
     answer: str  # the last answer as text; the whole text for {"text"}
     line: int
+    cut: bool = False  # to `max_length`
 
 
 class Seeds(Sequence[Example]):
@@ -153,7 +155,7 @@ def load_seeds(
     ends with an empty line, the row with the end token.
 
     Raises `PktError` naming file and line for malformed JSON or rows, a template that does not end, a row left without a
-    target token (also by truncation to `max_length` tokens), and an empty file.
+    target token (also by truncation to `max_length` tokens), and an empty file. A `PktWarning` says how many rows were cut.
     """
     if loss not in get_args(TrainingLoss):
         raise PktError(f"loss={loss!r} is unknown; choose one of {', '.join(get_args(TrainingLoss))}")
@@ -183,6 +185,14 @@ def load_seeds(
     if not examples:
         raise PktError(f"{path} has no rows; add some of the form {FORMS}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    cut = sum(example.cut for example in examples)
+    if cut:
+        rows = f"{cut} of {len(examples)} rows {'is' if cut == 1 else 'are'}"
+        warnings.warn(
+            f"{path}: {rows} longer than {max_length} tokens and cut there; max_length (--max-length) sets where",
+            PktWarning,
+            stacklevel=2,
+        )
     # What stands in the padding does not count, but a model must have it: a tokenizer may have tokens beyond the model's.
     pad = min(pad, max(max(e.input_ids) for e in examples))
     return Seeds(examples, str(path), pad, writer.today if writer.dated else None)
@@ -247,4 +257,4 @@ def _encode(
             )
         raise PktError(f"{where}: no target token; the answer is empty or a single token with nothing before it")
     answer_text = pieces[-1][0] if pieces[-1][1] else next((p for p, a in reversed(pieces) if a), "")
-    return Example(ids, labels, prompt_ids, answer_text, number)
+    return Example(ids, labels, prompt_ids, answer_text, number, length > max_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,13 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
 
 
 def test_truncation_keeps_targets_or_says_so(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "s.jsonl", {"prompt": "a" * 10, "completion": "b" * 10})
-    assert text_of(pkt.load_seeds(path, Plain(True), max_length=15), 0, True) == "b" * 4
+    path = write_rows(tmp_path / "s.jsonl", {"prompt": "a" * 10, "completion": "b" * 10}, {"text": "c"})
+    said = re.escape(f"{path}: 1 of 2 rows is longer than 15 tokens and cut there; max_length (--max-length)")
+    with pytest.warns(pkt.PktWarning, match=said):
+        cut = pkt.load_seeds(path, Plain(True), max_length=15)
+    assert text_of(cut, 0, True) == "b" * 4
+    assert [e.cut for e in cut] == [True, False]
+    assert not any(e.cut for e in pkt.load_seeds(path, Plain(True), max_length=22))  # as long as may be
     with pytest.raises(pkt.PktError, match=r"s\.jsonl:1: no target token is left after truncation to 11 of 22 tokens"):
         pkt.load_seeds(path, Plain(True), max_length=11)
 
@@ -321,9 +327,11 @@ def test_no_more_of_a_huge_row_is_read_than_can_be_kept(tokenizer: Any, tmp_path
     }[form]
     small = json.loads(json.dumps(row).replace(huge, "word " * 4000))
     begin = time.process_time()
-    found = pkt.load_seeds(write_rows(tmp_path / "s.jsonl", row), tokenizer, max_length=512)[0]
+    with pytest.warns(pkt.PktWarning, match="1 of 1 rows is longer than 512 tokens"):
+        found = pkt.load_seeds(write_rows(tmp_path / "s.jsonl", row), tokenizer, max_length=512)[0]
     assert time.process_time() - begin < 5
-    expected = pkt.load_seeds(write_rows(tmp_path / "t.jsonl", small), tokenizer, max_length=512)[0]
+    with pytest.warns(pkt.PktWarning):
+        expected = pkt.load_seeds(write_rows(tmp_path / "t.jsonl", small), tokenizer, max_length=512)[0]
     assert (found.input_ids, found.labels) == (expected.input_ids, expected.labels)
 
 

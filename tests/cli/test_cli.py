@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,38 @@ def test_an_unreadable_file_is_one_line(
     monkeypatch.setattr("pkt.reporting.inspect_folder", lambda *args: guarded("notes.txt"))
     code, text = main_prints(monkeypatch, capsys, "inspect", tmp_path)
     assert (code, text) == (1, "error: [Errno 13] Permission denied: 'notes.txt'")
+
+
+def test_rows_that_are_cut_are_counted_once(
+    monkeypatch: Any,
+    capsys: Any,
+    teacher_dir: Path,
+    student_dir: Path,
+    extraction_dir: Path,
+    seed_file: Path,
+    tmp_path: Path,
+) -> None:
+    lines = seed_file.read_text().splitlines()[:4]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    longest = max(len(e.input_ids) for e in pkt.load_seeds(tmp_path / "few.jsonl", student_dir))
+    rows: Any = [tmp_path / "few.jsonl", "--max-length", longest - 1]
+    said = r"few\.jsonl: [1-4] of 4 rows (is|are) longer than \d+ tokens and cut there"
+    commands: list[list[Any]] = [
+        ["evaluate", student_dir, *rows],
+        ["train", student_dir, extraction_dir, *rows, "--out", tmp_path / "run", "--max-steps", 1],
+        ["sensitivity", teacher_dir, *rows, "--out", tmp_path / "s.safetensors"],
+        ["transfer", teacher_dir, student_dir, *rows, "--out", tmp_path / "e", "--rank", 2, "--modules", "q"],
+    ]
+    for command in commands:
+        with pytest.warns(pkt.PktWarning, match=said) as found:
+            run(*command)
+        assert len([w for w in found if issubclass(w.category, pkt.PktWarning)]) == 1
+    # On the command line it is one line, as an error is.
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("default", pkt.PktWarning)
+        code, text = main_prints(patch, capsys, *commands[0])
+    assert code == 0
+    assert re.fullmatch(rf"note: .*{said}; max_length \(--max-length\) sets where", text)
 
 
 def test_what_to_type_next_can_be_typed(

@@ -109,7 +109,8 @@ def test_every_command_refuses_the_row_before_the_work(
         training.train(folder, extraction_dir, rows, tmp_path / "run")
     with pytest.raises(pkt.PktError, match=r"rows of \d+ tokens, and the model only 64 positions"):
         pkt.sensitivity(model, rows)
-    cut = pkt.load_seeds(tmp_path / "rows.jsonl", tokenizer, max_length=64)
+    with pytest.warns(pkt.PktWarning, match="1 of 2 rows is longer than 64 tokens"):
+        cut = pkt.load_seeds(tmp_path / "rows.jsonl", tokenizer, max_length=64)
     assert evaluate(model, cut).nll > 0
 
 
@@ -118,7 +119,8 @@ def test_samples_for_a_check_are_cut_to_the_positions(tmp_path: Path, tokenizer:
 
     folder = save(zoo.gpt2(vocab=len(tokenizer)), tmp_path / "gpt2", tokenizer)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "1 " * 200}) + "\n")
-    found = token_ids_of(tmp_path / "rows.jsonl", folder, spec_of(folder))
+    with pytest.warns(pkt.PktWarning, match="1 of 1 rows is longer than 64 tokens"):
+        found = token_ids_of(tmp_path / "rows.jsonl", folder, spec_of(folder))
     assert found is not None
     assert [len(row) for row in found] == [64]
     with pytest.raises(pkt.PktError, match="samples hold a row of 65 tokens, and the student has only 64 positions"):

@@ -141,7 +141,8 @@ def test_generation_stays_within_the_models_positions(tmp_path: Path, tokenizer:
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     long = [*turns, {"role": "user", "content": "1 " * 80}, {"role": "assistant", "content": "3"}]
     (tmp_path / "long.jsonl").write_text(json.dumps({"messages": long}) + "\n")
-    cut = load_seeds(tmp_path / "long.jsonl", tokenizer, max_length=64)
+    with pytest.warns(pkt.PktWarning, match="1 of 1 rows is longer than 64 tokens"):
+        cut = load_seeds(tmp_path / "long.jsonl", tokenizer, max_length=64)
     with pytest.raises(
         pkt.PktError, match=r"long\.jsonl:1: the prompt of \d+ tokens leaves none of the model's 64 positions"
     ):
