@@ -16,6 +16,40 @@ from pkt.seeds import IGNORE
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
+def checked_loss(loss_fn: LossFn) -> LossFn:
+    """A caller's loss, whose faults are one `PktError` that says what is expected and what came.
+
+    Raises it at once for what cannot be called with a model and a batch.
+    """
+    expected = "sensitivity calls loss_fn(model, batch) and expects one loss per sample, a tensor [B]"
+    try:
+        inspect.signature(loss_fn).bind(None, None)
+    except TypeError as error:
+        raise PktError(f"{expected}; {_named(loss_fn)} cannot be called so ({error})") from error
+    except ValueError:  # a builtin without a signature
+        pass
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        try:
+            found: Any = loss_fn(model, batch)
+        except (AttributeError, TypeError, KeyError, IndexError) as error:
+            raise PktError(
+                f"{expected}; {_named(loss_fn)} stopped with {type(error).__name__}: {error} (the model is a "
+                f"{type(model).__name__}, the batch a {type(batch).__name__})"
+            ) from error
+        if not isinstance(found, Tensor):
+            raise PktError(f"{expected}; {_named(loss_fn)} returned a {type(found).__name__}")
+        if found.ndim > 1 and found.shape[0] != found.numel():
+            raise PktError(f"{expected}; {_named(loss_fn)} returned a tensor {list(found.shape)}")
+        return found
+
+    return loss
+
+
+def _named(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 def check_labels(batch: Any) -> None:
     if isinstance(batch, Mapping) and "labels" not in batch and {"messages", "prompt", "text"} & set(batch):
         raise PktError(

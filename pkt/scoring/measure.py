@@ -16,7 +16,7 @@ from pkt.ops import MEASURES
 from pkt.progress import bar
 from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
-from pkt.scoring.losses import LossFn, check_labels, default_loss
+from pkt.scoring.losses import LossFn, check_labels, checked_loss, default_loss
 from pkt.scoring.result import Sensitivity
 from pkt.scoring.scorer import score_batches
 from pkt.seeds import Seeds
@@ -48,7 +48,7 @@ def sensitivity(
     device: where the scores are kept; default: where each parameter is.
 
     Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
-    gradient that is not finite (naming the sample and the first bad parameter), and an empty loader.
+    gradient that is not finite (naming the sample and the first bad parameter), a loss_fn of another form, and an empty loader.
     """
     if not isinstance(model, nn.Module):
         raise PktError(f"sensitivity takes a model in memory, not {model!r}; pkt.transfer takes checkpoint directories")
@@ -72,6 +72,7 @@ def sensitivity(
     batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
     if not batches:
         raise PktError("the loader gave no batches; there is nothing to score on")
+    loss = default_loss if loss_fn is None else checked_loss(loss_fn)
     limit = position_limit(model, decoder_layers(model))
     for batch in batches:
         _check_batch(model, batch, loss_fn, limit)
@@ -81,7 +82,7 @@ def sensitivity(
         rows_apart(model),
         bar("scoring", total, unit="samples", shown=progress) as advance,
     ):
-        loss, how = loss_fn or default_loss, MEASURES[measure]
+        how = MEASURES[measure]
         scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
     if place is not None:
         scores = {name: score.to(place) for name, score in scores.items()}

@@ -18,6 +18,7 @@ from pkt.errors import SampleError
 from pkt.ops import tile_sums
 from pkt.scoring import Findings
 from pkt.scoring import head as head_loss
+from pkt.scoring.losses import per_sample_loss
 
 SAMPLES = oracle.token_samples(32)
 MODELS = {
@@ -31,6 +32,11 @@ MODELS = {
 def scored(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Tensor]]:
     model = MODELS[request.param]()
     return model, oracle.sensitivity(model, oracle.batched(SAMPLES, 1))
+
+
+def trainers_loss(outputs: Any, labels: Any, num_items_in_batch: int | None = None) -> Tensor:
+    """As transformers' Trainer calls its own."""
+    return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -492,6 +498,43 @@ class TestBadInput:
             pkt.sensitivity(zoo.llama(), oracle.batched(SAMPLES[:1], 1), params=["nothing"], progress=False)
         with pytest.raises(pkt.PktError, match="no parameter to score"):
             pkt.sensitivity(zoo.llama(), oracle.batched(SAMPLES[:1], 1), params="nothing", progress=False)
+
+    @pytest.mark.parametrize(
+        ("loss", "came"),
+        [
+            ("cross-entropy", "str cannot be called so"),
+            (lambda batch: batch, "<lambda> cannot be called so (too many positional arguments)"),
+            (lambda m, b, scale: m, "<lambda> cannot be called so (missing a required argument: 'scale')"),
+            (
+                trainers_loss,
+                "trainers_loss stopped with AttributeError: 'LlamaForCausalLM' object has no attribute 'logits'",
+            ),
+            (lambda m, b: m(**b["inputs"]).loss, "<lambda> stopped with KeyError: 'inputs'"),
+            (lambda m, b: m(**b), "<lambda> returned a CausalLMOutputWithPast"),
+            (lambda m, b: None, "<lambda> returned a NoneType"),
+            (lambda m, b: m(**b).loss.item(), "<lambda> returned a float"),
+            (lambda m, b: m(**b).logits.logsumexp(-1), "<lambda> returned a tensor [2, "),
+        ],
+    )
+    def test_a_loss_of_another_form_is_told_what_is_expected(self, loss: Any, came: str) -> None:
+        expected = "sensitivity calls loss_fn(model, batch) and expects one loss per sample, a tensor [B]; "
+        with pytest.raises(pkt.PktError) as refused:
+            pkt.sensitivity(zoo.llama(), oracle.batched(SAMPLES[:2], 2), loss_fn=loss, progress=False)
+        assert str(refused.value).startswith(expected + came)
+        assert "\n" not in str(refused.value)
+
+    def test_a_loss_of_the_right_form_may_have_more_to_it(self) -> None:
+        """A callable object, defaults beside the two arguments, a column in place of a vector: all one loss per sample."""
+
+        class PerSample:
+            def __call__(self, model: nn.Module, batch: Any, scale: float = 1.0) -> Tensor:
+                labels = batch.pop("labels")  # the batch is this call's own
+                return scale * per_sample_loss(model(**batch).logits, labels)[:, None]
+
+        model, batches = zoo.llama(), oracle.batched(SAMPLES[:3], 3)
+        found = pkt.sensitivity(model, batches, loss_fn=PerSample(), progress=False)
+        for name, score in pkt.sensitivity(model, batches, progress=False).items():
+            torch.testing.assert_close(found[name], score)
 
     def test_a_loss_that_ignores_the_parameters(self) -> None:
         with pytest.raises(pkt.PktError, match="does not depend on the parameters"):
