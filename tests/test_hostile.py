@@ -310,6 +310,7 @@ def _(place: Place) -> list[Any]:
 def edited_plan(place: Place, change: Callable[[list[dict[str, Any]]], None]) -> list[Any]:
     """The command that extracts a plan with changed entries."""
     plan = json.loads((place.extraction / "pkt.json").read_text())["plan"]
+    plan["student"]["name"] = str(place.student)
     change(plan["entries"])
     (place.folder / "plan.json").write_text(json.dumps(plan))
     return ["extract", place.teacher, place.folder / "plan.json", "--out", place.out, "--rank", 4]
@@ -327,6 +328,34 @@ def _(place: Place) -> list[Any]:
 )
 def _(place: Place) -> list[Any]:
     return edited_plan(place, lambda entries: entries[3]["region"].update(cols=[[-8, 24]]))
+
+
+@case(RESULTS, "a plan for a matrix that the student does not have", "this plan does not fit ... has no such matrix")
+def _(place: Place) -> list[Any]:
+    return edited_plan(place, lambda entries: entries[3].update(target="model.layers.9.self_attn.q_proj"))
+
+
+@case(RESULTS, "a plan for a matrix of another shape", "this plan does not fit ... the plan has [")
+def _(place: Place) -> list[Any]:
+    def shrink(entries: list[dict[str, Any]]) -> None:
+        (a, b), *_ = entries[3]["region"]["rows"]
+        rows, cols = entries[3]["region"]["shape"]
+        entries[3]["region"].update(rows=[[a, b - 1]], shape=[rows - 1, cols])
+
+    return edited_plan(place, shrink)
+
+
+@case(RESULTS, "a plan for a student that has become another", "the plan was made from another model")
+def _(place: Place) -> list[Any]:
+    file = place.student / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 1}))
+    return edited_plan(place, lambda entries: None)
+
+
+@case(RESULTS, "a plan of another teacher", "the plan was made from another model")
+def _(place: Place) -> list[Any]:
+    command = edited_plan(place, lambda entries: None)
+    return [command[0], place.student, *command[2:]]
 
 
 @case(RESULTS, "a plan with a word for a region", "plan.json is incomplete")

@@ -191,6 +191,10 @@ def extract(
     teacher: Teacher,
     plan: Annotated[Path, typer.Argument(help="Plan written by pkt plan --out.", show_default=False)],
     out: OutDir,
+    student: Annotated[
+        str | None,
+        typer.Option("--student", help="Check that the plan fits it; default: the plan's own, where it is here."),
+    ] = None,
     force: Force = False,
     **options: Any,
 ) -> None:
@@ -199,7 +203,11 @@ def extract(
     from pkt.files import check_output_folder
 
     check_output_folder(out, force=force)
-    ext = pkt.extract(teacher, pkt.TransferPlan.from_json(plan), **options)
+    made = pkt.TransferPlan.from_json(plan)
+    named = str(made.student["name"])
+    if student is None and (Path(named) / "config.json").is_file():
+        student = named
+    ext = pkt.extract(teacher, made, student=student, **options)
     ext.save(out, force=force)
     out_console.print(f"{out}: {ext}", highlight=False)
     next_line(f"pkt train {shlex.quote(ext.plan.student['name'])} {shlex.quote(str(out))} DATA.jsonl --out RUN")

@@ -14,7 +14,7 @@ from pkt.errors import PktError, short_list
 from pkt.extraction.factorization import BATCH, SETTLED, Factors, enough_memory, factorize_all
 from pkt.extraction.result import Extraction
 from pkt.manifest import versions
-from pkt.models import Model, ModelSpec, check_identity
+from pkt.models import Model, ModelSpec, check_identity, spec_of
 from pkt.options import Factorization, Split, Svd
 from pkt.planning import Entry, Region, TransferPlan, by_expert, source_names
 from pkt.progress import bar
@@ -64,6 +64,31 @@ def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorizat
         raise PktError("this plan cannot be extracted:\n  " + short_list(list(dict.fromkeys(faults))))
 
 
+def check_targets(plan: TransferPlan, student: ModelSpec) -> None:
+    """Refuse a plan made for another student, or that feeds what this one does not have, or not in that shape."""
+    check_identity(_shape_of(plan.student), student, "the plan")
+    targets = student.by_module()
+    faults = []
+    for entry in plan.entries:
+        target, experts = targets.get(entry.target), entry.target_expert
+        if target is None:
+            faults.append(f"{entry.target}: {student.name} has no such matrix")
+        elif target.doubt or target.unadaptable:
+            faults.append(f"{entry.target} of {student.name}: {target.doubt or target.unadaptable}")
+        elif entry.kind != target.kind or (experts[1] if experts else 0) != target.experts:
+            faults.append(f"{entry.target}: {student.name} has a matrix of another kind there")
+        elif entry.target_shape != target.shape or (experts and not 0 <= experts[0] < experts[1]):
+            faults.append(f"{entry.target}: the plan has {list(entry.target_shape)}, the student {list(target.shape)}")
+    if faults:
+        lines = short_list(list(dict.fromkeys(faults)))
+        raise PktError(f"this plan does not fit {student.name}:\n  {lines}\nmake it again with `pkt plan`")
+
+
+def _shape_of(recorded: dict[str, Any]) -> dict[str, Any]:
+    """An identity without the weights': a student may have been trained since, and is none the less the student."""
+    return {key: value for key, value in recorded.items() if key not in ("fingerprint", "configuration")}
+
+
 def _lies_in(region: Region | None, shape: tuple[int, int]) -> bool:
     try:
         return region is None or region.lies_in(shape)
@@ -105,6 +130,7 @@ def extract(
     teacher: Any,
     plan: TransferPlan,
     *,
+    student: Any = None,
     rank: int = 16,
     max_rank: int = 64,
     energy: float | None = None,
@@ -119,7 +145,8 @@ def extract(
     rank: for every matrix; energy: instead, the smallest rank that catches this share of each region's squared norm, up to
     max_rank. svd: "fast", four steps of a randomized iteration, which leave the directions of flat spectra unsettled (the result
     says so); "adaptive", as many as settle them; "exact", LAPACK's. A checkpoint is read one layer at a time. Raises `PktError`
-    naming the module for a rank above its size and for weights that are not finite.
+    naming the module for a rank above its size and for weights that are not finite; with `student` (a model, its configuration or
+    its directory), also for what it does not have in the plan's shape.
     """
     if not isinstance(plan, TransferPlan):
         raise PktError(
@@ -129,6 +156,8 @@ def extract(
     options = Factorization(rank, max_rank, energy, split, seed, svd)
     spec = model.identified(progress=progress)
     check_extraction(plan, spec, options)
+    if student is not None:
+        check_targets(plan, spec_of(student))
     sources = spec.by_module()
     pairs: dict[str, Pair] = {}
     energies: dict[str, float] = {}

@@ -95,6 +95,9 @@ def inject(
 
 def _check_adaptable(pairs: Mapping[str, Pair], spec: ModelSpec) -> None:
     places = spec.by_module()
+    other = [m for m, pair in pairs.items() if m in places and places[m].kind != pair.kind]
+    if other:
+        raise PktError(f"the extraction has {few(other)} as matrices of another kind than {spec.name}; make it again")
     past = {places[m].unadaptable: m for m in pairs if m in places and places[m].unadaptable}
     for reason, module in past.items():
         raise PktError(f"{module} of {spec.name} cannot be adapted ({reason}); make the extraction again without it")
