@@ -73,6 +73,9 @@ class ModelSpec:
     head: str | None = None  # the module that gives the logits
     heads: int | None = None
     multimodal: str = ""  # the name of its class, where that reads more than text
+    unknown: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # shapes of experts' parameters that are no targets
     positions: int | None = None  # the longest row in tokens, where it has a table of positions
     config: dict[str, Any] = field(repr=False, default_factory=dict)
     content: Mapping[str, str] = field(
@@ -260,15 +263,21 @@ def spec_of_model(model: nn.Module, name: str = "") -> ModelSpec:
         targets=tuple(targets),
         layers=layers,
         num_layers=len(stack),
-        vocab_size=getattr(text, "vocab_size", None) or (None if embedding is None else embedding.weight.shape[0]),
+        vocab_size=_rows(embedding) or getattr(text, "vocab_size", None),
         head_dim=head_dim,
         tied=is_tied(model),
         head=next((n for n, module in model.named_modules() if module is head), None),
         heads=heads,
         multimodal=type(model).__name__ if towers else "",
+        unknown=dict(_unknown_experts(model, layers, {t.parameter for t in targets})),
         positions=position_limit(model, layers),
         config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
+
+
+def _rows(embedding: Any) -> int | None:
+    """Tokens that the table has; what the configuration says of them may be another number, and none of the model's."""
+    return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else None
 
 
 def _heads_of(text: Any) -> tuple[int | None, int | None]:
@@ -351,6 +360,16 @@ def _experts(name: str, module: nn.Module, place: Place) -> Iterator[Target]:
         )
 
 
+def _unknown_experts(model: nn.Module, layers: str | None, known_as: set[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Weights of experts that are no targets, by their names in a layer: 2-D, or 3-D of another name (DBRX, JetMoe)."""
+    for name, parameter in model.named_parameters():
+        owner, _, key = name.rpartition(".")
+        if name in known_as or parameter.ndim < 2 or "bias" in key or layer_of(name, layers) is None:
+            continue
+        if "experts" in owner.split(".") or "expert" in type(model.get_submodule(owner)).__name__.lower():
+            yield name.removeprefix(f"{layers}.").partition(".")[2], tuple(parameter.shape)
+
+
 def _with_routers(targets: list[Target]) -> list[Target]:
     """Matrices of no known role beside experts, with a row for each of them or for the shared one, are their routers."""
     beside = {t.module.rpartition(".")[0].rpartition(".")[0]: t.experts for t in targets if t.experts}
@@ -388,4 +407,7 @@ def described(spec: ModelSpec) -> list[tuple[str, str, str]]:
         roles = f"{roles} (each of its experts)" if target.experts else roles
         apart = [reason for reason in (target.doubt, target.unadaptable) if reason]
         rows.setdefault(f"{name} {shape}", (name, shape, "; ".join([roles, *apart])))
+    for name, sizes in spec.unknown.items():
+        left = "experts in a form unknown to pkt: left alone"
+        rows[name] = (f"{spec.layers}.*.{name}", " x ".join(map(str, sizes)), left)
     return list(rows.values())

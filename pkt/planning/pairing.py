@@ -133,6 +133,11 @@ class Pairing:
         if any(t.experts for t in wanted) and not any(t.experts for t in teacher.targets):
             self.notes.append("the student's experts are left out: the teacher has none")
             wanted = [t for t in wanted if not t.experts]
+        for whose, spec in (("teacher", teacher), ("student", student)):
+            if spec.unknown:
+                self.notes.append(
+                    f"the {whose}'s experts are left out: they lie in a form unknown to pkt ({', '.join(spec.unknown)})"
+                )
         dense = dense_beside_experts(student, wanted)
         if dense:
             self.notes.append(

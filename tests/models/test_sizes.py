@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import zoo
+from commands import fails
 from conftest import save
 
 import pkt
-from pkt.models import load_tokenizer, spec_of
+from pkt.models import load_model, load_tokenizer, spec_of
+from pkt.seeds import Example, Seeds
 
 
 @pytest.fixture
@@ -92,3 +94,19 @@ def test_a_configuration_of_fewer_layers_than_the_files_is_told(
         pkt.PktWarning, match=r"holds model\.layers\.2\..* \(9 tensors like it\), which its config\.json leaves out"
     ):
         pkt.transfer(folder, student_dir, seed_file, rank=2, modules="attention", progress=False)
+
+
+@pytest.mark.parametrize("extra", [-3, 5])
+def test_the_table_says_how_many_tokens_there_are(extra: int, folder: Path, seed_file: Path) -> None:
+    """Not the configuration: a file of other rows is refused before it is read, a model in memory is taken at its table."""
+    model = load_model(folder)
+    rows = model.config.vocab_size
+    change(folder, vocab_size=rows + extra)
+    assert "the checkpoint does not fill" in fails("evaluate", folder, seed_file)
+    model.config.vocab_size = rows + extra
+    assert spec_of(model).vocab_size == rows
+    last = Seeds([Example([1, rows - 1], [-100, rows - 1], [1], "", 1)], "rows.jsonl", 0)
+    last.check_fits(spec_of(model).vocab_size, None, "the model")
+    beyond = Seeds([Example([1, rows], [-100, rows], [1], "", 1)], "rows.jsonl", 0)
+    with pytest.raises(pkt.PktError, match=rf"rows\.jsonl:1: token id {rows} does not exist"):
+        beyond.check_fits(spec_of(model).vocab_size, None, "the model")

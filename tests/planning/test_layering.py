@@ -12,7 +12,7 @@ import transformers
 import zoo
 
 import pkt
-from pkt.models import spec_of
+from pkt.models import described, spec_of
 from pkt.options import PlanOptions
 from pkt.planning import Pairing
 from pkt.seeds import Example, Seeds
@@ -168,3 +168,27 @@ def test_rows_that_cannot_be_told_apart_are_left_out_with_a_line() -> None:
     found = pairing(teacher, student)
     assert "self_attn.q_proj" not in {t.suffix for t in found.targets}
     assert any("self_attn.q_proj of 2 layers is left out: the teacher's" in note for note in found.notes)
+
+
+JETMOE = {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+def test_experts_in_a_form_unknown_are_left_out_with_a_line() -> None:
+    jetmoe = {who: config_of("JetMoeConfig", who, **JETMOE) for who in ("teacher", "student")}
+    theirs = "mlp.input_linear.weight, mlp.output_linear.weight, self_attention.experts.input_linear.weight"
+    found = pairing(jetmoe["teacher"], jetmoe["student"])
+    notes = [note for note in found.notes if "experts" in note]
+    assert [note.partition(" (")[0] for note in notes] == [
+        f"the {who}'s experts are left out: they lie in a form unknown to pkt" for who in ("teacher", "student")
+    ]
+    assert all(theirs in note for note in notes)
+    rows = {name: role for name, _, role in described(spec_of(jetmoe["student"]))}
+    assert rows["model.layers.*.mlp.input_linear.weight"] == "experts in a form unknown to pkt: left alone"
+    dbrx = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 64}
+    ffn = {"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 16}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}
+    spec = spec_of(transformers.DbrxConfig(**dbrx, ffn_config=ffn, attn_config=attention))
+    assert spec.unknown == dict.fromkeys([f"ffn.experts.mlp.{w}" for w in ("w1", "v1", "w2")], (48, 16))
+    # Experts that pkt knows, their biases and their routers are not told of.
+    assert not spec_of(config_of("GptOssConfig", num_local_experts=2)).unknown
+    assert not spec_of(config_of("DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2)).unknown
