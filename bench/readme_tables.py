@@ -22,11 +22,11 @@ def demo_sentences(found: dict) -> str:
 
 
 def demo_table(found: dict) -> str:
-    from pkt.demo.showing import table_of
+    from pkt.demo.showing import ROWS, table_of
 
     head, rows = table_of(found)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in found["verdict"])])
+    return "\n".join([*lines, "", ROWS, "", *(f"- {line}" for line in found["verdict"])])
 
 
 def bench_table(found: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ from pkt.models import load_model, load_tokenizer
 from pkt.options import Training
 from pkt.seeds import Seeds, load_seeds
 from pkt.training import fit, row_losses, row_matches
-from pkt.transplanting import transplant
+from pkt.transplanting import control_of
 
 ASSETS = Path(__file__).parent / "assets"
 TUNING = Path(__file__).parent / "tuning.json"
@@ -29,6 +30,7 @@ RANK = 32
 BATCH = 32
 EPOCHS = 2.0
 TRAIN_ROWS, HELD_OUT = 512, 64
+TEACHER_ROWS = 20_160  # of the task, that the shipped teacher was tuned on, as its README.md says
 ANSWER_TOKENS = 40  # the longest answer of the task has half as many
 SEEDS, TRAIN, TEST, GENERAL = (ASSETS / "data" / f"{name}.jsonl" for name in ("seeds", "train", "test", "general"))
 
@@ -48,6 +50,11 @@ class Method:
     def stranger(self) -> bool:
         return self.model == "student"
 
+    @property
+    def taught(self) -> bool:
+        """Whether it is made from the teacher, so that the teacher's rows count as its own."""
+        return self.what != "plain" or self.model in ("repruned", "healed")
+
 
 OURS = "transplant"
 # Plain LoRA makes a quarter more steps: what the other starts cost.
@@ -59,6 +66,7 @@ METHODS = {
         Method("noise of the same size", "descendant", "noise"),
         Method("neutral", "descendant", "neutral"),
         Method("re-pruned teacher", "repruned", "plain"),
+        Method("re-pruned teacher, healed", "healed", "plain"),
         Method("the paper's window", "descendant", "window"),
         Method("plain LoRA", "descendant", "plain", 1.25 * EPOCHS),
         Method("stranger: the paper's window", "student", "window"),
@@ -92,7 +100,8 @@ def begin(method: Method, out: Path, seed: int, a_scale: float) -> Any:
     window = out / ("window-stranger" if method.stranger else "window")
     if method.what == "plain":
         # The same matrices at the same rank as all others.
-        model = wrap(student, Extraction.load(window).adapter().config())
+        config = Extraction.load(window).adapter().config()
+        model = wrap(student, {**config, "base_model_name_or_path": str(folder_of(method.model, out))})
         scale_a(model, a_scale, kept=False)
         return model
     if method.what == "window":
@@ -105,15 +114,28 @@ def begin(method: Method, out: Path, seed: int, a_scale: float) -> Any:
     return model
 
 
-def control(kind: Any, out: Path, seed: int, **options: Any) -> Start:
-    """A control of the demo's transplant, at its α."""
-    given = (ASSETS / "teacher", ASSETS / "descendant", SEEDS)
-    alpha = Start.load(out / OURS).provenance["alpha"]
-    lineage = out / OURS / "lineage.json"
-    return transplant(
-        *given, base=ASSETS / "base", lineage=lineage, rank=RANK, control=kind, alpha=alpha, seed=seed,
-        progress=False, **options,
-    )  # fmt: skip
+def control(kind: Any, out: Path, seed: int) -> Start:
+    """A control of the demo's transplant, at its α, drawn anew."""
+    return control_of(
+        Start.load(out / OURS),
+        kind,
+        seed,
+        ASSETS / "teacher",
+        ASSETS / "descendant",
+        base=ASSETS / "base",
+        lineage=out / OURS / "lineage.json",
+    )
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """That of all the demo's models."""
+    return load_tokenizer(ASSETS / "student")
+
+
+@functools.cache
+def rows_of(file: Path) -> Seeds:
+    return load_seeds(file, tokenizer())
 
 
 @torch.no_grad()
@@ -131,31 +153,36 @@ def measure(name: str, out: Path, seed: int, setting: Setting) -> dict[str, Any]
     torch.set_num_threads(1)
     method = METHODS[name]
     found: dict[str, Any] = {}
-    tokenizer = load_tokenizer(ASSETS / "student")
     model = begin(method, out, seed, setting.a_scale)
     if seed == 0:
-        found["before"] = measured(model, tokenizer)
-    train_quietly(model, rows_head(load_seeds(TRAIN, tokenizer), TRAIN_ROWS), setting.lr, seed, epochs=method.epochs)
-    found["after"] = measured(model, tokenizer)
+        found["before"] = _measured(model)
+    train_quietly(model, rows_head(rows_of(TRAIN), TRAIN_ROWS), setting.lr, seed, epochs=method.epochs)
+    found["after"] = _measured(model)
     if seed == 0 and name == OURS:
-        found["finalize_gap"] = _finalize(model, out, load_seeds(TEST, tokenizer))
+        found["finalize_gap"] = _finalize(model, out, rows_of(TEST))
     return found
 
 
-def measured(model: Any, tokenizer: Any) -> dict[str, list[Any]]:
+def untrained(name: str) -> dict[str, list[Any]]:
+    """One of the shipped models as it is, in a process of its own and one thread."""
+    torch.set_num_threads(1)
+    return _measured(load_model(ASSETS / name, dtype=torch.float32))
+
+
+def _measured(model: Any) -> dict[str, list[Any]]:
     """By row: losses (sum, tokens) of the task's answers and of the general text, and whether each answer is right."""
-    test = load_seeds(TEST, tokenizer)
+    test = rows_of(TEST)
     return {
         "task": row_losses(model, test),
-        "match": row_matches(model, test, tokenizer, max_new_tokens=ANSWER_TOKENS),
-        "general": row_losses(model, load_seeds(GENERAL, tokenizer)),
+        "match": row_matches(model, test, tokenizer(), max_new_tokens=ANSWER_TOKENS),
+        "general": row_losses(model, rows_of(GENERAL)),
     }
 
 
 def tune(name: str, out: Path, setting: Setting, seed: int) -> float:
     """The loss [nats a token] on the rows held out from training, after half as many epochs as `measure` has."""
     torch.set_num_threads(1)
-    rows = load_seeds(TRAIN, load_tokenizer(ASSETS / "student"))
+    rows = rows_of(TRAIN)
     model = begin(METHODS[name], out, seed, setting.a_scale)
     train_quietly(model, rows_head(rows, TRAIN_ROWS), setting.lr, seed, epochs=METHODS[name].epochs / 2)
     losses = row_losses(model, Seeds(list(rows[-HELD_OUT:]), rows.source, rows.pad_id))

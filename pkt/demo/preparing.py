@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 import pkt
-from pkt.demo.measuring import ASSETS, OURS, RANK, SEEDS, control
+from pkt.demo.measuring import ASSETS, OURS, RANK, SEEDS
 from pkt.extraction import Extraction, Start
 from pkt.matching import Lineage, shrink_to
 from pkt.models import load_model, load_tokenizer
 from pkt.options import Execution, Factorization, PlanOptions
 from pkt.transferring import Listeners, Recipe, transfer_recipes
+from pkt.transplanting import Control
 
 Say = Callable[[str], None]
-CONTROLS = {"wrong units": "wrong-units", "noise of the same size": "noise"}
+CONTROLS: dict[str, Control] = {"wrong units": "wrong-units", "noise of the same size": "noise"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ def prepare(out: Path, say: Say) -> Prepared:
         force=True, progress=False,
     )  # fmt: skip
     say(f"   {moved.provenance['told']['kept at']}")
-    own = {name: control(kind, out, 0).provenance["own_alpha"] for name, kind in CONTROLS.items()}
+    own = {}
+    for name, kind in CONTROLS.items():
+        made = pkt.transplant(
+            teacher, descendant, SEEDS, base=ASSETS / "base", lineage=lineages["descendant"], rank=RANK, control=kind,
+            alpha=moved.provenance["alpha"], progress=False,
+        )  # fmt: skip
+        own[name] = made.provenance["own_alpha"]
     _reprune(lineages["descendant"], out / "repruned")
     _, scores = _window(descendant, out / "window")
     window, _ = _window(stranger, out / "window-stranger")

@@ -1,9 +1,9 @@
 """`pkt demo`: the whole path on tiny models that ship with the package, against every control.
 
 `base` knows general text; `teacher` is `base` tuned on a task (word problems with sums). Two students know general text alone:
-`descendant` was cut out of `base` and healed, `student` is a stranger. Every start below is trained by the same code on the same
-rows, over several training seeds; each has its own learning rate and scale of A, chosen by `bench/tune_demo.py` on rows held out
-from training with a seed that is not reported.
+`descendant` was cut out of `base` and healed, `student` is a stranger; `healed` is the same units cut out of `teacher` and healed
+alike. Every start below is trained by the same code on the same rows, over several training seeds; each has its own learning
+rate and scale of A, chosen by `bench/tune_demo.py` on rows held out from training with a seed that is not reported.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 from pkt.demo.measuring import (
-    ASSETS,
     BATCH,
     EPOCHS,
     GENERAL,
     METHODS,
     OURS,
     RANK,
+    TEACHER_ROWS,
     TEST,
     TRAIN,
     TRAIN_ROWS,
     Setting,
     measure,
-    measured,
+    rows_of,
     settings,
+    tokenizer,
+    untrained,
 )  # fmt: skip
 from pkt.demo.preparing import Prepared, Say, prepare
 from pkt.demo.showing import page_of, picture_of, sentences, show, verdict
-from pkt.demo.summing import comparisons, goals, summed
+from pkt.demo.summing import Runs, comparisons, goals, summed
 from pkt.demo.workers import workers
 from pkt.files import MANIFEST, check_output_folder, os_errors, write_json
 from pkt.manifest import manifest_of, read_manifest
-from pkt.models import load_model, load_tokenizer
 from pkt.reporting import check_packages
-from pkt.seeds import Seeds, load_seeds
+from pkt.seeds import Seeds
 from pkt.training import final_answer
 
 MODELS = ("teacher", "base", "descendant", "student")
@@ -59,9 +61,12 @@ def run_demo(out: Path, *, seeds: int = 3, force: bool = False, console: Any = N
     begin = time.perf_counter()
     check_packages()
     _start(out, force=force)
-    made = prepare(out, say)
-    runs = _compare(out, settings(), seeds, say)
-    summary = _summary(made, runs, seeds)
+    with workers() as pool:
+        # The workers begin with these, and with their imports, while the starts are prepared.
+        models = {name: pool.submit(untrained, name) for name in MODELS}
+        made = prepare(out, say)
+        runs = _compare(pool, out, settings(), seeds, say)
+        summary = _summary(made, runs, {name: job.result() for name, job in models.items()}, seeds)
     summary["seconds"] = time.perf_counter() - begin
     say(
         "[bold]4. pkt finalize[/bold] makes a plain LoRA of the first transplant's run; PEFT loads it on the untouched student:"
@@ -84,33 +89,32 @@ def _start(out: Path, *, force: bool) -> None:
         write_json(out / MANIFEST, manifest_of("demo", {"finished": False}))
 
 
-def _compare(out: Path, chosen: dict[str, Setting], seeds: int, say: Say) -> dict[str, list[dict[str, Any]]]:
+def _compare(pool: Executor, out: Path, chosen: dict[str, Setting], seeds: int, say: Say) -> Runs:
     """What each training of each method reached, by row."""
     say(f"[bold]3. pkt train[/bold] on {TRAIN_ROWS} problems: {len(METHODS)} starts, {seeds} seeds each")
     runs = {}
-    with workers() as pool:
-        jobs = {n: [pool.submit(measure, n, out, seed, chosen[n]) for seed in range(seeds)] for n in METHODS}
-        for name, started in jobs.items():
-            runs[name] = [job.result() for job in started]
-            found = summed(runs[name])
-            say(f"   {name}: NLL {found['nll_mean']:.3f}, {100 * found['exact_match_mean']:.0f}% right")
+    jobs = {n: [pool.submit(measure, n, out, seed, chosen[n]) for seed in range(seeds)] for n in METHODS}
+    for name, started in jobs.items():
+        runs[name] = [job.result() for job in started]
+        found = summed(runs[name])
+        say(f"   {name}: NLL {found['nll_mean']:.3f}, {100 * found['exact_match_mean']:.0f}% right")
     return runs
 
 
-def _summary(made: Prepared, runs: dict[str, list[dict[str, Any]]], seeds: int) -> dict[str, Any]:
-    tokenizer = load_tokenizer(ASSETS / "student")
-    rows, test = load_seeds(TRAIN, tokenizer), load_seeds(TEST, tokenizer)
+def _summary(made: Prepared, runs: Runs, models: dict[str, dict[str, Any]], seeds: int) -> dict[str, Any]:
+    rows, test = rows_of(TRAIN), rows_of(TEST)
     chosen = settings()
     summary: dict[str, Any] = {
         "seeds": seeds,
         "train_rows": TRAIN_ROWS,
         "test_rows": len(test),
-        "general_rows": len(load_seeds(GENERAL, tokenizer)),
+        "general_rows": len(rows_of(GENERAL)),
+        "teacher_rows": TEACHER_ROWS,
         "epochs": EPOCHS,
         "batch_size": BATCH,
         "rank": RANK,
-        "models": {name: summed([{"after": _untrained(name, tokenizer)}], alone=True) for name in MODELS},
-        "guess": _guess(rows, test, tokenizer),
+        "models": {name: summed([{"after": found}], alone=True) for name, found in models.items()},
+        "guess": _guess(rows, test),
         "lineage": {
             name: {"verdict": found.verdict, "reason": found.reason, "evidence": [e.__dict__ for e in found.evidence]}
             for name, found in made.lineages.items()
@@ -118,7 +122,8 @@ def _summary(made: Prepared, runs: dict[str, list[dict[str, Any]]], seeds: int) 
         "transplant": {name: made.transplant.provenance[name] for name in ("alpha", "losses", "content")},
         "own_alpha": made.own,
         "methods": {
-            name: {**METHODS[name].__dict__, **chosen[name].__dict__, **summed(found)} for name, found in runs.items()
+            name: {**METHODS[name].__dict__, "taught": METHODS[name].taught, **chosen[name].__dict__, **summed(found)}
+            for name, found in runs.items()
         },
         "comparisons": comparisons(runs),
         "finalize_gap": runs[OURS][0]["finalize_gap"],
@@ -129,17 +134,11 @@ def _summary(made: Prepared, runs: dict[str, list[dict[str, Any]]], seeds: int) 
     return summary
 
 
-def _untrained(name: str, tokenizer: Any) -> dict[str, Any]:
-    import torch
-
-    return measured(load_model(ASSETS / name, dtype=torch.float32), tokenizer)
-
-
-def _guess(rows: Seeds, test_rows: Seeds, tokenizer: Any) -> dict[str, Any]:
+def _guess(rows: Seeds, test_rows: Seeds) -> dict[str, Any]:
     """The commonest answer of the training rows, and how often it is right."""
 
     def answers(given: Seeds) -> list[str]:
-        return [final_answer(e.answer.replace(tokenizer.eos_token, "")) for e in given]
+        return [final_answer(e.answer.replace(tokenizer().eos_token, "")) for e in given]
 
     common = max(sorted(set(answers(rows))), key=answers(rows).count)
     return {"answer": common, "exact_match": answers(test_rows).count(common) / len(test_rows)}

@@ -8,12 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from pkt.demo.measuring import ASSETS, HELD_OUT, METHODS, OURS
+from pkt.demo.measuring import ASSETS, HELD_OUT, METHODS, OURS, TEACHER_ROWS, TRAIN_ROWS
 from pkt.extraction import Extraction
 from pkt.models import spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
 
 SURE = 0.05  # adjusted p below which a difference is called one
+ROWS = (
+    "Task rows are those that a start has seen: the teacher's own for whatever is made from the teacher (noise takes its sizes "
+    "alone from it), and the training problems. No control made from the teacher has seen fewer than the transplant; plain LoRA "
+    "has seen the training problems alone, so what the transplant is ahead of it by is the teacher's rows as well. The healed "
+    "one was trained after its cut on the very rows of general text that healed the descendant, in as many steps at the same rate."
+)
 FIGURES = {"task": "NLL", "match": "right answers", "general": "general text"}
 
 
@@ -90,20 +96,42 @@ def _spread(values: list[float]) -> float:
 
 
 def table_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head = ["", "lr", "A ×", "NLL before training", "right", "NLL after training", "right", "general text NLL"]
+    head = [
+        "",
+        "task rows",
+        "lr",
+        "A ×",
+        "NLL before training",
+        "right",
+        "NLL after training",
+        "right",
+        "general text NLL",
+    ]
     names = {"teacher": "teacher", "descendant": "descendant, as it is", "student": "stranger, as it is"}
+    counts = {"teacher": f"{TEACHER_ROWS:,}"}
     rows = [
-        [name, "", "", f"{m['nll']:.3f}", _share(m["exact_match"]), "", "", f"{m['general']:.3f}"]
+        [
+            name,
+            counts.get(name, "0"),
+            "",
+            "",
+            f"{m['nll']:.3f}",
+            _share(m["exact_match"]),
+            "",
+            "",
+            f"{m['general']:.3f}",
+        ]
         for name, m in ((name, summary["models"][key]) for key, name in names.items())
     ]
     guess = summary["guess"]
-    rows.append([f"always answering {guess['answer']}", "", "", "", _share(guess["exact_match"]), "", "", ""])
+    rows.append([f"always answering {guess['answer']}", "", "", "", "", _share(guess["exact_match"]), "", "", ""])
     for name, m in summary["methods"].items():
         after = [f"{statistics.mean(m[k]):.3f} ± {_spread(m[k]):.3f}" for k in ("nll", "general")]
         matches = [100 * value for value in m["exact_match"]]
         right = f"{statistics.mean(matches):.0f}% ± {_spread(matches):.0f}"
         before = [f"{m['before']['nll']:.3f}", _share(m["before"]["exact_match"])]
-        rows.append([name, f"{m['lr']:g}", f"{m['a_scale']:g}", *before, after[0], right, after[1]])
+        seen = f"{TEACHER_ROWS:,} + {TRAIN_ROWS}" if METHODS[name].taught else str(TRAIN_ROWS)
+        rows.append([name, seen, f"{m['lr']:g}", f"{m['a_scale']:g}", *before, after[0], right, after[1]])
     return head, rows
 
 
@@ -161,6 +189,7 @@ def how(summary: dict[str, Any]) -> list[str]:
         f"{summary['train_rows']} training problems, {summary['epochs']:g} epochs, batch {summary['batch_size']}, rank "
         f"{summary['rank']}, all seven projections, embeddings and head; {summary['test_rows']} test problems; {summary['seeds']} "
         "training seeds. ± is the standard deviation over them. Plain LoRA makes a quarter more steps: what the other starts cost.",
+        ROWS,
         f"Each method's learning rate and scale of A were chosen by one search on {HELD_OUT} problems held out from training, with "
         "a seed that is not reported (bench/tune_demo.py).",
         "Intervals are of seeds × problems (95%); a difference is called one where its p, adjusted over all controls (Holm), is "

@@ -10,12 +10,17 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
+import torch
+
 
 @contextlib.contextmanager
 def workers() -> Iterator[ProcessPoolExecutor]:
-    """A process for each core, since models this small do not fill two from one; none outlives the block, however it is left."""
+    """A process for each core, since models this small do not fill two from one; none outlives the block, however it is left.
+
+    This process has one thread meanwhile: threads of two processes that wait for each other's cores take many times as long.
+    """
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _begin_work) as pool:
+    with one_thread(), ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _begin_work) as pool:
         try:
             yield pool
         except BaseException:
@@ -25,6 +30,16 @@ def workers() -> Iterator[ProcessPoolExecutor]:
                     worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _begin_work() -> None:

@@ -7,13 +7,14 @@ folder beside it; the same command continues there after any interruption and en
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -282,7 +283,7 @@ class Job:
 
     def _others(self, made: Made, content: Difference, found: Lineage) -> tuple[Difference, Made]:
         """A control's content and its pairs."""
-        options, targets = self.options, [t for t in self.new.spec.targets if content.holds(t)]
+        options, targets = self.options, _fed(content)
         if options.control == "wrong-units":
             cutter = Cutter(shuffled(found, options.seed), self.old, self.new)
             content = open_content(cutter, base=self.base, adapter=self.adapter)
@@ -298,9 +299,8 @@ class Job:
     def result(self, made: Made, scale: Scale, content: Difference, found: Lineage) -> Start:
         """The folder's value: α shared out over both factors, and all that a reader needs to know."""
         alpha, losses = scale.alpha, scale.losses
-        root, rows, old = math.sqrt(alpha), self.rows, self.old.spec
+        rows, old = self.rows, self.old.spec
         kept = f"α = {alpha:g}; loss on the seeds {losses['0']:.3f} before, {losses[f'{alpha:g}']:.3f} after"
-        pairs = {name: Pair(pair.A * root, pair.B * root, pair.kind) for name, (pair, _) in made.items()}
         told = {
             "teacher": old.name,
             "content": content.told,
@@ -329,7 +329,37 @@ class Job:
             "versions": versions(),
         }
         energies = {name: energy for name, (_, energy) in made.items()}
-        return Start("transplant", pairs, self.new.spec.identity(), "add", energies, provenance)
+        return Start("transplant", _scaled(made, alpha), self.new.spec.identity(), "add", energies, provenance)
+
+
+def control_of(
+    kept: Start,
+    kind: Literal["wrong-units", "noise"],
+    seed: int,
+    teacher: Any,
+    student: Any,
+    *,
+    base: Any = None,
+    lineage: Lineage | str | Path,
+) -> Start:
+    """What `transplant` makes with this control, at the α of the transplant `kept`; no row is read and no other α tried."""
+    if kind == "noise":
+        return dataclasses.replace(kept, pairs=noise_like(kept.pairs, seed))
+    found = lineage if isinstance(lineage, Lineage) else Lineage.load(lineage)
+    content = open_content(Cutter(shuffled(found, seed), Matrices(teacher), Matrices(student)), base=base)
+    made = pairs_of(content, _fed(content), kept.provenance["options"]["rank"], seed)
+    return dataclasses.replace(kept, pairs=_scaled(made, kept.provenance["alpha"]))
+
+
+def _scaled(made: Made, alpha: float) -> dict[str, Pair]:
+    """α shared out over both factors."""
+    root = math.sqrt(alpha)
+    return {name: Pair(pair.A * root, pair.B * root, pair.kind) for name, (pair, _) in made.items()}
+
+
+def _fed(content: Difference) -> list[Target]:
+    """The student's matrices that the teacher has something for."""
+    return [t for t in content.cutter.new.spec.targets if content.holds(t)]
 
 
 def named_base(teacher: Any) -> str | None:
@@ -364,9 +394,8 @@ def _checkpoints(out: str | Path | None, *, fresh: bool) -> Iterator[RunFolder |
 def _pairs(content: Difference, job: Job, steps: RunFolder | None, progress: bool) -> Made:
     """The pairs of every matrix, a layer at a time, each layer a checkpoint."""
     parts: dict[int, list[Target]] = {}
-    for target in job.new.spec.targets:
-        if content.holds(target):
-            parts.setdefault(-1 if target.layer is None else target.layer, []).append(target)
+    for target in _fed(content):
+        parts.setdefault(-1 if target.layer is None else target.layer, []).append(target)
     found: Made = {}
     with bar("cutting", len(parts), unit="layers", shown=progress) as advance:
         for done, (layer, targets) in enumerate(sorted(parts.items()), 1):

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "pkt" / "demo" / "assets"
 SPLITS = {"seeds": 32, "train": 800, "test": 200, "wrong_task": 32, "general": 300}
-MODELS = ["base", "teacher", "descendant", "student"]
+MODELS = ["base", "teacher", "descendant", "healed", "student"]
 
 
 def rows(name: str, root: Path = ASSETS) -> list[dict[str, Any]]:
@@ -127,6 +127,30 @@ def test_the_teacher_knows_the_task_and_the_others_do_not() -> None:
     match = {n: float(re.search(rf"^\| {n} \|.*\| ([\d.]+)% \|$", card, re.M)[1]) for n in MODELS}
     assert match["teacher"] >= 60
     assert max(match[name] for name in ("base", "descendant", "student")) <= 1
+
+
+def test_the_rows_that_the_teacher_was_tuned_on_are_counted() -> None:
+    from pkt.demo.measuring import METHODS, TEACHER_ROWS
+
+    card = (ASSETS / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| teacher \|.*\| {TEACHER_ROWS:,} \|", card, re.M)
+    assert re.search(rf"^\| healed \|.*\| 0, its teacher {TEACHER_ROWS:,} \|", card, re.M)
+    assert {n for n, method in METHODS.items() if not method.taught} == {"plain LoRA", "stranger: plain LoRA"}
+
+
+def test_the_healed_one_is_the_descendants_units_of_the_teacher() -> None:
+    import pkt
+
+    descendant, healed = (json.loads((ASSETS / n / "config.json").read_text()) for n in ("descendant", "healed"))
+    assert descendant == healed
+    cut = (("base", "descendant"), ("teacher", "healed"))
+    ours, theirs = (pkt.lineage(ASSETS / old, ASSETS / new, progress=False) for old, new in cut)
+    assert (ours.hidden, ours.layers, ours.neurons, ours.queries) == (
+        theirs.hidden,
+        theirs.layers,
+        theirs.neurons,
+        theirs.queries,
+    )
 
 
 def test_the_descendant_is_half_its_base_and_known_as_one() -> None:

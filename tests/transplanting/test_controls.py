@@ -16,6 +16,7 @@ import pkt
 from pkt.matching import Matrices
 from pkt.matching.shrinking import Shape, choose_units, shrink_to
 from pkt.seeds import load_seeds
+from pkt.transplanting import control_of
 from pkt.transplanting.controls import CONTROLS, shuffled
 
 UP = "model.layers.1.mlp.up_proj"
@@ -86,6 +87,16 @@ def test_noise_has_the_singular_values_and_nothing_else(kin: dict[str, Any]) -> 
         assert abs(overlap) < 0.3, name
         # Both factors carry the root of each value.
         assert torch.allclose(noise.A.norm(dim=1), noise.B.norm(dim=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["wrong-units", "noise"])
+def test_a_control_drawn_anew_is_the_same(kin: dict[str, Any], kind: Any) -> None:
+    whole = moved(kin, control=kind, rank=8, seed=3)
+    given = {"base": kin["base"], "lineage": kin["true"]}
+    drawn = control_of(moved(kin, rank=8), kind, 3, kin["teacher"], kin["student"], **given)
+    assert set(drawn.pairs) == set(whole.pairs)
+    for name, pair in whole.pairs.items():
+        assert torch.allclose(drawn.pairs[name].delta(), pair.delta(), atol=1e-5), name
 
 
 def test_neutral_leaves_the_student_as_it_is(kin: dict[str, Any], tmp_path: Path) -> None:
