@@ -233,6 +233,28 @@ def experts(files: Files) -> Iterator[Line]:
     yield at_most(f"{what}, of its dense twin's time", ours["ms"] / dense["ms"], 1.5, "{:.2f}×", more)
 
 
+def demo_on_cpu(files: Files) -> Iterator[Line]:
+    """What was set before any control of the demo was run."""
+    found = files.load("demo")
+    if not found:
+        yield files.missing(
+            "demo", "the demo's descendant", "≤ 0.5 of the student's NLL at once, ≤ 0.7 of every control's after"
+        )
+        return
+    goals, what = found["goals"], f"the demo's descendant, {found['seeds']} seeds"
+    begin, after = (
+        next(v for k, v in goals.items() if k.startswith(name)) for name in ("step 0: ", "after training: ")
+    )
+    yield at_most(f"{what}: NLL before training, of the student's", begin, 0.5, "{:.3f}×")
+    best = goals["best control"]
+    yield Line(f"{what}: NLL after training, of the best control's", "≤ 0.700×, intervals apart",
+               f"{after:.3f}× ({best})", goals["after training met"])  # fmt: skip
+    less = [c for c in found["comparisons"] if c["a"] == "transplant" and c["figure"] == "general"]
+    told = ", ".join(c["b"] for c in less if c["high"] >= 0)
+    yield Line(f"{what}: general text forgotten less than by", "every control",
+               f"not surely than by {told}" if told else "every control", goals["forgets less than every control"])  # fmt: skip
+
+
 def cut_short(files: Files) -> Iterator[Line]:
     for bench in ("stream", "kernels", "rsvd", "end_to_end", "experts"):
         # Files of runs before `complete` was written say nothing.
@@ -242,7 +264,7 @@ def cut_short(files: Files) -> Iterator[Line]:
 
 GOALS: dict[str, tuple[Callable[[Files], Iterator[Line]], ...]] = {
     "cuda": (linear_sensitivity, memory_bound, rsvd, stream, cut_short),
-    "cpu": (end_to_end, experts, compiled, rsvd_on_cpu, stream_on_cpu, lineage_on_cpu, cut_short),
+    "cpu": (end_to_end, experts, compiled, rsvd_on_cpu, stream_on_cpu, lineage_on_cpu, demo_on_cpu, cut_short),
 }
 
 

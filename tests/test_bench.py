@@ -218,6 +218,30 @@ def test_the_goals_of_a_cpu(bench: Any, tmp_path: Path) -> None:
     assert lines["rsvd bf16 4096×4096, pkt::rsvd against svd_lowrank"].found == "1.8×"
     assert lines["rsvd bf16 4096×4096, against the full SVD"].met is True
     assert lines["every op"].found == "not measured"
+    assert lines["the demo's descendant"].met is None
+
+
+def test_the_goals_of_the_demo(bench: Any, tmp_path: Path) -> None:
+    goals = bench("goals")
+    general = [
+        {"a": "transplant", "b": name, "figure": "general", "high": high} for name, high in (("x", -1), ("y", 0.1))
+    ]
+    found = {
+        "seeds": 5,
+        "comparisons": general,
+        "goals": {
+            "step 0: NLL, goal 0.5": 0.51,
+            "after training: NLL, goal 0.7": 0.4,
+            "best control": "x",
+            "after training met": True,
+            "forgets less than every control": False,
+        },
+    }
+    (tmp_path / "demo_cpu.json").write_text(json.dumps(found))
+    begin, after, less = goals.demo_on_cpu(goals.Files(tmp_path, "cpu"))
+    assert (begin.found, begin.met) == ("0.510×", False)
+    assert (after.found, after.met) == ("0.400× (x)", True)
+    assert (less.found, less.met) == ("not surely than by y", False)
 
 
 # --- the slot -------------------------------------------------------------------------------------------------------

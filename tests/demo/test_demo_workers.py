@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
+import torch
 
 from pkt.demo.workers import workers
 
@@ -39,6 +40,17 @@ def test_workers_end_when_a_job_fails_or_a_worker_is_killed() -> None:
         run(os._exit, 7)
     assert time.monotonic() - begin < 300
     assert multiprocessing.active_children() == before
+
+
+def test_this_process_has_one_thread_meanwhile() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with workers():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 ORPHANS = """
