@@ -18,7 +18,9 @@ def load(name: str) -> dict | None:
 
 
 def demo_sentences(found: dict) -> str:
-    return "\n".join(f"{i}. {line}" for i, line in enumerate(found["sentences"], 1))
+    from pkt.demo.showing import sentences
+
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(sentences(found), 1))
 
 
 def demo_table(found: dict) -> str:

@@ -52,7 +52,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         f"student from NLL {student['nll']:.2f} to {ours['before']['nll']:.2f} and from {_share(student['exact_match'])} to "
         f"{_share(ours['before']['exact_match'])} right answers; after the same training it reaches {ours['nll_mean']:.2f} and "
         f"{_share(ours['exact_match_mean'])} where the best control ({best}) reaches {methods[best]['nll_mean']:.2f} and "
-        f"{_share(methods[best]['exact_match_mean'])}: it beats {against}."
+        f"{_share(methods[best]['exact_match_mean'])}: it beats {against}{_forgetting(summary)}."
     )
     names = ("stranger: the paper's window", "stranger: plain LoRA")
     between = found_of(summary, *names, "task")
@@ -67,6 +67,11 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         f"*{kin['verdict']}* and *{stranger['verdict']}*."
     )
     return [does, does_not, know]
+
+
+def _forgetting(summary: dict[str, Any]) -> str:
+    more = [name for name in controls() if word(found_of(summary, OURS, name, "general")) == "loses to"]
+    return f", and forgets more general text than {' and '.join(more)}" if more else ""
 
 
 def verdict(summary: dict[str, Any]) -> list[str]:

@@ -69,6 +69,7 @@ def test_what_is_not_is_not(ours: tuple[float, float, float], says: str) -> None
     assert all(f"{OURS} {says} " in line for line in verdict(summary))
     assert not summary["goals"]["after training met"]
     assert not summary["goals"]["forgets less than every control"]
+    assert ("forgets more general text than wrong units and noise" in sentences(summary)[0]) == (says == "loses to")
 
 
 def test_one_seed_decides_nothing() -> None:
