@@ -222,12 +222,18 @@ def import_(
     student: Annotated[
         str | None, typer.Option("--student", help="The model it is for, if its files do not say.")
     ] = None,
+    trained_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--trained-from", help="Of a folder that was trained since: what was extracted, or its -delta twin."
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Read what the method's authors' released code extracted, as a LoRA folder that pkt trains and finalizes."""
     from pkt.extraction import import_released
 
-    start = import_released(folder, out, student=student, force=force)
+    start = import_released(folder, out, student=student, trained_from=trained_from, force=force)
     out_console.print(f"{out}: {start}", highlight=False)
     name = shlex.quote(str(start.student["name"]))
     next_line(f"pkt train {name} {shlex.quote(str(out))} DATA.jsonl --out RUN")

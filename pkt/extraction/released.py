@@ -2,7 +2,8 @@
 
 Their factors are U Σ and Vᵀ in fp16. The configuration is copied from a file of the student's size, so that its `r` is 16 whatever
 rank was extracted; what it says is the scale, lora_alpha / r. The twin holds −A: their training merges it into the base, which is
-what pkt's residual mode does by itself.
+what pkt's residual mode does by itself. A folder that their trainer has trained since stands on that base: with its twin it is a
+change of the student, W − B₀A₀ + BA, and so a plain LoRA of twice the rank.
 """
 
 from __future__ import annotations
@@ -15,45 +16,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkt.adapters import Adapter, adapter_from_state, apply_kinds, check_fit, kinds_of, split_tied
+from pkt.adapters import Pair, adapter_from_state, apply_kinds, check_fit, kinds_of, split_tied
 from pkt.errors import PktError
 from pkt.extraction.start import Start
 from pkt.files import as_path, check_apart, check_output_folder, os_errors, read_json
 from pkt.manifest import versions
-from pkt.models import spec_of
+from pkt.models import ModelSpec, spec_of
 from pkt.models.adapter_files import CONFIG, PICKLE
+from pkt.options import Mode
 
 TWIN = "-delta"
 
 
 def import_released(
-    folder: str | Path, out: str | Path, *, student: str | Path | None = None, force: bool = False
+    folder: str | Path,
+    out: str | Path,
+    *,
+    student: str | Path | None = None,
+    trained_from: str | Path | None = None,
+    force: bool = False,
 ) -> Start:
     """Write what the released code extracted as a folder that pkt injects, trains and finalizes; the start is neutral (`paired`).
 
-    student: the model it is for, unless its adapter_config.json names one that is here. Raises `PktError` for a pickle that is
-    not tensors alone, a `-delta` twin of other factors or given in place of its folder, and factors that do not fit the student.
+    student: the model it is for, unless its adapter_config.json names one that is here. trained_from: of a folder that the
+    released code has trained, the one it was trained from, extracted, or that one's `-delta` twin; the result is then the trained
+    student's change, kept (`add`). Raises `PktError` for a pickle that is not tensors alone, a `-delta` twin of other factors or
+    given in place of its folder, and factors that do not fit the student.
     """
     folder = as_path(folder, "the path of a folder that the released code wrote")
     out = check_output_folder(out, force=force)
     check_apart(out, folder)
     state, config = _read(folder)
-    _check_twin(folder, state)
+    origin = None if trained_from is None else as_path(trained_from, "the path of the folder it was trained from")
+    if origin is None:
+        _check_twin(folder, state)
     name = str(student or config.get("base_model_name_or_path") or "")
     if not name or (student is None and not Path(name).is_dir()):
         raise PktError(
             f"{folder} is for {name or 'a student it does not name'}, which is not here; name it (--student DIR)"
         )
     spec = spec_of(name)
+    pairs = _pairs(state, config, folder, spec)
+    if origin is not None:
+        pairs = _with_counterweight(pairs, _pairs(*_read(origin), origin, spec), origin)
+    mode: Mode = "paired" if origin is None else "add"
+    start = Start(
+        "start", pairs, dataclasses.replace(spec, name=name).identity(), mode, {}, _told(folder, pairs, origin)
+    )
+    start.save(out, force=force)
+    return start
+
+
+def _pairs(state: dict[str, Tensor], config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Pair]:
     found = adapter_from_state(state, _rescaled(config, state, folder), str(folder))
     adapter = split_tied(found, spec.head if spec.tied else None)
     adapter = apply_kinds(adapter, kinds_of(spec, adapter.pairs))
     check_fit(adapter.pairs, spec, str(folder))
-    start = Start(
-        "start", adapter.pairs, dataclasses.replace(spec, name=name).identity(), "paired", {}, _told(folder, adapter)
-    )
-    start.save(out, force=force)
-    return start
+    return adapter.pairs
+
+
+def _with_counterweight(pairs: Mapping[str, Pair], begun: Mapping[str, Pair], origin: Path) -> dict[str, Pair]:
+    """BA − B₀A₀ as one pair a module; what was not extracted began at zero. A twin's A is −A₀ already."""
+    missing = sorted(begun.keys() - pairs.keys())
+    if missing:
+        raise PktError(
+            f"{origin} holds {missing[0]}, which was not trained, so it is of another training; name its own"
+        )
+    sign = 1.0 if origin.name.endswith(TWIN) else -1.0
+    joined = dict(pairs)
+    for module, other in begun.items():
+        pair = pairs[module]
+        joined[module] = Pair(torch.cat([pair.A, sign * other.A]), torch.cat([pair.B, other.B], 1), pair.kind)
+    return joined
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,8 +130,8 @@ def _check_twin(folder: Path, state: Mapping[str, Tensor]) -> None:
     )
     if not same:
         raise PktError(
-            f"{twin.parent} does not negate the factors of {folder}, so one of the two is of another extraction, or {folder} has "
-            "been trained since; name the folder that was extracted"
+            f"{twin.parent} does not negate the factors of {folder}, so that either one of the two is of another extraction, or "
+            f"{folder} has been trained since: then name what it was trained from (--trained-from {twin.parent})"
         )
 
 
@@ -114,6 +148,8 @@ def _rescaled(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pa
     return {**config, "r": rank, "lora_alpha": alpha / said * rank, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _told(folder: Path, adapter: Adapter) -> dict[str, Any]:
-    told = {"imported from": folder.name, "by": "the authors' released code", "matrices": len(adapter.pairs)}
+def _told(folder: Path, pairs: Mapping[str, Pair], origin: Path | None) -> dict[str, Any]:
+    told = {"imported from": folder.name, "by": "the authors' released code", "matrices": len(pairs)}
+    if origin is not None:
+        told["trained from"] = origin.name
     return {"told": told, "versions": versions()}

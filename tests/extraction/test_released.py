@@ -99,6 +99,41 @@ def test_the_command(tmp_path: Path, student: Path, state: dict[str, Tensor]) ->
     assert "already holds a result" in commands.fails("import", folder, "--out", out, "--student", student)
 
 
+@pytest.mark.parametrize("named", ["lora-delta", "begun"])
+def test_a_trained_folder_with_what_it_was_trained_from(
+    tmp_path: Path, student: Path, state: dict[str, Tensor], named: str
+) -> None:
+    """Their trained student is (W − B₀A₀) + BA: two merges of theirs, one LoRA here."""
+    torch.manual_seed(1)
+    trained = {k: (t + 0.3 * t.float().std() * torch.randn(t.shape)).half() for k, t in state.items()}
+    extra = "base_model.model.model.layers.0.self_attn.k_proj.lora_{}.weight"
+    rows, cols = load_model(student).model.layers[0].self_attn.k_proj.weight.shape
+    trained |= {extra.format("A"): torch.randn(RANK, cols).half(), extra.format("B"): torch.randn(rows, RANK).half()}
+    folder, out = written(tmp_path / "lora", trained), tmp_path / "out"
+    written(tmp_path / "begun", state)
+    written(tmp_path / "lora-delta", negated(state))
+    told = commands.fails("import", folder, "--out", out, "--student", student)
+    assert f"--trained-from {tmp_path / 'lora-delta'}" in told
+    said = commands.run("import", folder, "--out", out, "--student", student, "--trained-from", tmp_path / named)
+    assert "kept: the student is changed" in " ".join(said.split())
+    theirs = load_model(student)
+    for name, weight in theirs.named_parameters():
+        stem = "base_model.model." + name.removesuffix(".weight")
+        for factors, sign in ((trained, 1), (state, -1)):
+            if f"{stem}.lora_A.weight" in factors:
+                change = factors[f"{stem}.lora_B.weight"].float() @ factors[f"{stem}.lora_A.weight"].float()
+            elif f"{stem}.lora_embedding_A" in factors:
+                change = (factors[f"{stem}.lora_embedding_B"].float() @ factors[f"{stem}.lora_embedding_A"].float()).t()
+            else:
+                continue
+            weight.data += sign * change
+    wanted, found = lifecycle.logits(theirs), lifecycle.logits(load_with_adapter(student, out))
+    assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    torch.save({k: t for k, t in trained.items() if "lm_head" not in k}, folder / "adapter_model.bin")
+    with pytest.raises(pkt.PktError, match=r"begun holds lm_head, which was not trained"):
+        import_released(folder, tmp_path / "o2", student=student, trained_from=tmp_path / "begun")
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("/tmp/pkt-evil"),))
