@@ -8,7 +8,7 @@ hidden units are randomly rotated, and by the layers that were not matched.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,38 @@ class Lineage:
         """Raises `PktError` when it was made for another pair."""
         check_identity(self.teacher, teacher.spec, "the lineage's teacher side")
         check_identity(self.student, student.spec, "the lineage's student side")
+        try:
+            fits = all(
+                len(units) in (0, count) and all(isinstance(unit, int) and -1 <= unit < most for unit in units)
+                for units, count, most in self._sizes(teacher, student)
+            )
+        except (IndexError, KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise PktError("the lineage names units that the two models do not have; make it again with `pkt lineage`")
+
+    def _sizes(self, old: Matrices, new: Matrices) -> Iterator[tuple[Sequence[int], int, int]]:
+        """Each list of units, how long it is (or empty), and below what its units are; -1 is a unit without a match."""
+        yield self.hidden, new.hidden, old.hidden
+        yield self.layers, new.spec.num_layers, old.spec.num_layers
+        for place, side in enumerate((old, new)):
+            rows = [pair[place] for pair in self.tokens or ()]
+            yield rows, len(rows), side.index["embed", None][0].shape[0]
+        for layer, theirs in enumerate(self.layers):
+            mine, others = ((side.heads(i), side.experts(i)) for side, i in ((new, layer), (old, theirs)))
+            down = [
+                side.index["down", i][0].shape[1] for side, i in ((new, layer), (old, theirs)) if side.has("down", i)
+            ]
+            if self.neurons and len(down) == 2:
+                yield self.neurons[layer], down[0] * max(1, mine[1]), down[1]
+            if self.queries:
+                yield self.queries[layer], mine[0][0], others[0][0]
+            if self.groups:
+                yield [0] * len(self.groups[layer]), mine[0][1], 1
+                found = [unit for members in self.groups[layer] for unit in members]
+                yield found, len(found), others[0][1]
+            if self.experts:
+                yield self.experts[layer], mine[1], others[1]
 
 
 def lineage(

@@ -38,6 +38,7 @@ class Matrices:
         self.others = (*_positions(self.spec), *_routers(self.spec, self.shapes))
         self.index: dict[tuple[str, int | None], tuple[Target, Runs]] = {}
         self._read: tuple[str, Tensor] | None = None
+        self._sound: set[str] = set()  # parameters that were seen to be finite
         for target in (*self.spec.targets, *self.others):
             for role, rows in target.roles():
                 if role and not target.doubt:
@@ -51,7 +52,13 @@ class Matrices:
         return 0 if found is None else found[0].experts
 
     def parameter(self, name: str) -> Tensor:
-        return self.model.tensor(name)
+        """A parameter by its name. Raises `PktError` for NaN or Inf: no match and no change can be told by such weights."""
+        found = self.model.tensor(name)
+        if name not in self._sound and found.is_floating_point():
+            if not bool(found.isfinite().all()):
+                raise PktError(f"{self.spec.name}: {name} holds NaN or Inf; the checkpoint is damaged, copy it again")
+            self._sound.add(name)
+        return found
 
     def same(self, other: Matrices) -> bool:
         """Whether every parameter has the same values; the first that differs ends the reading."""
@@ -68,34 +75,26 @@ class Matrices:
     def _tensor(self, target: Target) -> Tensor:
         """The parameter; experts that lie in one are kept until another is read, as they are asked for one after another."""
         if not target.experts:
-            return self.model.tensor(target.parameter)
+            return self.parameter(target.parameter)
         if self._read is None or self._read[0] != target.parameter:
             self._read = None
-            self._read = target.parameter, self.model.tensor(target.parameter)
+            self._read = target.parameter, self.parameter(target.parameter)
         return self._read[1]
 
     def folded(self, role: str, layer: int | None, units: Tensor, expert: int | None = None) -> Tensor:
         """[out, units] fp32: these input columns, the gain of the norm before them multiplied in."""
         matrix = self.raw(role, layer, expert)[:, units].float()
         gain = self.gain(_NORMED.get(role, ""), layer)
-        return self._sound(matrix if gain is None else matrix * gain[units], role, layer)
+        return matrix if gain is None else matrix * gain[units]
 
     def _rising(self, role: str, layer: int, units: Tensor, expert: int | None = None) -> Tensor:
         """[in, units] fp32: these output rows of a matrix that writes hidden units."""
-        return self._sound(self.raw(role, layer, expert)[units].float().t(), role, layer)
-
-    def _sound(self, features: Tensor, role: str, layer: int | None) -> Tensor:
-        if not bool(features.sum().isfinite()):
-            module = self.index[role, layer][0].module
-            raise PktError(
-                f"{self.spec.name}: {module} or the norm before it holds NaN or Inf; the checkpoint is damaged"
-            )
-        return features
+        return self.raw(role, layer, expert)[units].float().t()
 
     def gain(self, before: str, layer: int | None) -> Tensor | None:
         """The gain [hidden] of the norm before the attention, the FFN or the head; None where it is not known."""
         name = self.norm(before, layer)
-        return None if name is None else self.model.tensor(name).float() + unit_offset(self.spec.model_type)
+        return None if name is None else self.parameter(name).float() + unit_offset(self.spec.model_type)
 
     def norm(self, before: str, layer: int | None) -> str | None:
         """The name of that gain's parameter."""

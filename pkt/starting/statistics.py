@@ -46,7 +46,10 @@ def mean_gradients(
 def input_covariances(
     model: nn.Module, targets: Sequence[Target], seeds: Seeds, *, batch_size: int = 8, progress: bool = True
 ) -> dict[str, Tensor]:
-    """module -> covariance [in, in], fp64, of its inputs over all positions of the seeds that are no padding."""
+    """module -> covariance [in, in], fp64, of its inputs over all positions of the seeds that are no padding.
+
+    Raises `PktError` where one is not finite.
+    """
     sums: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
     keep = torch.zeros(0)
@@ -72,6 +75,11 @@ def input_covariances(
     finally:
         for handle in handles:
             handle.remove()
+    bad = next((name for name, p in products.items() if not bool(p.isfinite().all())), None)
+    if bad is not None:
+        raise PktError(
+            f"the inputs of {bad} on the seeds are not finite; the checkpoint is damaged, or needs fp32 or bf16"
+        )
     means = {name: s / count for name, s in sums.items()}
     return {name: products[name] / count - torch.outer(mean, mean) for name, mean in means.items()}
 

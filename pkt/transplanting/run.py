@@ -38,7 +38,7 @@ from pkt.lora import write_merged
 from pkt.manifest import recorded_day, versions
 from pkt.matching import Cutter, Lineage, Matrices, lineage
 from pkt.models import Model, Target, load_model
-from pkt.models.adapter_files import WEIGHTS
+from pkt.models.adapter_files import CONFIG, PICKLE, WEIGHTS
 from pkt.progress import bar
 from pkt.seeds import Seeds
 from pkt.starting import best_scale, rows_for, tried
@@ -136,6 +136,8 @@ def transplant(
             steps.bind(job.inputs(found))
         made = _pairs(content, job, steps, progress)
         if not made:
+            if steps is not None:
+                steps.steps.clear()  # there is nothing to go on from
             raise PktError(content.nothing)
         scale = job.scale(made, content, progress)
         start = job.result(made, scale, content, found)
@@ -224,11 +226,10 @@ class Job:
     def inputs(self, found: Lineage) -> dict[str, Any]:
         """All that the bytes of a result depend on, by the names a refusal uses."""
         models = {"teacher": self.teacher, "student": self.student, "base": self.base}
-        file = None if self.adapter is None else Path(self.adapter) / WEIGHTS
         return {
             "kind": "transplant",
             **{f"{name}'s weights": _weights(model) for name, model in models.items() if model is not None},
-            "adapter": None if file is None else sha256(file.read_bytes()),
+            "adapter": None if self.adapter is None else _adapter_digest(Path(self.adapter)),
             "seeds": self.rows.fingerprint,
             **({} if self.rows.today is None else {"today": self.rows.today.isoformat()}),
             "lineage": found.fingerprint(),
@@ -374,6 +375,12 @@ def named_base(teacher: Any) -> str | None:
 
 def _weights(model: Any) -> dict[str, str]:
     return Model.of(model).content()
+
+
+def _adapter_digest(folder: Path) -> str:
+    """Of the factors and of the configuration that scales them."""
+    weights = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / PICKLE
+    return sha256(weights.read_bytes(), (folder / CONFIG).read_bytes())
 
 
 def _named(model: Any) -> str:
