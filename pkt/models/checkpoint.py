@@ -177,6 +177,7 @@ class CheckpointFiles:
         self.tensors: dict[str, Stored] = {}
         self.foreign: dict[str, Path] = {}  # in types that torch does not compute with
         self.joined: dict[str, list[str]] = {}
+        self.renamed: dict[str, str] = {}  # tensor of the model that was asked for last -> another name, in the files
         self.handles: dict[Path, int] = {}
         self.stamps: dict[Path, tuple[int, int, int]] = {}
         for file in weights.paths:
@@ -212,6 +213,7 @@ class CheckpointFiles:
         Raises `NotStoredError` when only transformers can tell, `PktError` for files that hold too little.
         """
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self.renamed = self._renamed_for(model)
         found: dict[str, str] = {}
         by_tensor: dict[int, str] = {}
         for name, tensor in all_tensors(model):
@@ -253,6 +255,7 @@ class CheckpointFiles:
     def untied(self, model: nn.Module, tied: Mapping[str, str]) -> list[str]:
         """Which tensors that a model ties to others (name -> the other's) these files hold with values of their own."""
         prefix, tensors = f"{getattr(model, 'base_model_prefix', '')}.", dict(all_tensors(model))
+        self.renamed = self._renamed_for(model)
         found = []
         for name, other in tied.items():
             places = [self._place(n, tensors[n], prefix) for n in (name, other) if n in tensors]
@@ -276,7 +279,29 @@ class CheckpointFiles:
                 stored = name
             self._check_fit(stored, tensor)
             return stored
-        return None
+        if name in self.renamed:
+            self._check_fit(self.renamed[name], tensor)
+        return self.renamed.get(name)
+
+    def _renamed_for(self, model: nn.Module) -> dict[str, str]:
+        """Tensor of the model -> its name in the files, where transformers itself renames that one for one (Gemma 3, LLaVA)."""
+        try:
+            from transformers import PreTrainedModel
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming, rename_source_key
+        except ImportError:  # an older transformers has other ways, and such files are loaded whole
+            return {}
+        if not isinstance(model, PreTrainedModel):
+            return {}
+        mapping, known = get_model_conversion_mapping(model), dict(all_tensors(model))
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        others = [m for m in mapping if not isinstance(m, WeightRenaming)]
+        found: dict[str, list[str]] = {}
+        for stored in self.tensors:
+            name, converted = rename_source_key(stored, renamings, others, model.base_model_prefix, known)
+            if converted is None and name != stored and name in known:
+                found.setdefault(name, []).append(stored)
+        return {name: stored[0] for name, stored in found.items() if len(stored) == 1}
 
     def _join(self, name: str, parts: list[str], tensor: Tensor) -> bool:
         """Add a tensor that is the bytes of others, one after another; False where they are not its slices."""
