@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -227,6 +228,8 @@ def read_adapter(folder: str | Path, *, where: str = "") -> tuple[Adapter, dict[
         raise PktError(
             f"{pickled} is a pickle that cannot be loaded safely; save the adapter as safetensors"
         ) from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise PktError(f"{pickled} does not hold an adapter's tensors by name; copy the folder again")
     return adapter_from_state(state, config, str(folder)), config
 
 
@@ -240,6 +243,11 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
     for place, names in found.items():
         module = expert.get(place, place)
         a, b = state[names.a], state[names.b]
+        if not (a.ndim == b.ndim == 2 and len(a) == b.shape[1] and a.is_floating_point() and b.is_floating_point()):
+            raise PktError(
+                f"{what}: the LoRA factors of {module} are {list(a.shape)} and {list(b.shape)} ({a.dtype}), which multiply to no "
+                "matrix; the file is damaged, copy it again"
+            )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise PktError(
                 f"{what}: the LoRA factors of {module} contain NaN or Inf; training diverged before it was saved"
@@ -247,7 +255,9 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
         try:
             rank = int(setting("rank_pattern", module, config["r"], config)) if place in expert else a.shape[0]
             scale = _scale(module, rank, config)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if not math.isfinite(scale):
+                raise ValueError(scale)
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise PktError(
                 f"{what}: its {CONFIG} gives {module} no scale (lora_alpha is {config.get('lora_alpha', 'missing')}); copy the "
                 "adapter's configuration again"

@@ -421,6 +421,129 @@ def _(place: Place) -> list[Any]:
     return ["inject", place.student, place.extraction, "--out", place.out]
 
 
+# --- adapters and lineages --------------------------------------------------------------------------------------------
+
+ADAPTERS = "Adapters and lineages"
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+
+
+def adapter(place: Place, a: Any, b: Any, **config: Any) -> Path:
+    """A LoRA folder of the first q_proj with these factors."""
+    from safetensors.torch import save_file
+
+    folder, name = place.folder / "adapter", "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    folder.mkdir()
+    save_file({f"{name}A.weight": a, f"{name}B.weight": b}, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({**PLAIN, **config}))
+    return folder
+
+
+def evaluated(place: Place, folder: Path) -> list[Any]:
+    return ["evaluate", place.student, place.seeds, "--adapter", folder]
+
+
+@case(ADAPTERS, "factors that multiply to no matrix", "the LoRA factors of ... are [4, 32] and [32, 3]")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 3)))
+
+
+@case(ADAPTERS, "`pkt inspect` of factors that are numbers", "the LoRA factors of ... are [] and []")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return ["inspect", adapter(place, torch.tensor(1.0), torch.tensor(1.0))]
+
+
+@case(ADAPTERS, "factors of whole numbers", "the LoRA factors of ... (torch.int64), which multiply to no matrix")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    whole = torch.ones(4, 32, dtype=torch.int64)
+    return evaluated(place, adapter(place, whole, whole.t().contiguous()))
+
+
+@case(ADAPTERS, "a lora_alpha that is NaN", "gives ... no scale (lora_alpha is nan)")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 4), lora_alpha=float("nan")))
+
+
+@case(ADAPTERS, "an alpha_pattern that is no regular expression", "gives ... no scale")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 4), alpha_pattern={"(": 8}))
+
+
+@case(
+    ADAPTERS,
+    "target_parameters that are a number",
+    "the target_parameters of its adapter_config.json are no list of names",
+)
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 4), target_parameters=7))
+
+
+@case(ADAPTERS, "a pickled adapter that is a list", "adapter_model.bin does not hold an adapter's tensors by name")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    folder = adapter(place, torch.ones(4, 32), torch.ones(32, 4))
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save([torch.ones(2)], folder / "adapter_model.bin")
+    return evaluated(place, folder)
+
+
+@case(ADAPTERS, "`pkt import` of factors that are numbers", "the LoRA factors of ... are [] and []")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    folder = adapter(place, torch.tensor(1.0), torch.tensor(1.0))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    torch.save(
+        {f"{name}A.weight": torch.tensor(1.0), f"{name}B.weight": torch.tensor(1.0)}, folder / "adapter_model.bin"
+    )
+    return ["import", folder, "--out", place.out, "--student", place.student]
+
+
+@case(ADAPTERS, "`pkt lineage` of weights with a NaN", "teacher: ... holds NaN or Inf; the checkpoint is damaged")
+def _(place: Place) -> list[Any]:
+    from safetensors.torch import load_file, save_file
+
+    file = place.teacher / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    return ["lineage", place.teacher, place.student]
+
+
+@case(ADAPTERS, "a lineage of units that are not there", "the lineage names units that the two models do not have")
+def _(place: Place) -> list[Any]:
+    from commands import run
+
+    file = place.folder / "lineage.json"
+    run("lineage", place.teacher, place.student, "--out", file)
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, "hidden": [10**6, *found["hidden"][1:]]}))
+    return ["transplant", place.teacher, place.student, place.seeds, "--lineage", file, "--anyway", "--out", place.out]
+
+
+@case(ADAPTERS, "`pkt start --how eva` of weights with an Inf", "the inputs of ... on the seeds are not finite")
+def _(place: Place) -> list[Any]:
+    from safetensors.torch import load_file, save_file
+
+    file = place.student / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.v_proj.weight"].view(-1)[3] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    return ["start", place.student, place.seeds, "--how", "eva", "--out", place.out]
+
+
 # --- outputs and options ----------------------------------------------------------------------------------------------
 
 OPTIONS = "Outputs and options"

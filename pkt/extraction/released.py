@@ -137,7 +137,7 @@ def _check_twin(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 def _rescaled(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     """The configuration with the factors' own rank, at the scale that the copied one says."""
-    ranks = {t.shape[0] for key, t in state.items() if "lora_A" in key or "lora_embedding_A" in key}
+    ranks = {t.shape[0] if t.ndim else 0 for key, t in state.items() if "lora_A" in key or "lora_embedding_A" in key}
     if len(ranks) != 1:
         raise PktError(
             f"{folder / PICKLE} holds factors of {len(ranks)} ranks, and one is expected; copy the folder again"

@@ -97,7 +97,10 @@ def wrapped_names(parameters: Iterable[str]) -> dict[str, str]:
 
 def experts_in(places: Iterable[str], config: Mapping[str, Any], what: str) -> dict[str, str]:
     """Module of PEFT's -> the experts' parameter whose factors it holds. PEFT finds parameters by the ends of their names."""
-    targeted = sorted(config.get("target_parameters") or ())
+    given = config.get("target_parameters") or ()
+    if not isinstance(given, (list, tuple)) or not all(isinstance(t, str) for t in given):
+        raise PktError(f"{what}: the target_parameters of its {CONFIG} are no list of names; copy the folder again")
+    targeted = sorted(given)
     unknown = [t for t in targeted if "." not in t or t.rpartition(".")[2] not in EXPERT_PARAMETERS]
     if unknown:
         raise PktError(
@@ -124,7 +127,11 @@ def experts_in(places: Iterable[str], config: Mapping[str, Any], what: str) -> d
 def setting(pattern: str, module: str, default: Any, config: Mapping[str, Any]) -> float:
     """r or lora_alpha of a module, by the first of a pattern's keys that ends its name."""
     for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        try:
+            found = re.match(rf"(.*\.)?({key})$", module)
+        except re.error as error:
+            raise ValueError(f"{key!r} is not a regular expression") from error
+        if found:
             return float(value)
     return float(default)
 
@@ -135,7 +142,12 @@ def read_ranks(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     stored = safetensors_header(folder / WEIGHTS).tensors
     factors = factors_in(stored, str(folder))
     experts = experts_in(factors, config, str(folder))
-    ranks = {place: stored[names.a].shape[0] for place, names in factors.items()}
+    ranks: dict[str, int] = {}
+    for place, names in factors.items():
+        a, b = stored[names.a].shape, stored[names.b].shape
+        if not (len(a) == len(b) == 2 and a[0] == b[1]):
+            raise PktError(f"{folder}: the LoRA factors of {place} are {list(a)} and {list(b)}; copy the folder again")
+        ranks[place] = a[0]
     try:
         own = {m: int(setting("rank_pattern", m, config["r"], config)) for m in experts.values()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
