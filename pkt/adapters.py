@@ -253,7 +253,7 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
                 f"{what}: the LoRA factors of {module} contain NaN or Inf; training diverged before it was saved"
             )
         try:
-            rank = int(setting("rank_pattern", module, config["r"], config)) if place in expert else a.shape[0]
+            rank = int(setting("rank_pattern", module, config.get("r", 8), config))  # 8 is PEFT's own
             scale = _scale(module, rank, config)
             if not math.isfinite(scale):
                 raise ValueError(scale)
@@ -262,6 +262,11 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
                 f"{what}: its {CONFIG} gives {module} no scale (lora_alpha is {config.get('lora_alpha', 'missing')}); copy the "
                 "adapter's configuration again"
             ) from error
+        if place not in expert and rank != len(a):
+            raise PktError(
+                f"{what}: {module} has factors of rank {len(a)}, and its {CONFIG} says {rank}; they are of two adapters, copy the "
+                "folder again"
+            )
         if place in expert:
             if rank < 1 or len(a) % rank or b.shape[1] != len(a):
                 raise PktError(

@@ -471,6 +471,31 @@ def _(place: Place) -> list[Any]:
     return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 4), lora_alpha=float("nan")))
 
 
+@case(ADAPTERS, "a lora_alpha that is a word", "gives ... no scale (lora_alpha is 16)")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 4), lora_alpha="16"))
+
+
+@case(ADAPTERS, "a configuration of another rank", "has factors of rank 4, and its adapter_config.json says 8")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    return evaluated(place, adapter(place, torch.ones(4, 32), torch.ones(32, 4), r=8))
+
+
+@case(ADAPTERS, "`pkt train` at a rank of 10⁵", "rank=100000 is above the smaller side of every matrix adapted")
+def _(place: Place) -> list[Any]:
+    return ["train", place.student, place.seeds, "--out", place.out, "--rank", 10**5]
+
+
+@case(ADAPTERS, "an end token that is a word", "generation_config.json has 'x' for an eos_token_id")
+def _(place: Place) -> list[Any]:
+    (place.student / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    return ["evaluate", place.student, place.seeds, "--exact-match"]
+
+
 @case(ADAPTERS, "an alpha_pattern that is no regular expression", "gives ... no scale")
 def _(place: Place) -> list[Any]:
     import torch

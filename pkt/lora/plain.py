@@ -67,6 +67,11 @@ def draw_pairs(
     which keep PEFT's default. The random numbers are torch's global ones. Raises `PktError` where PEFT cannot start a matrix so.
     """
     spec = spec_of_model(student)
+    largest = max(min(t.shape) for t in targets)
+    if lora.rank > largest:
+        raise PktError(
+            f"rank={lora.rank} is above the smaller side of every matrix adapted (at most {largest}); use less"
+        )
     blank = {t.module: _blank(t, lora.rank) for t in targets}
     config = Adapter(blank, name_of(student), spec.head if spec.tied else None).config(alpha=lora.alpha)
     config["init_lora_weights"] = True if lora.init in ("default", "pissa") else lora.init

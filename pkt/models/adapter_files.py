@@ -132,8 +132,15 @@ def setting(pattern: str, module: str, default: Any, config: Mapping[str, Any]) 
         except re.error as error:
             raise ValueError(f"{key!r} is not a regular expression") from error
         if found:
-            return float(value)
-    return float(default)
+            return _number(value)
+    return _number(default)
+
+
+def _number(value: Any) -> float:
+    """PEFT computes with what the file holds, so that a word is no number here either."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def read_ranks(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:

@@ -28,10 +28,18 @@ class Stops:
     def of(cls, model: Any, tokenizer: Any) -> Stops:
         """The model's own stop list, the tokenizer's end token, and what the chat template puts after an answer."""
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ids = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id}
+        ids = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id]
+        strange = [token for token in ids if token is not None and not isinstance(token, int)]
+        if strange:
+            raise PktError(
+                f"the model's generation_config.json has {strange[0]!r} for an eos_token_id; write a token's number"
+            )
         closing = turn_end(tokenizer)
         marks = [i for i in tokenizer(closing, add_special_tokens=False)["input_ids"] if _is_mark(i, tokenizer)]
-        return cls(tuple(sorted({*ids, *marks[:1]} - {None})), "" if marks else closing.strip())
+        return cls(
+            tuple(sorted({token for token in (*ids, *marks[:1]) if token is not None})),
+            "" if marks else closing.strip(),
+        )
 
     def said(self, ids: Sequence[int], tokenizer: Any) -> str:
         """The text of token ids up to the end of the turn."""
