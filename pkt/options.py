@@ -173,15 +173,20 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a transfer may take, which changes no byte of its result.
-
-    device_memory, host_memory: in bytes or as "16GB"; default, what is free. scratch: a folder for activations that fit in
-    neither. prefetch: read a layer ahead.
-    """
+class Memory:
+    """What a reading of a teacher may take, in bytes or as "16GB"; default, what is free."""
 
     device_memory: int | str | None = None
     host_memory: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Limits(Memory):
+    """What a transfer may take, which changes no byte of its result.
+
+    scratch: a folder for activations that fit in no memory. prefetch: read a layer ahead.
+    """
+
     scratch: str | Path | None = None
     prefetch: bool = True
 

@@ -11,11 +11,11 @@ import typer
 from pkt.cli.application import app, err_console, next_line, print_json, resumable, say
 from pkt.cli.flags import Force, JsonFlag, Teacher, takes
 from pkt.errors import PktError
-from pkt.options import Execution, Limits, RowTemplate, TrainingLoss
+from pkt.options import Execution, Memory, RowTemplate, TrainingLoss
 
 
 @app.command(rich_help_panel="The main path")
-@takes(Execution, Limits)
+@takes(Execution, Memory)
 def teach(
     teacher: Teacher,
     data: Annotated[Path, typer.Argument(help="The rows that the student will be trained on.", show_default=False)],
@@ -63,7 +63,6 @@ def teach(
     import pkt
     from pkt.files import run_path
 
-    options.pop("scratch", None)
     if generate:
         if draws is not None or top is not None:
             raise PktError("--generate writes answers, not distributions; leave --draws and --top out")

@@ -21,7 +21,6 @@ from pkt.errors import PktError
 from pkt.models import rows_apart
 from pkt.scoring.losses import output_field
 from pkt.streaming.activations import Boundaries
-from pkt.streaming.allocator import exact_memory
 from pkt.streaming.engine import Tick
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
 from pkt.streaming.memory import Place
@@ -61,10 +60,10 @@ class Forward:
         """Inside, the model is in eval mode and `run` may be called."""
         model = self.parts.model
         modes = {m: m.training for m in model.modules()}
-        on_cpu = self.device.type == "cpu"
+        here = contextlib.nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device)
         model.eval()
         try:
-            with exact_memory() if on_cpu else torch.cuda.device(self.device), rows_apart(model), torch.no_grad():
+            with here, rows_apart(model), torch.no_grad():
                 yield
         finally:
             for module, training in modes.items():

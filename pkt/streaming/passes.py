@@ -103,7 +103,8 @@ def _forward_need(sizes: Sizes, longest: int, micro: int, device: torch.device, 
     buffer = 0 if sizes.stored == item else sizes.stored
     loaded = 0 if in_memory else 1
     layer = loaded * sizes.layer * (2 * item + buffer) + widest * sizes.linear_io * (item + 4)
-    head = loaded * ((sizes.head or sizes.front) + sizes.layer) * item + loaded * max(sizes.head, sizes.layer) * buffer
+    table = max(sizes.head, sizes.front)
+    head = loaded * ((table + sizes.layer) * item + max(table, sizes.layer) * buffer)
     block = min(head_rows(sizes.vocab, device), widest) * sizes.vocab
     # Logits, a copy in fp32 where they are not, and what draws take of a part of them.
     head += block * (2 * item + 4) + 24 * min(draw_rows(sizes.vocab, device), widest) * sizes.vocab

@@ -11,10 +11,12 @@ import hashlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pkt.streaming import draw_rows
 from pkt.targets import packed, word_bytes
+
+GROUP = 32  # ids whose masses are summed before a draw's place is looked for
 
 
 def uniforms(seed: int, digest: bytes, occurrence: int, tokens: int, draws: int) -> Tensor:
@@ -28,12 +30,19 @@ def uniforms(seed: int, digest: bytes, occurrence: int, tokens: int, draws: int)
 def drawn(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """probabilities [C, V], u [C, N] -> how many ids differ for each token [C], those ids and their counts, token after token.
 
-    Within a token, ids ascend.
+    Within a token, ids ascend. The place of a draw is found among sums of `GROUP` ids first, then within one of them, in fp64.
     """
     n = u.shape[1]
-    cdf = probabilities.cumsum(1, dtype=torch.float64)
-    at = (torch.arange(n, device=u.device) + u) / n * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, at, right=True).clamp_(max=probabilities.shape[1] - 1)
+    groups = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    sums = groups.sum(2).double()
+    ends = sums.cumsum(1)
+    at = (torch.arange(n, device=u.device) + u) / n * ends[:, -1:]
+    group = torch.searchsorted(ends, at, right=True).clamp_(max=ends.shape[1] - 1)
+    # How far into its group's mass each draw is, in [0, 1).
+    into = ((at - ends.gather(1, group)) / sums.gather(1, group) + 1).clamp_(0, 1 - 2.0**-53)
+    within = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP)).cumsum(2, dtype=torch.float64)
+    place = torch.searchsorted(within, (into * within[:, :, -1])[:, :, None], right=True)[:, :, 0]
+    ids = group * GROUP + place.clamp_(max=GROUP - 1)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     starts = first.view(-1).nonzero()[:, 0]

@@ -118,29 +118,31 @@ def teach(
     Raises `PktError`, before the weights are read, for anything that can be known then.
     """
     options = Options(draws, top, seed, batch_size, dtype)
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="pkt-teach-") as scratch:
-            given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("scratch", "options", "out")}
-            return teach(**given, out=Path(scratch) / "targets")
-    out = check_output_folder(as_path(out, "the path of a folder"), force=force)
-    check_apart(out, *(each for each in (teacher, data) if is_stored(each)))
-    today = None if force or not resume else recorded_day(run_path(out) / "run.json")
-    model = Model.of(teacher)
-    read_with = _tokenizer_of(model, tokenizer)
-    if not isinstance(data, Seeds):
-        data = load_seeds(data, read_with, loss=loss, max_length=max_length, today=today, template=template)
-    job = Job(model, data, options, read_with, device)
-    with RunFolder.locked(out, fresh=force or not resume) as folder:
-        folder.bind(job.inputs(progress=progress))
-        memory = (parse_size(device_memory), parse_size(host_memory))
-        Passes(job, folder, memory, progress, on_memory, on_tick).run()
-        job.write(out, folder, force=force)
-    return Targets.load(out)
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkt-teach-"))) / "targets"
+        out = check_output_folder(as_path(out, "the path of a folder"), force=force)
+        check_apart(out, *(each for each in (teacher, data) if is_stored(each)))
+        today = None if force or not resume else recorded_day(run_path(out) / "run.json")
+        model = Model.of(teacher)
+        read_with = _tokenizer_of(model, tokenizer)
+        if not isinstance(data, Seeds):
+            data = load_seeds(data, read_with, loss=loss, max_length=max_length, today=today, template=template)
+        job = Job(model, data, options, read_with, device)
+        with RunFolder.locked(out, fresh=force or not resume) as folder:
+            folder.bind(job.inputs(progress=progress))
+            memory = (parse_size(device_memory), parse_size(host_memory))
+            Passes(job, folder, memory, progress, on_memory, on_tick).run()
+            job.write(out, folder, force=force)
+        return Targets.load(out)
 
 
 def _tokenizer_of(model: Model, given: Any) -> Any:
     """What rows are read with. Raises `PktError` where its tokens are not the teacher's."""
-    own = model.tokenizer if model.is_named else None
+    own = None
+    # A checkpoint need not come with a tokenizer where one is given.
+    with contextlib.suppress(*([] if given is None else [PktError])):
+        own = model.tokenizer if model.is_named else None
     if given is None:
         if own is None:
             raise PktError("a teacher in memory needs its tokenizer; pass tokenizer=")

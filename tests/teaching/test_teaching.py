@@ -408,6 +408,13 @@ def test_rows_of_another_tokenizer_are_refused_with_the_way_out(few: Path, tmp_p
     assert "pkt teach --generate" in said
 
 
+def test_a_teachers_folder_needs_no_tokenizer_where_one_is_given(tokenizer: Any, tmp_path: Path) -> None:
+    zoo.llama().save_pretrained(tmp_path / "bare")
+    assert len(teach(tmp_path / "bare", seeds(2), tokenizer)) == 2
+    with pytest.raises(pkt.PktError, match="no usable tokenizer"):
+        teach(tmp_path / "bare", seeds(2))
+
+
 def test_broken_weights_name_the_row(tokenizer: Any) -> None:
     model = zoo.llama()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
