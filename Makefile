@@ -71,6 +71,8 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench_kernels.py --device cpu
 	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
 	$(BIN)/python bench/bench_lineage.py
+	$(BIN)/python bench/bench_teach.py
+	$(BIN)/python bench/bench_distil.py
 	$(BIN)/python bench/readme_tables.py
 	$(BIN)/python bench/goals.py
 
