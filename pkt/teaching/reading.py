@@ -241,6 +241,7 @@ class Job:
             "tokenizer": self.tokenizer,
             "teacher": self.model.identified().identity(),
             "rows": self.rows.describe(),
+            **({} if self.rows.today is None else {"today": self.rows.today.isoformat()}),
             "tokens": tokens,
             "nll": loss / tokens,
             "seed": self.options.seed,

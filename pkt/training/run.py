@@ -128,8 +128,7 @@ def train(
     _check_out(out, (extraction, student, data, held_out, teacher_targets))
     if held_out is None and eval_steps is not None:
         raise PktError("eval_steps concerns held-out rows; name them (--held-out FILE)")
-    today = None if force else recorded_day(out / MANIFEST)
-    job = _job(student, start, (data, held_out), told, options, dropout, max_length, today)
+    job = _job(student, start, (data, held_out), told, options, dropout, max_length, _day(out, teacher_targets, force))
     job = replace(job, taught=distillation(teacher_targets, mix, job.examples, job.tokenizer, spec_of(student)))
     with lock_folder(out, out):
         settings = job.settings()
@@ -141,6 +140,13 @@ def train(
             write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
         job.finish(model, out, checkpoint, quietly)
     return model
+
+
+def _day(out: Path, targets: Any, force: bool) -> datetime.date | None:
+    """The day that a template is told of: that of the teacher's targets, whose rows these are, or of the run that goes on."""
+    where = targets.source if isinstance(targets, Targets) else targets
+    of_targets = recorded_day(Path(where) / MANIFEST) if where else None
+    return of_targets or (None if force else recorded_day(out / MANIFEST))
 
 
 def _check_out(out: Path, given: Sequence[Any]) -> None:

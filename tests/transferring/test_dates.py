@@ -20,6 +20,7 @@ from pkt.files import MANIFEST
 from pkt.lora import finalize
 from pkt.manifest import recorded_day
 from pkt.models import load_tokenizer
+from pkt.streaming import Forward
 from pkt.training import run as training
 from pkt.transferring import extractor
 from pkt.transplanting import run as transplanting
@@ -167,3 +168,26 @@ def test_a_record_without_a_day_tells_none(text: str, tmp_path: Path) -> None:
 
 def test_rows_without_a_date_record_none(seeds: Path) -> None:
     assert "today" not in pkt.load_seeds(seeds, load_tokenizer(ASSETS / "teacher")).describe()
+
+
+def test_rows_are_read_as_on_the_day_that_the_teachers_targets_are_of(
+    teacher: Path, student: Path, seeds: Path, clock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkt.streaming.passes.PASS_TOKENS", {"cpu": 60})
+    calm = pkt.teach(teacher, seeds, out=tmp_path / "calm", progress=False)
+    stopped_once(monkeypatch, Forward, "run", 2)
+    with pytest.raises(KeyboardInterrupt):
+        pkt.teach(teacher, seeds, out=tmp_path / "targets", progress=False)
+    clock.day = NEXT
+    again = pkt.teach(teacher, seeds, out=tmp_path / "targets", progress=False)
+    assert all(torch.equal(calm.tensors[name], again.tensors[name]) for name in calm.tensors)
+    assert recorded_day(tmp_path / "targets" / MANIFEST) == FIRST
+    options: Any = {
+        "teacher_targets": tmp_path / "targets",
+        "mix": 0.5,
+        "max_steps": 1,
+        "batch_size": 4,
+        "quietly": True,
+    }
+    training.train(student, None, seeds, tmp_path / "run", **options)
+    assert json.loads((tmp_path / "run" / MANIFEST).read_text())["settings"]["today"] == FIRST.isoformat()
