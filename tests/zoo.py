@@ -155,7 +155,9 @@ def trained_like(kind: str, *, seed: int = 0, tied: bool = False, **size: int) -
         "mixtral": lambda: transformers.MixtralConfig(**common, **more, num_local_experts=4),
         "phi3": lambda: transformers.Phi3Config(**common, **more),
         "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=common["vocab_size"], n_embd=64, n_inner=96, n_layer=6, n_head=8, tie_word_embeddings=True
+            n_inner=common["intermediate_size"],
+            tie_word_embeddings=True,
+            **{name: value for name, value in common.items() if name != "intermediate_size"},
         ),
     }[kind]()
     torch.manual_seed(seed)

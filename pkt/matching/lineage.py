@@ -21,6 +21,7 @@ from pkt.files import MANIFEST, atomic_file, read_json, sha256, write_json
 from pkt.manifest import read_manifest
 from pkt.matching.layers import increasing
 from pkt.matching.matrices import Matrices
+from pkt.matching.rotated import procrustes
 from pkt.matching.units import Evidence, assign, rotation, table_cosines, unit_rows
 from pkt.matching.within import Within
 from pkt.models import check_identity, other_ids, shared_vocabulary
@@ -43,6 +44,7 @@ class Lineage:
     hidden [student's hidden]; layers [student's layers]; for each student layer: neurons (of the FFN, or of one expert after
     another, each in its own expert of the teacher's), queries (attention heads), groups (the teacher's key/value heads that one
     is the mean of), experts. tokens: (teacher's row, student's row) of the tokens in both vocabularies; None: the same rows.
+    rotated: the student's hidden units are no single ones of the teacher's, but a rotation of them.
     """
 
     teacher: dict[str, Any]
@@ -54,6 +56,7 @@ class Lineage:
     groups: list[list[list[int]]] = field(default_factory=list)
     experts: list[list[int]] = field(default_factory=list)
     tokens: list[tuple[int, int]] | None = None
+    rotated: bool = False
     evidence: list[Evidence] = field(default_factory=list)
     verdict: Verdict = "no lineage"
     reason: str = ""
@@ -173,7 +176,7 @@ def lineage(
     found = Lineage(old.spec.identity(), new.spec.identity(), [], [], tokens=rows)
     hidden = _match_hidden(old, new, found, generator)
     with bar("matching layers", old.spec.num_layers, unit="layers", shown=progress) as advance:
-        samples = _Samples(new, old, hidden, generator)
+        samples = _samples(old, new, hidden, generator)
         scores = samples.scores(advance)
     _judge(found, scores, samples)
     mixed = [any(side.experts(layer) for layer in range(side.spec.num_layers)) for side in (old, new)]
@@ -183,7 +186,9 @@ def lineage(
         found.reason = (
             f"the {whose[0]}'s FFNs are experts and the {whose[1]}'s are not, so neither was cut from the other's"
         )
-    if found.kin or anyway:
+    elif not found.kin and new.hidden <= old.hidden:
+        _try_rotation(old, new, found, generator, progress)
+    if not found.rotated and (found.kin or anyway):
         _match_layers(old, new, hidden, found, generator, progress)
     return found
 
@@ -263,17 +268,25 @@ def _tables(
     return tables, rows
 
 
-class _Samples:
-    """A few units of every student layer, held against all of a teacher layer's."""
+def _samples(old: Matrices, new: Matrices, hidden: Tensor, generator: torch.Generator) -> _Samples:
+    """Of some of the hidden units that are matched; of any where none is."""
+    matched = (hidden >= 0).nonzero()[:, 0]
+    if not len(matched):
+        matched = torch.arange(len(hidden))
+        hidden = torch.zeros_like(hidden)
+    mine = _some(matched, _SAMPLE_FEATURES, generator)
+    return _Samples(old, new, hidden[mine], mine, generator)
 
-    def __init__(self, new: Matrices, old: Matrices, hidden: Tensor, generator: torch.Generator) -> None:
+
+class _Samples:
+    """A few units of every student layer, held against all of a teacher layer's.
+
+    theirs: the teacher's hidden units, by index or direction, that the student's, `mine`, are compared with.
+    """
+
+    def __init__(self, old: Matrices, new: Matrices, theirs: Tensor, mine: Tensor, generator: torch.Generator) -> None:
         self.old, self.generator = old, generator
-        matched = (hidden >= 0).nonzero()[:, 0]
-        if not len(matched):
-            matched = torch.arange(len(hidden))
-            hidden = torch.zeros_like(hidden)
-        self.student_units = _some(matched, _SAMPLE_FEATURES, generator)
-        self.teacher_units = hidden[self.student_units]
+        self.student_units, self.teacher_units = mine, theirs
         self.kinds: list[dict[str, Tensor]] = []
         for layer in range(new.spec.num_layers):
             found = _units(new, layer, self.student_units)
@@ -287,8 +300,6 @@ class _Samples:
     def scores(self, advance: Any) -> Tensor:
         """Mean best cosine of the samples [teacher's layers, student's]."""
         rows = []
-        self.best: list[list[dict[str, Tensor]]] = []
-        self.teacher: dict[int, dict[str, Tensor]] = {}
         for layer in range(self.old.spec.num_layers):
             units = {k: unit_rows(f) for k, f in _units(self.old, layer, self.teacher_units).items()}
             best = [{k: (f @ units[k].t()).amax(1) for k, f in mine.items() if k in units} for mine in self.kinds]
@@ -355,6 +366,22 @@ def _judge(found: Lineage, scores: Tensor, samples: _Samples) -> None:
     some = "its layers are" if bool(matched.all()) else f"{layers.matched} of its {layers.total} layers are"
     found.verdict = "descends" if layers.closeness >= _CLOSE else "descends but has drifted"
     found.reason = f"{some} the teacher's, at a cosine of {kept:.3f} where chance gives {chance:.3f}"
+
+
+def _try_rotation(old: Matrices, new: Matrices, found: Lineage, generator: torch.Generator, progress: bool) -> None:
+    """Look again with the teacher's hidden units rotated to where the student's tables are, if the tables say that they may be."""
+    turn, cosine, chance = procrustes(*_tables(old, new, found.tokens, generator), generator)
+    hidden = Evidence("hidden units, rotated", new.hidden, new.hidden, cosine, chance)
+    if hidden.closeness < _KIN:
+        return
+    mine = _some(torch.arange(new.hidden), _SAMPLE_FEATURES, generator)
+    samples = _Samples(old, new, turn[:, mine], mine, generator)
+    with bar("matching layers, rotated", old.spec.num_layers, unit="layers", shown=progress) as advance:
+        scores = samples.scores(advance)
+    other = Lineage(found.teacher, found.student, [-1] * new.hidden, [], tokens=found.tokens, rotated=True)
+    _judge(other, scores, samples)
+    if other.kin:
+        vars(found).update(vars(other), evidence=[hidden, *other.evidence], reason=f"descends, rotated: {other.reason}")
 
 
 def _match_layers(

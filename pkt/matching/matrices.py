@@ -82,14 +82,19 @@ class Matrices:
         return self._read[1]
 
     def folded(self, role: str, layer: int | None, units: Tensor, expert: int | None = None) -> Tensor:
-        """[out, units] fp32: these input columns, the gain of the norm before them multiplied in."""
-        matrix = self.raw(role, layer, expert)[:, units].float()
-        gain = self.gain(_NORMED.get(role, ""), layer)
-        return matrix if gain is None else matrix * gain[units]
+        """[out, units] fp32: these input columns, the gain of the norm before them multiplied in.
+
+        units: indices, or directions [hidden, units] of which each is a unit.
+        """
+        whole, gain = self.raw(role, layer, expert), self.gain(_NORMED.get(role, ""), layer)
+        if units.is_floating_point():
+            return (whole.float() if gain is None else whole * gain) @ units
+        return whole[:, units].float() if gain is None else whole[:, units] * gain[units]
 
     def _rising(self, role: str, layer: int, units: Tensor, expert: int | None = None) -> Tensor:
         """[in, units] fp32: these output rows of a matrix that writes hidden units."""
-        return self.raw(role, layer, expert)[units].float().t()
+        whole = self.raw(role, layer, expert)
+        return whole.float().t() @ units if units.is_floating_point() else whole[units].float().t()
 
     def gain(self, before: str, layer: int | None) -> Tensor | None:
         """The gain [hidden] of the norm before the attention, the FFN or the head; None where it is not known."""

@@ -216,6 +216,11 @@ class Job:
         anyway = self.options.anyway
         found = given or lineage(self.teacher, self.student, seed=self.options.seed, anyway=anyway, progress=progress)
         found.check(self.old, self.new)
+        if found.rotated:
+            raise PktError(
+                f"{self.new.spec.name} descends from {self.old.spec.name}, but its hidden units are rotated, which pkt cannot "
+                "cut through: transplant into a student whose units are the teacher's own (pkt shrink makes one)"
+            )
         if not found.kin and not self.options.anyway:
             raise PktError(
                 f"{found}\nthere is nothing to transplant between these models: train a plain LoRA, or make a student that "
