@@ -86,3 +86,14 @@ def cut(model: Any, found: Lineage) -> Any:
                 p.copy_(cutter.vector(name, old.parameter))
     found.student = new.spec.identity()
     return small.eval()
+
+
+def noisy(model: Any, amount: float, seed: int = 1) -> Any:
+    """The model with noise of `amount` times each matrix's own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            if p.ndim > 1:
+                p.add_(torch.randn(p.shape, generator=generator) * p.std() * amount)
+    return other

@@ -456,3 +456,17 @@ def test_a_real_pair_without_rows_is_not_run(tmp_path: Path) -> None:
     status, output, _ = slot(ROOT, tmp_path, STEPS="descendant", DEVICE="cuda", GSM8K="", PYTHON="true")
     assert status == 0, output
     assert said(tmp_path) == {"descendant": "not run: GSM8K does not name a file of rows"}
+
+
+@pytest.mark.slow
+def test_the_comparison_of_shared_out_ranks_runs_on_a_few_rows(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "bench_ranks.py"), "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "ranks_tiny.json").read_text())
+    uniform, *others = found["rows"]
+    assert [row["way"] for row in found["rows"]] == ["uniform", "energy", "sensitivity"]
+    assert {uniform["ranks"]["least"], uniform["ranks"]["most"]} == {32}
+    for row in others:
+        assert 0.99 * uniform["parameters"] <= row["parameters"] <= uniform["parameters"]
+    assert others[0]["energy"] > uniform["energy"]

@@ -11,6 +11,7 @@ import torch
 import transformers
 import zoo
 from conftest import ASSETS, write_rows
+from descent import noisy
 from transformers import AutoModelForCausalLM
 
 import pkt
@@ -24,17 +25,6 @@ SMALL = Shape(hidden=40, neurons=48, groups=2, layers=3)
 
 def magnitudes(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().abs() for name, p in model.named_parameters()}
-
-
-def noisy(model: Any, amount: float, seed: int = 1) -> Any:
-    """The model with noise of `amount` times each matrix's own spread."""
-    generator = torch.Generator().manual_seed(seed)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in other.parameters():
-            if p.ndim > 1:
-                p.add_(torch.randn(p.shape, generator=generator) * p.std() * amount)
-    return other
 
 
 @pytest.mark.parametrize(
