@@ -9,6 +9,10 @@ class PktError(Exception):
     """Something the caller can mend. The message says what was wrong, where, and what to do about it."""
 
 
+class DivergedError(PktError):
+    """Training left the numbers: a result of its learning rate rather than a fault."""
+
+
 class SampleError(PktError):
     """A fault of one sample, or of one among several that cannot be told apart.
 

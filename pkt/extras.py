@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from pkt.errors import PktError
+
+
+def is_there(*packages: str) -> bool:
+    """Whether all of these are installed; none is imported."""
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def needs(package: str, extra: str, purpose: str) -> None:

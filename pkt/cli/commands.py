@@ -6,11 +6,11 @@ import sys
 import warnings
 from typing import TextIO
 
-from pkt.cli import extracting, shrinking, starting, students, teaching, transplanting, viewing
+from pkt.cli import extracting, shrinking, starting, students, studying, teaching, transplanting, viewing
 from pkt.cli.application import app, err_console, state
 from pkt.errors import PktError, PktWarning
 
-__all__ = ["app", "extracting", "run", "shrinking", "starting", "students", "teaching", "transplanting", "viewing"]
+__all__ = ["app", "extracting", "run", "shrinking", "starting", "students", "studying", "teaching", "transplanting", "viewing"]
 
 
 def _note(

@@ -1,5 +1,16 @@
-"""What makes a comparison of trained models one that can be believed."""
+"""Comparisons of trained models that can be believed: studies of cells, and seeds × items statistics."""
 
+from pkt.studying.converting import convert as convert
+from pkt.studying.engines import Cluster as Cluster
+from pkt.studying.engines import Engine as Engine
+from pkt.studying.layout import Job as Job
+from pkt.studying.layout import Layout as Layout
+from pkt.studying.run import open_study as open_study
+from pkt.studying.run import preset_names as preset_names
+from pkt.studying.run import read_stats as read_stats
+from pkt.studying.run import run_layout as run_layout
+from pkt.studying.run import study as study
 from pkt.studying.statistics import Comparison as Comparison
 from pkt.studying.statistics import compare as compare
 from pkt.studying.statistics import holm as holm
+from pkt.studying.store import Store as Store

@@ -3,6 +3,7 @@
 from pkt.training.answers import final_answer as final_answer
 from pkt.training.evaluation import Evaluation as Evaluation
 from pkt.training.evaluation import evaluate as evaluate
+from pkt.training.evaluation import generate as generate
 from pkt.training.evaluation import row_losses as row_losses
 from pkt.training.evaluation import row_matches as row_matches
 from pkt.training.export import write_injected as write_injected

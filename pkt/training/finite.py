@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from pkt.errors import PktError
+from pkt.errors import DivergedError, PktError
 from pkt.files import read_json, share_files
 
 STATE = "trainer_state.json"
@@ -118,7 +118,7 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         grads = [p.grad for p in self.model.parameters() if p.grad is not None and not self.args.fp16]
         for what, value in (("loss", found), ("norm of the gradient", torch.nn.utils.get_total_norm(grads))):
             if not value.isfinite():
-                raise PktError(
+                raise DivergedError(
                     f"training diverged: the {what} is {float(value)} at step {self.state.global_step + 1}. Lower the "
                     f"learning rate (lr={self.args.learning_rate}) and train into a new folder; if this is the first step, "
                     "look for NaN in the student's weights"

@@ -1,0 +1,159 @@
+"""Comparisons that can be believed: a study from a YAML file or a preset."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
+from pkt.cli.flags import JsonFlag
+
+
+def _place(help_: str) -> Any:
+    return typer.Option(help=help_, show_default=False, rich_help_panel="What a preset is filled with")
+
+
+@app.command(rich_help_panel="Compare")
+def study(
+    named: Annotated[str, typer.Argument(metavar="FILE|PRESET", help="A YAML file, or demo or quick.")] = "demo",
+    out: Annotated[Path, typer.Option("--out", help="Folder of the study; what it holds is not made again.")] = Path(
+        "pkt-study"
+    ),
+    plan: Annotated[bool, typer.Option("--plan", help="Say what will be made, and make nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the results of what is there.")] = False,
+    engine: Annotated[
+        Literal["auto", "serial", "ray"], typer.Option(help="serial: one job after another; ray: many at once.")
+    ] = "auto",
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster's; default: this machine.", show_default=False)
+    ] = None,
+    cpus: Annotated[int, typer.Option(help="CPUs of a job, with ray.", min=1)] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs of a job, with ray; a share, too.", min=0)] = 0.0,
+    student: Annotated[str | None, _place("The student.")] = None,
+    teacher: Annotated[str | None, _place("The teacher.")] = None,
+    base: Annotated[str | None, _place("What the teacher was tuned from.")] = None,
+    seeds: Annotated[Path | None, _place("Rows that starts are made of.")] = None,
+    train: Annotated[Path | None, _place("Rows to learn from; the last are held out to choose rates.")] = None,
+    test: Annotated[Path | None, _place("Rows that decide.")] = None,
+    general: Annotated[Path | None, _place("General text, to see what is forgotten.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Compare starts on your models and rows: tuned alike, over several seeds, with intervals and a verdict in words."""
+    from pkt.studying import Cluster, Layout, open_study, run_layout
+
+    paths = {"seeds": seeds, "train": train, "test": test, "general": general}
+    given = {"student": student, "teacher": teacher, "base": base}
+    given |= {name: None if file is None else str(file.absolute()) for name, file in paths.items()}
+    layout = Layout(open_study(named, given))
+    if plan:
+        _show_plan(layout, out, json_)
+        return
+    begin = time.perf_counter()
+
+    def told(job: Any, error: str | None) -> None:
+        seconds = time.perf_counter() - begin
+        line = f"{seconds:6.0f} s  {job}" + ("" if error is None else f": failed: {error}")
+        err_console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with resumable(lambda: (out / "cells").is_dir(), force=False):
+        found = run_layout(
+            layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), told=told, only_report=report
+        )
+    if json_:
+        print_json(found)
+    else:
+        _show(found)
+        say(f"{out}: stats.json, results.csv, rows.csv.gz")
+    if found["failures"]:
+        err_console.print(
+            f"{len(found['failures'])} jobs failed, first: {found['failures'][0]['cell']}: {found['failures'][0]['error']}",
+            style="red", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Compare")
+def rows(
+    source: Annotated[Literal["gsm8k", "mmlu", "super_ni"], typer.Argument(help="Which data set it is.")],
+    data: Annotated[Path, typer.Argument(help="Its JSONL file.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file to write.", show_default=False)],
+    shots: Annotated[int, typer.Option(help="Examples before each question.", min=0)] = 0,
+    examples: Annotated[Path | None, typer.Option(help="Where they are taken from.", show_default=False)] = None,
+) -> None:
+    """Turn a published data set into rows, with the prompts of the paper's evaluation."""
+    from pkt.files import check_output_file
+    from pkt.studying import convert
+
+    # Rows bear no mark of pkt's, so a file that is there is never replaced.
+    check_output_file(out, "pkt-rows")
+    say(f"{out}: {convert(source, data, out, shots=shots, examples=examples)} rows")
+
+
+def _show_plan(layout: Any, out: Path, json_: bool) -> None:
+    from pkt.studying import Store
+
+    layout.check()
+    expected, store = layout.expected(), Store(out)
+    now = [str(job) for job in layout.jobs(store)]
+    if json_:
+        print_json({"cells": expected, "next": now})
+        return
+    say(f"{layout.study.study}: {', '.join(f'{count} {what}' for what, count in expected.items())}, if no grid grows")
+    teachers = [job for job in layout.jobs(store) if job.kind == "start"]
+    say(
+        f"{len(now)} jobs can begin now, {len(teachers)} of them starts; transfers of one teacher share one reading of it"
+    )
+    for line in now[:10]:
+        say(f"  {line}")
+    if len(now) > 10:
+        say(f"  and {len(now) - 10} more")
+    next_line("the same command without --plan")
+
+
+def _show(found: dict[str, Any]) -> None:
+    for task, value in found["tasks"].items():
+        test, _, metric = value["decides"].rpartition(".")
+        table = Table(
+            task,
+            "lr, A ×",
+            f"{value['decides']} before",
+            "after",
+            "general text",
+            "against it",
+            box=None,
+            header_style="bold",
+        )
+        for name, start in value["starts"].items():
+            table.add_row(*_row(found, task, name, start, test, metric))
+        out_console.print(table)
+    say(found["verdict"])
+
+
+def _row(found: dict[str, Any], task: str, name: str, start: dict[str, Any], test: str, metric: str) -> list[str]:
+    chosen, after = start.get("chosen"), start.get("after") or []
+
+    def mean(of: str, what: str) -> str:
+        values = [run[of][what] for run in after if what in run.get(of, {})]
+        return f"{sum(values) / len(values):.3f}" if values else ""
+
+    before = start.get("before", {}).get(test, {}).get(metric)
+    word = next(
+        (
+            f"{c['word']} {c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
+            for c in found["comparisons"]
+            if (c["family"], c["task"], c["control"]) == ("deciding", task, name)
+        ),
+        "",
+    )
+    return [
+        name,
+        "" if chosen is None else f"{chosen['lr']:g}, {chosen['a_scale']:g}" + ("*" if start["at_the_end"] else ""),
+        "" if before is None else f"{before:.3f}",
+        mean(test, metric),
+        mean("general", "nll"),
+        word,
+    ]

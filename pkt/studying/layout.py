@@ -1,0 +1,342 @@
+"""A study as cells: which there are, what each is made from, and which can be made now.
+
+Nothing here runs anything. What is done is known from the store alone: rates are chosen from the tunings in it, and the
+trainings follow from the rates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pkt.adapters import WEIGHTS
+from pkt.errors import PktError
+from pkt.files import sha256
+from pkt.matching import Lineage, lineage
+from pkt.models import Model, load_tokenizer
+from pkt.seeds import Seeds, load_seeds
+from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Task, Transfer
+from pkt.studying.store import Cell, Store
+
+GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of the grid."""
+
+    lr: float
+    a_scale: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cells that are made together, in order: one start, one tuning, or a training with its tests."""
+
+    kind: str
+    cells: tuple[Cell, ...]
+    task: str = ""
+    start: str = ""
+    seed: int = 0
+    setting: Setting | None = None
+
+    def __str__(self) -> str:
+        words = [self.kind, self.task, self.start]
+        if self.setting is not None:
+            words.append(f"lr {self.setting.lr:g}, A × {self.setting.a_scale:g}, seed {self.seed}")
+        return " ".join(filter(None, words))
+
+
+class Layout:
+    """The cells of a study. Rows and models are read once, when asked for."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.starts = study.varied()
+
+    # Inputs ---------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.study.student)
+
+    @functools.cache  # noqa: B019  # one layout lives as long as its study
+    def model(self, name: str) -> dict[str, str]:
+        """Hashes of a model's weights and configuration."""
+        return Model.of(name).content()
+
+    @functools.cache  # noqa: B019
+    def rows(self, file: str) -> Seeds:
+        found = load_seeds(file, self.tokenizer, max_length=self.study.training.max_length)
+        spec = Model.of(self.study.student).spec
+        found.check_fits(spec.vocab_size, spec.positions, spec.name)
+        return found
+
+    @functools.cache  # noqa: B019
+    def lineage(self, teacher: str) -> Lineage:
+        """Found once for all controls of a transplant."""
+        return lineage(teacher, self.study.student, progress=False)
+
+    def learnt(self, task: Task) -> Seeds:
+        """The rows that a task trains on. Raises `PktError` where some of them choose the rates too."""
+        rows = self.rows(task.train)
+        kept = len(rows) - (task.held_out if isinstance(task.held_out, int) else 0)
+        count = kept if task.rows is None else task.rows
+        if not 0 < count <= kept:
+            raise PktError(
+                f"{rows.source} has {len(rows)} rows; {count} to learn from and {task.held_out} to choose rates by are more"
+            )
+        return head(rows, count)
+
+    def held_out(self, task: Task) -> Seeds:
+        if isinstance(task.held_out, str):
+            return self.rows(task.held_out)
+        rows = self.rows(task.train)
+        return Seeds(list(rows[len(rows) - task.held_out :]), rows.source, rows.pad_id, rows.today)
+
+    def seeds(self, task: str, start: StartOptions) -> Seeds:
+        """The rows that a start is made of."""
+        file = self.study.tasks[start.seeds_of or task].seeds
+        assert file is not None
+        rows = self.rows(file)
+        if start.seeds is not None and not 0 < start.seeds <= len(rows):
+            raise PktError(f"{rows.source} has {len(rows)} rows; a start asks for the first {start.seeds}")
+        return rows if start.seeds is None else head(rows, start.seeds)
+
+    def check(self) -> None:
+        """Read all rows and models there are to read. Raises `PktError` for what would stop the study after hours."""
+        for task, spec in self.study.tasks.items():
+            self.learnt(spec)
+            self.held_out(spec)
+            for measured in self.measurements(task).values():
+                self._measured(measured)
+            for name in self.starts:
+                self.tune(task, name, Setting(1.0, 1.0), 0)
+
+    # Cells ----------------------------------------------------------------------------------------------------------
+
+    def start(self, task: str, name: str, seed: int) -> Cell | None:
+        """What a training of this seed begins from; None where it is drawn as it begins, or lies in a folder."""
+        start = self.starts[name]
+        if isinstance(start, (PlainLora, FolderStart)):
+            return None
+        inputs: dict[str, Any] = {
+            "student": self.model(self.study.student),
+            "rank": self.study.training.rank,
+            "options": self._options(start),
+            **({"draw": seed} if start.drawn else {}),
+        }
+        if start.needs_seeds:
+            inputs["seeds"] = self.seeds(task, start).fingerprint
+        labels = {"task": task, "start": name, **({"draw": seed} if start.drawn else {})}
+        return Cell("start", inputs, labels)
+
+    def _options(self, start: StartOptions) -> dict[str, Any]:
+        """What differs from the defaults, models by their content."""
+        left = ("seeds_of", "seeds", "extra_steps")
+        found = {f.name: getattr(start, f.name) for f in dataclasses.fields(start) if f.name not in left}
+        found = {
+            n: v for n, v in found.items() if v != next(f.default for f in dataclasses.fields(start) if f.name == n)
+        }
+        for name in ("teacher", "base"):
+            if name in found:
+                found[name] = self.model(found[name])
+        for name in ("adapter", "path"):
+            if name in found:
+                file = Path(found[name]) / WEIGHTS
+                if not file.is_file():
+                    raise PktError(f"{found[name]} has no {WEIGHTS}; name a folder that pkt or PEFT wrote")
+                found[name] = sha256(file.read_bytes())
+        return {"kind": start.kind, **found}
+
+    def _begun(self, task: str, name: str, seed: int) -> dict[str, Any]:
+        """The start, as an input of a training."""
+        cell, start = self.start(task, name, seed), self.starts[name]
+        if cell is not None:
+            found: dict[str, Any] = {"start": cell.key}
+            if isinstance(start, Transfer) and start.mode != "paired":
+                found["mode"] = start.mode
+        else:
+            found = {"start": self._options(start), "student": self.model(self.study.student)}
+        return found if not start.extra_steps else {**found, "extra_steps": start.extra_steps}
+
+    def _training(self) -> dict[str, Any]:
+        return {f.name: getattr(self.study.training, f.name) for f in dataclasses.fields(self.study.training)}
+
+    def tune(self, task: str, name: str, setting: Setting, seed: int) -> Cell:
+        rows, rates = self.study.tasks[task], self.study.rates
+        inputs = {
+            **self._begun(task, name, seed),
+            "rows": self.learnt(rows).fingerprint,
+            "held_out": self.held_out(rows).fingerprint,
+            "training": {**self._training(), "epochs": self.study.training.epochs * rates.epochs},
+            **vars(setting),
+            "seed": seed,
+        }
+        return Cell("tune", inputs, {"task": task, "start": name, **vars(setting), "seed": seed})
+
+    def train(self, task: str, name: str, setting: Setting, seed: int) -> Cell:
+        inputs = {
+            **self._begun(task, name, seed),
+            "rows": self.learnt(self.study.tasks[task]).fingerprint,
+            "training": self._training(),
+            **vars(setting),
+            "seed": seed,
+        }
+        return Cell("train", inputs, {"task": task, "start": name, **vars(setting), "seed": seed})
+
+    def measurements(self, task: str) -> dict[str, Measurement]:
+        """A task's tests, and general text."""
+        general = {} if self.study.general is None else {GENERAL: Measurement(self.study.general)}
+        return {**self.study.tasks[task].tests, **general}
+
+    def test(self, of: Cell | str, test: str, task: str, *, before: bool = False) -> Cell:
+        """The test of a training, before it or after; or of a model that was not trained."""
+        spec = self.measurements(task)[test]
+        inputs: dict[str, Any] = {
+            "rows": self._measured(spec).fingerprint,
+            "metrics": list(spec.metrics),
+            **({"model": self.model(of)} if isinstance(of, str) else {"train": of.key}),
+            **({"before": True} if before else {}),
+        }
+        if "exact_match" in spec.metrics:
+            inputs["answer"] = spec.answer
+        if {"exact_match", "rouge_l"} & set(spec.metrics):
+            inputs["max_new_tokens"] = spec.max_new_tokens
+        labels = {"model": of} if isinstance(of, str) else dict(of.labels)
+        return Cell("test", inputs, {**labels, "task": task, "test": test, **({"when": "before"} if before else {})})
+
+    def _measured(self, spec: Measurement) -> Seeds:
+        rows = self.rows(spec.data)
+        return rows if spec.limit is None else head(rows, spec.limit)
+
+    def tests(self, of: Cell | str, task: str, *, before: bool = False) -> dict[str, Cell]:
+        return {name: self.test(of, name, task, before=before) for name in self.measurements(task)}
+
+    def untrained(self) -> list[str]:
+        return list(dict.fromkeys([self.study.student, *self.study.teachers.values()]))
+
+    # What can be made now -------------------------------------------------------------------------------------------
+
+    def grid(self, task: str, store: Store) -> list[Setting]:
+        """The settings that every start of a task is tuned at: grown at the ends that are some start's best, for all alike."""
+        rates, ratio = self.study.rates, _ratio(self.study.rates.lr)
+        lrs, scales = list(rates.lr), rates.a_scale
+        for _ in range(rates.extend):
+            found = [self._best(task, name, _grid(lrs, scales), store) for name in self.starts]
+            if any(best is None for best in found):
+                break
+            ends = {best.lr for best in found if best is not None}
+            grown = ([lrs[0] / ratio] if lrs[0] in ends else []) + lrs + ([lrs[-1] * ratio] if lrs[-1] in ends else [])
+            if grown == lrs:
+                break
+            lrs = grown
+        return _grid(lrs, scales)
+
+    def chosen(self, task: str, name: str, store: Store) -> Setting | None:
+        """The setting a start is reported at; None while the task is not tuned."""
+        grid = self.grid(task, store)
+        # The grid may grow for the sake of another start.
+        if any(self._best(task, other, grid, store) is None for other in self.starts):
+            return None
+        return self._best(task, name, grid, store)
+
+    def _best(self, task: str, name: str, grid: list[Setting], store: Store) -> Setting | None:
+        """The smallest held-out NLL, of as good ones the smallest rate; None while a tuning is missing."""
+        losses = self.curve(task, name, grid, store)
+        if losses is None:
+            return None
+        if all(math.isinf(loss) for loss in losses.values()):
+            raise PktError(f"{task}: {name} diverged at every rate tried; give smaller ones (rates.lr)")
+        return min(losses, key=lambda s: (losses[s], s.lr, s.a_scale))
+
+    def curve(self, task: str, name: str, grid: list[Setting], store: Store) -> dict[Setting, float] | None:
+        """Mean held-out NLL over the tuning seeds by setting, infinite where one diverged; None while a tuning is missing."""
+        found = {}
+        for setting in grid:
+            cells = [self.tune(task, name, setting, seed) for seed in self.study.rates.seeds]
+            if not all(map(store.has, cells)):
+                return None
+            values = [store.value(cell)["nll"] for cell in cells]
+            found[setting] = math.inf if None in values else sum(values) / len(values)
+        return found
+
+    def jobs(self, store: Store) -> Iterator[Job]:
+        """What is missing and can be made from what is there."""
+        for task in self.study.tasks:
+            for model in self.untrained():
+                missing = [c for c in self.tests(model, task).values() if not store.has(c)]
+                if missing:
+                    yield Job("untrained", tuple(missing), task, model)
+        wanted = [(task, name) for task in self.study.tasks for name in self.starts]
+        for task, name in wanted:
+            yield from self._starts_missing(task, name, store)
+        for task, name in wanted:
+            yield from self._tunes_missing(task, name, store)
+        for task, name in wanted:
+            yield from self._trains_missing(task, name, store)
+
+    def _starts_missing(self, task: str, name: str, store: Store) -> Iterator[Job]:
+        drawn = self.starts[name].drawn
+        for seed in (*self.study.rates.seeds, *self.study.training_seeds) if drawn else (0,):
+            cell = self.start(task, name, seed)
+            if cell is not None and not store.has(cell):
+                yield Job("start", (cell,), task, name, seed)
+
+    def _ready(self, task: str, name: str, seed: int, store: Store) -> bool:
+        cell = self.start(task, name, seed)
+        return cell is None or store.has(cell)
+
+    def _tunes_missing(self, task: str, name: str, store: Store) -> Iterator[Job]:
+        for setting in self.grid(task, store):
+            for seed in self.study.rates.seeds:
+                cell = self.tune(task, name, setting, seed)
+                if not store.has(cell) and self._ready(task, name, seed, store):
+                    yield Job("tune", (cell,), task, name, seed, setting)
+
+    def _trains_missing(self, task: str, name: str, store: Store) -> Iterator[Job]:
+        setting = self.chosen(task, name, store)
+        if setting is None:
+            return
+        for seed in self.study.training_seeds:
+            cells = self.of_training(task, name, setting, seed)
+            if not all(map(store.has, cells)) and self._ready(task, name, seed, store):
+                yield Job("train", tuple(cells), task, name, seed, setting)
+
+    def of_training(self, task: str, name: str, setting: Setting, seed: int) -> list[Cell]:
+        """A training and its tests; the first seed's also before it."""
+        train = self.train(task, name, setting, seed)
+        before = self.tests(train, task, before=True) if seed == self.study.training_seeds[0] else {}
+        return [*before.values(), *self.tests(train, task).values(), train]
+
+    def expected(self) -> dict[str, int]:
+        """How many cells of each kind there will be, if no grid grows."""
+        study, rates = self.study, self.study.rates
+        tasks, starts, seeds = len(study.tasks), len(self.starts), len(study.training_seeds)
+        made = [s for s in self.starts.values() if not isinstance(s, (PlainLora, FolderStart))]
+        per_task = sum(len(self.measurements(task)) for task in study.tasks)
+        draws = sum(len(rates.seeds) + seeds if start.drawn else 1 for start in made)
+        grid = len(rates.lr) * len(rates.a_scale)
+        return {
+            "starts": tasks * draws,
+            "tunings": tasks * starts * grid * len(rates.seeds),
+            "trainings": tasks * starts * seeds,
+            "tests": per_task * (starts * (seeds + 1) + len(self.untrained())),
+        }
+
+
+def head(rows: Seeds, count: int) -> Seeds:
+    return Seeds(list(rows[:count]), rows.source, rows.pad_id, rows.today)
+
+
+def _grid(lrs: list[float], scales: tuple[float, ...]) -> list[Setting]:
+    return [Setting(lr, scale) for lr in lrs for scale in scales]
+
+
+def _ratio(lrs: tuple[float, ...]) -> float:
+    return lrs[-1] / lrs[-2] if len(lrs) > 1 else 2.0

@@ -1,0 +1,102 @@
+"""How a model does on rows, item by item: loss, exact match, the likeliest of some answers, and overlap with the reference."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pkt.errors import PktError
+from pkt.extras import needs
+from pkt.models import rows_apart
+from pkt.options import AnswerRule
+from pkt.seeds import IGNORE, Seeds, collate, read_rows
+from pkt.training import generate, row_losses, row_matches
+
+Metric = Literal["nll", "exact_match", "choice", "rouge_l"]
+LOWER = {"nll": True, "exact_match": False, "choice": False, "rouge_l": False}
+
+
+def measured(
+    model: Any, tokenizer: Any, rows: Seeds, metrics: tuple[Metric, ...], *, answer: AnswerRule, max_new_tokens: int
+) -> dict[str, list[Any]]:
+    """By item: nll, [loss in nats, tokens]; exact_match, whether the final answer is right; choice, whether the row's answer is the
+    likeliest of all answers in the file (by its first token); rouge_l, ROUGE-L's F with a stemmer (`rouge_score`)."""
+    found: dict[str, list[Any]] = {}
+    if "nll" in metrics:
+        found["nll"] = [list(row) for row in row_losses(model, rows)]
+    if "exact_match" in metrics:
+        found["exact_match"] = row_matches(model, rows, tokenizer, answer=answer, max_new_tokens=max_new_tokens)
+    if "choice" in metrics:
+        found["choice"] = choices(model, rows)
+    if "rouge_l" in metrics:
+        texts = generate(model, tokenizer, list(rows), batch_size=32, max_new_tokens=max_new_tokens)
+        found["rouge_l"] = [rouge_l(text, row.answer) for text, row in zip(texts, rows, strict=True)]
+    return found
+
+
+def figure(metric: str, values: list[Any]) -> float:
+    """The figure of a test from its items: nll in nats a token, the others a mean."""
+    if metric == "nll":
+        return float(sum(loss for loss, _ in values) / max(1, sum(count for _, count in values)))
+    return float(sum(values) / len(values))
+
+
+@torch.no_grad()
+def choices(model: Any, rows: Seeds, *, batch_size: int = 16) -> list[bool]:
+    """Whether each row's answer is the likeliest of the answers that occur in the file, compared by the first token.
+
+    One forward pass a batch, no decoding. Raises `PktError` where two answers begin with the same token.
+    """
+    first = [next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in rows]
+    tokens: dict[str, int] = {}
+    for example, place in zip(rows, first, strict=True):
+        tokens.setdefault(example.answer.strip(), example.labels[place])
+    known = sorted(set(tokens.values()))
+    if not 2 <= len(known) == len(tokens) <= 100:
+        raise PktError(
+            f"{rows.source}: choice compares answers by their first token, and its {len(tokens)} answers have {len(known)}; write "
+            "rows whose answers are a few letters, or measure nll"
+        )
+    device, found = next(model.parameters()).device, []
+    training = model.training
+    model.eval()
+    with rows_apart(model):
+        for start in range(0, len(rows), batch_size):
+            some = list(rows[start : start + batch_size])
+            batch = {k: v.to(device) for k, v in collate(some, rows.pad_id).items() if k != "labels"}
+            logits: Tensor = model(**batch, use_cache=False).logits
+            for index, example in enumerate(some):
+                place = first[start + index]
+                best = int(logits[index, place - 1, known].argmax())
+                found.append(known[best] == example.labels[place])
+    model.train(training)
+    return found
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """ROUGE-L's F measure with a stemmer, as open-instruct and lm-eval score Super-NI."""
+    needs("rouge_score", "study", "measure ROUGE-L")
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return float(scorer.score(reference.strip(), text.strip())["rougeL"].fmeasure)
+
+
+def groups_of(file: str, count: int) -> list[str] | None:
+    """The group ("group", "subject" or "task") of each of the first rows; None where rows have none.
+
+    Raises `PktError` where some have and some have not.
+    """
+    found: list[str | None] = []
+    for _, row in read_rows(file):
+        if len(found) == count:
+            break
+        found.append(next((row[k] for k in ("group", "subject", "task") if isinstance(row.get(k), str)), None))
+    named = [g for g in found if g is not None]
+    if not named or len(set(named)) < 2:
+        return None
+    if len(named) < len(found):
+        raise PktError(f"{file}: {len(found) - len(named)} rows have no group, the others do; give every row one")
+    return named

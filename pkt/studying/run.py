@@ -1,0 +1,102 @@
+"""`pkt study`: from the file to the results, whatever was there before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pkt.errors import PktError
+from pkt.extras import is_there
+from pkt.files import MANIFEST, check_output_folder, lock_folder, os_errors, read_json, write_json
+from pkt.manifest import manifest_of, read_manifest
+from pkt.studying.engines import Cluster, Engine, run_study, serial
+from pkt.studying.layout import Job, Layout
+from pkt.studying.page import write_page
+from pkt.studying.results import write_results
+from pkt.studying.schema import Study, read_study
+from pkt.studying.store import Store
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def open_study(named: str | Path, given: Mapping[str, Any] | None = None) -> Study:
+    """The study in a file, or pkt's own of this name. given: what fills a preset's places."""
+    preset = PRESETS / f"{named}.yaml"
+    if str(named) in preset_names():
+        return read_study(preset, given, f"preset {named}")
+    file = Path(named)
+    if not file.is_file():
+        raise PktError(f"{named} is no file and no preset; presets are {', '.join(preset_names())}")
+    return read_study(file, given)
+
+
+def study(
+    named: str | Path,
+    out: str | Path,
+    *,
+    given: Mapping[str, Any] | None = None,
+    engine: Engine = "auto",
+    cluster: Cluster = Cluster(),  # noqa: B008  # frozen
+    told: Callable[[Job, str | None], None] = lambda job, error: None,
+    only_report: bool = False,
+) -> dict[str, Any]:
+    """Run what is missing of a study into `out`, and write its results; returns stats.json.
+
+    named: a YAML file or a preset's name. The folder may hold a part of it: finished cells are never made again. told: called
+    as each job ends, with what it failed of. Raises `PktError` for a study that cannot be read, before anything runs.
+    """
+    return run_layout(
+        Layout(open_study(named, given)), out, engine=engine, cluster=cluster, told=told, only_report=only_report
+    )
+
+
+def run_layout(
+    layout: Layout,
+    out: str | Path,
+    *,
+    engine: Engine = "auto",
+    cluster: Cluster = Cluster(),  # noqa: B008  # frozen
+    told: Callable[[Job, str | None], None] = lambda job, error: None,
+    only_report: bool = False,
+) -> dict[str, Any]:
+    """`study`, of one that was read."""
+    out = Path(out)
+    _claim(out)
+    store = Store(out)
+    with lock_folder(out / "lock", out):
+        whole = True
+        if not only_report:
+            layout.check()
+            shutil.rmtree(out / "failed", ignore_errors=True)
+            runner = cluster if engine == "ray" else serial
+            whole = run_study(layout, store, runner, told)
+        found = write_results(layout, store, out)
+        if is_there("matplotlib", "jinja2"):
+            write_page(found, out)
+        with os_errors(f"writing {out}"):
+            write_json(out / MANIFEST, manifest_of("study", {"study": layout.study.study, "finished": whole}))
+    return found
+
+
+def _claim(out: Path) -> None:
+    """Raises `PktError` for a folder that holds something else."""
+    if (out / MANIFEST).is_file():
+        if read_manifest(out).get("kind") != "study":
+            raise PktError(f"{out} is no study's folder; name another")
+        return
+    if out.is_dir() and any(out.iterdir()):
+        check_output_folder(out)
+    with os_errors(f"writing {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / MANIFEST, manifest_of("study", {"finished": False}))
+
+
+def read_stats(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(out / "stats.json")
+    return found

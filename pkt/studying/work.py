@@ -1,0 +1,250 @@
+"""How each kind of cell is made: a start, a tuning, a training with its tests, the tests of an untrained model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkt.errors import DivergedError, PktError
+from pkt.extraction import Extraction, Start, open_start
+from pkt.lora import draw_pairs, inject, mode_of
+from pkt.models import load_model, spec_of_model
+from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
+from pkt.planning import adapted
+from pkt.seeds import Seeds
+from pkt.starting import start as own_start
+from pkt.studying.layout import Job, Layout, Setting, head
+from pkt.studying.metrics import measured
+from pkt.studying.schema import FolderStart, Measurement, OwnStart, PlainLora, StartOptions, Transfer, Transplant
+from pkt.studying.store import Cell, Store
+from pkt.training import fit, row_losses
+from pkt.transferring import Listeners, Recipe, transfer_recipes
+from pkt.transplanting import transplant
+
+BEGUN = "start"  # the folder of a start within its cell
+
+
+def run_job(layout: Layout, job: Job, store: Store) -> None:
+    """Make a job's cells that are not there yet."""
+    with _silence():
+        if job.kind == "start":
+            _start(layout, job, store)
+        elif job.kind == "tune":
+            _tune(layout, job, store)
+        elif job.kind == "train":
+            _train(layout, job, store)
+        else:
+            _untrained(layout, job, store)
+
+
+def scan(layout: Layout, jobs: Sequence[Job], store: Store) -> None:
+    """All transfers of one teacher from one reading of it, of every task and recipe: jobs of the kind "start"."""
+    with _silence():
+        tasks: dict[str, Seeds] = {}
+        recipes: dict[str, Recipe] = {}
+        results: dict[tuple[str, str], Job] = {}
+        for job in jobs:
+            start = layout.starts[job.start]
+            assert isinstance(start, Transfer)
+            rows = layout.seeds(job.task, start)
+            recipe = _recipe(start, layout.study.training.rank, job.seed if start.drawn else 0)
+            task = next(
+                (n for n, other in tasks.items() if other.fingerprint == rows.fingerprint), f"seeds{len(tasks)}"
+            )
+            name = next((n for n, other in recipes.items() if other == recipe), f"recipe{len(recipes)}")
+            tasks[task], recipes[name] = rows, recipe
+            results[task, name] = job
+        some = layout.starts[jobs[0].start]
+        assert isinstance(some, Transfer)
+        begin = time.perf_counter()
+        found = transfer_recipes(
+            some.teacher,
+            layout.study.student,
+            tasks,
+            recipes,
+            tokenizer=layout.tokenizer,
+            map_vocabulary=some.map_vocabulary,
+            execution=Execution(dtype=torch.float32),
+            listeners=Listeners(progress=False),
+        )
+        seconds = (time.perf_counter() - begin) / len(jobs)
+        for job in jobs:
+            start = layout.starts[job.start]
+            assert isinstance(start, Transfer)
+            wanted = (layout.seeds(job.task, start).fingerprint, _recipe(start, layout.study.training.rank, job.seed))
+            made = next(
+                ext for (task, name), ext in found.items() if (tasks[task].fingerprint, recipes[name]) == wanted
+            )
+            with store.making(job.cells[0]) as scratch:
+                made.save(scratch / BEGUN)
+                _note(scratch, seconds)
+
+
+def _recipe(start: Transfer, rank: int, seed: int) -> Recipe:
+    draw = seed if start.drawn else 0
+    options = PlanOptions(
+        layers=start.layers, select=start.select, modules=start.modules, align_heads=start.align_heads, seed=draw,
+        map_vocabulary=start.map_vocabulary,
+    )  # fmt: skip
+    return Recipe(options, Factorization(rank))
+
+
+def _note(scratch: Path, seconds: float) -> None:
+    from pkt.files import write_json
+
+    write_json(scratch / "result.json", {"seconds": seconds})
+
+
+def _start(layout: Layout, job: Job, store: Store) -> None:
+    start, study = layout.starts[job.start], layout.study
+    if isinstance(start, Transfer):
+        scan(layout, [job], store)
+        return
+    seeds = layout.seeds(job.task, start) if start.needs_seeds else None
+    draw, rank = (job.seed if start.drawn else 0), study.training.rank
+    begin = time.perf_counter()
+    with store.making(job.cells[0]) as scratch:
+        if isinstance(start, Transplant):
+            made = transplant(
+                start.teacher, study.student, seeds or "", base=start.base, adapter=start.adapter, rank=rank,
+                lineage=layout.lineage(start.teacher), control=start.control, seed=draw, anyway=start.anyway, progress=False,
+            )  # fmt: skip
+        else:
+            assert isinstance(start, OwnStart)
+            made = own_start(study.student, seeds, how=start.how, rank=rank, a_scale=1.0, seed=draw, progress=False)
+        made.save(scratch / BEGUN)
+        _note(scratch, time.perf_counter() - begin)
+
+
+def begin(layout: Layout, task: str, name: str, setting: Setting, seed: int, store: Store) -> tuple[Any, int]:
+    """The student as a training of this start begins, and how many numbers learn; what is random is drawn anew for each seed."""
+    start, cell = layout.starts[name], layout.start(task, name, seed)
+    torch.manual_seed(seed)
+    student = load_model(layout.study.student, dtype=torch.float32)
+    if isinstance(start, PlainLora):
+        lora = Lora(init=start.init, rank=layout.study.training.rank, modules=start.modules)
+        targets = adapted(spec_of_model(student), lora.modules)
+        rows = layout.learnt(layout.study.tasks[task])
+        drawn = draw_pairs(student, targets, lora, 1.0, rows=rows, seed=seed)
+        begun: Extraction | Start = Start("start", drawn, {})
+        model = inject(student, begun, mode=mode_of(lora))
+    else:
+        assert cell is not None or isinstance(start, FolderStart)
+        folder = store.path(cell) / BEGUN if cell is not None else Path(getattr(start, "path", ""))
+        begun = open_start(folder)
+        model = inject(student, begun, mode=_mode(start))
+    scale_a(model, setting.a_scale)
+    return model, sum(pair.A.numel() + pair.B.numel() for pair in begun.pairs.values())
+
+
+def _mode(start: StartOptions) -> Any:
+    return getattr(start, "mode", None) if isinstance(start, (Transfer, FolderStart)) else None
+
+
+@torch.no_grad()
+def scale_a(model: Any, scale: float) -> None:
+    """A of every projection times `scale` and B divided by it, so that the product stays."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.mul_(scale)
+        elif ".lora_B." in name:
+            parameter.div_(scale)
+
+
+def _tune(layout: Layout, job: Job, store: Store) -> None:
+    task, setting = layout.study.tasks[job.task], job.setting
+    assert setting is not None
+
+    def make() -> dict[str, Any]:
+        model, _ = begin(layout, job.task, job.start, setting, job.seed, store)
+        epochs = layout.study.training.epochs * layout.study.rates.epochs
+        try:
+            _learn(layout, model, layout.learnt(task), setting, job.seed, epochs * _share(layout, job))
+            losses = row_losses(model, layout.held_out(task))
+        except DivergedError:
+            return {"nll": None}
+        nll = sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+        return {"nll": nll if math.isfinite(nll) else None}
+
+    store.put(job.cells[0], make)
+
+
+def _share(layout: Layout, job: Job) -> float:
+    return 1.0 + layout.starts[job.start].extra_steps
+
+
+def _train(layout: Layout, job: Job, store: Store) -> None:
+    """A training and its tests, the model in memory; each test is stored by itself, the training last."""
+    setting, task = job.setting, layout.study.tasks[job.task]
+    assert setting is not None
+    *tests, train = job.cells
+    before = [c for c in tests if c.inputs.get("before")]
+    model, learning = begin(layout, job.task, job.start, setting, job.seed, store)
+    for cell in before:
+        store.put(cell, functools.partial(_measured, layout, model, cell, job.task))
+    started = time.perf_counter()
+    told: dict[str, Any] = {"trainable": learning}
+    try:
+        loss = _learn(
+            layout, model, layout.learnt(task), setting, job.seed, layout.study.training.epochs * _share(layout, job)
+        )
+        told |= {"diverged": False, "loss": loss}
+    except DivergedError as error:
+        told |= {"diverged": True, "why": str(error)}
+    told["seconds"] = time.perf_counter() - started
+    for cell in tests:
+        if cell not in before:
+            store.put(cell, dict if told["diverged"] else functools.partial(_measured, layout, model, cell, job.task))
+    store.put(train, lambda: told)
+
+
+def _untrained(layout: Layout, job: Job, store: Store) -> None:
+    model = load_model(job.start, dtype=torch.float32)
+    for cell in job.cells:
+        store.put(cell, functools.partial(_measured, layout, model, cell, job.task))
+
+
+def _measured(layout: Layout, model: Any, cell: Cell, task: str) -> dict[str, Any]:
+    """The items of a test."""
+    spec: Measurement = layout.measurements(task)[cell.labels["test"]]
+    rows = layout.rows(spec.data)
+    rows = rows if spec.limit is None else head(rows, spec.limit)
+    return measured(model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens)
+
+
+def _learn(layout: Layout, model: Any, rows: Seeds, setting: Setting, seed: int, epochs: float) -> float:
+    given = layout.study.training
+    options = Training(
+        epochs, given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler, save_steps=None, seed=seed,
+        precision=given.precision,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="pkt-study-") as folder:
+        return fit(model, rows, Path(folder), options, quietly=True)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """A study trains hundreds of times; transformers' notices would drown its own lines."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def failure(error: BaseException) -> str:
+    """What a job failed of, in one line."""
+    return str(error).splitlines()[0] if isinstance(error, PktError) else f"{type(error).__name__}: {error}"[:500]
