@@ -19,7 +19,9 @@ def _place(help_: str) -> Any:
 
 @app.command(rich_help_panel="Compare")
 def study(
-    named: Annotated[str, typer.Argument(metavar="FILE|PRESET", help="A YAML file, or demo or quick.")] = "demo",
+    named: Annotated[
+        str, typer.Argument(metavar="FILE|PRESET", help="A YAML file, or demo, quick, paper or paper-teachers.")
+    ] = "demo",
     out: Annotated[Path, typer.Option("--out", help="Folder of the study; what it holds is not made again.")] = Path(
         "pkt-study"
     ),
@@ -40,12 +42,13 @@ def study(
     train: Annotated[Path | None, _place("Rows to learn from; the last are held out to choose rates.")] = None,
     test: Annotated[Path | None, _place("Rows that decide.")] = None,
     general: Annotated[Path | None, _place("General text, to see what is forgotten.")] = None,
+    data: Annotated[Path | None, _place("Folder of the paper's data; docs/data.md says what is in it.")] = None,
     json_: JsonFlag = False,
 ) -> None:
     """Compare starts on your models and rows: tuned alike, over several seeds, with intervals and a verdict in words."""
     from pkt.studying import Cluster, Layout, open_study, run_layout
 
-    paths = {"seeds": seeds, "train": train, "test": test, "general": general}
+    paths = {"seeds": seeds, "train": train, "test": test, "general": general, "data": data}
     given = {"student": student, "teacher": teacher, "base": base}
     given |= {name: None if file is None else str(file.absolute()) for name, file in paths.items()}
     layout = Layout(open_study(named, given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -329,6 +330,9 @@ def _spoken(kind: Any) -> str:
     return names.get(origin or kind, "a mapping")
 
 
+_PLACE = re.compile(r"\$\{(\w+)(\?)?\}")
+
+
 class _Home:
     """Where the names in a study lead: beside its file, into pkt's own assets (demo:NAME), or to the Hub."""
 
@@ -342,12 +346,15 @@ class _Home:
             return Placed({name: self.filled(entry) for name, entry in value.items()}, placed.line)
         if isinstance(value, list):
             return Placed([self.filled(entry) for entry in value], placed.line)
-        if not (isinstance(value, str) and value.startswith("${") and value.endswith("}")):
+        if not isinstance(value, str):
             return placed
-        name = value[2:-1].removesuffix("?")
-        if self.given.get(name) is None and not value.endswith("?}"):
-            raise PktError(f"{self.source} needs --{name.replace('_', '-')}")
-        return Placed(self.given.get(name), placed.line)
+        for name, optional in _PLACE.findall(value):
+            if self.given.get(name) is None and not optional:
+                raise PktError(f"{self.source} needs --{name.replace('_', '-')}")
+        whole = _PLACE.fullmatch(value)
+        if whole is not None:
+            return Placed(self.given.get(whole[1]), placed.line)
+        return Placed(_PLACE.sub(lambda found: str(self.given.get(found[1]) or ""), value), placed.line)
 
     def resolved(self, study: Study) -> Study:
         tasks = {

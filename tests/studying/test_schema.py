@@ -163,10 +163,16 @@ def test_whatever_is_typed_is_read_or_refused(at: int, word: str, how: str, tmp_
 
 
 def test_every_preset_is_read(tmp_path: Path) -> None:
-    assert {"demo", "quick"} <= set(preset_names())
+    assert set(preset_names()) == {"demo", "paper", "paper-teachers", "quick"}
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one"}\n')
+    for task in ("gsm8k", "mmlu", "super_ni"):
+        (tmp_path / task).mkdir()
+        for name in ("seeds", "train", "held_out", "zero", "five", "eight", "test"):
+            (tmp_path / task / f"{name}.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "general.jsonl").write_text('{"text": "one"}\n')
     filled = {name: str(rows) for name in ("seeds", "train", "test")} | {"student": "S", "teacher": "T"}
+    filled["data"] = str(tmp_path)
     for name in preset_names():
         study = open_study(name, filled)
         assert study.compare.of in study.starts
