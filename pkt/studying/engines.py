@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,13 +75,30 @@ class Cluster:
     cpus: int = 1
     gpus: float = 0.0
 
-    def __call__(self, layout: Layout, store: Store, groups: list[list[Job]], told: Told) -> None:
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """Inside, Ray is there; one that ran before goes on."""
         needs("ray", "ray", "run a study on several GPUs or machines")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        if not ray.is_initialized():
-            ray.init(address=self.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        # In the decorator: only so has each GPU job a process of its own, and leaves no memory behind.
+        if ray.is_initialized():
+            yield
+            return
+        threads = {"OMP_NUM_THREADS": str(self.cpus)}
+        ray.init(
+            address=self.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+            runtime_env={"env_vars": threads},
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def __call__(self, layout: Layout, store: Store, groups: list[list[Job]], told: Told) -> None:
+        import ray
+
+        # In the decorator: only so has each job a process of its own, and leaves no memory of a GPU behind.
         remote = ray.remote(num_gpus=self.gpus, num_cpus=self.cpus, max_calls=1, max_retries=0)(_far)
         flying = {remote.remote(layout.study, group, str(store.folder)): group for group in groups}
         while flying:

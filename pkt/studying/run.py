@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,8 +75,8 @@ def run_layout(
         if not only_report:
             layout.check()
             shutil.rmtree(out / "failed", ignore_errors=True)
-            runner = cluster if engine == "ray" else serial
-            whole = run_study(layout, store, runner, told)
+            with cluster.started() if engine == "ray" else contextlib.nullcontext():
+                whole = run_study(layout, store, cluster if engine == "ray" else serial, told)
         found = write_results(layout, store, out)
         if is_there("matplotlib", "jinja2"):
             write_page(found, out)
