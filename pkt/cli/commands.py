@@ -10,7 +10,18 @@ from pkt.cli import extracting, shrinking, starting, students, studying, teachin
 from pkt.cli.application import app, err_console, state
 from pkt.errors import PktError, PktWarning
 
-__all__ = ["app", "extracting", "run", "shrinking", "starting", "students", "studying", "teaching", "transplanting", "viewing"]
+__all__ = [
+    "app",
+    "extracting",
+    "run",
+    "shrinking",
+    "starting",
+    "students",
+    "studying",
+    "teaching",
+    "transplanting",
+    "viewing",
+]
 
 
 def _note(
