@@ -9,8 +9,7 @@ import pytest
 
 import pkt
 from pkt.files import MANIFEST
-from pkt.identity import difference
-from pkt.manifest import KINDS, manifest_of, name_kind, read_manifest, versions
+from pkt.manifest import KINDS, difference, manifest_of, name_kind, read_manifest, versions
 
 
 def written(folder: Path, value: object) -> Path:

@@ -140,6 +140,8 @@ def _row(found: dict[str, Any], task: str, name: str, start: dict[str, Any], tes
     chosen, after = start.get("chosen"), start.get("after") or []
 
     def mean(of: str, what: str) -> str:
+        if len(after) < len(found["seeds"]):
+            return f"{len(after)} of {len(found['seeds'])} seeds"
         values = [run[of][what] for run in after if what in run.get(of, {})]
         return f"{sum(values) / len(values):.3f}" if values else ""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pkt.demo.measuring import METHODS, OURS
-from pkt.studying import compare, holm
+from pkt.statistics import compare, holm
 
 Runs = dict[str, list[dict[str, Any]]]  # method -> its trainings, by row
 LEVEL = 0.95

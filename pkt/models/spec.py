@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pkt.errors import PktError
 from pkt.files import sha256
-from pkt.identity import difference
+from pkt.manifest import difference
 from pkt.models.layouts import Place, lies_transposed, lying, runs_of
 from pkt.models.positions import position_limit
 from pkt.models.tables import FUSED, LOGIT_SETTINGS, ROLES, UNADAPTABLE, Kind, Runs, known, read_roles, role_of

@@ -1,5 +1,8 @@
 """Comparisons of trained models that can be believed: studies of cells, and seeds × items statistics."""
 
+from pkt.statistics import Comparison as Comparison
+from pkt.statistics import compare as compare
+from pkt.statistics import holm as holm
 from pkt.studying.converting import convert as convert
 from pkt.studying.engines import Cluster as Cluster
 from pkt.studying.engines import Engine as Engine
@@ -10,7 +13,4 @@ from pkt.studying.run import preset_names as preset_names
 from pkt.studying.run import read_stats as read_stats
 from pkt.studying.run import run_layout as run_layout
 from pkt.studying.run import study as study
-from pkt.studying.statistics import Comparison as Comparison
-from pkt.studying.statistics import compare as compare
-from pkt.studying.statistics import holm as holm
 from pkt.studying.store import Store as Store

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pkt.adapters import WEIGHTS
 from pkt.errors import PktError
 from pkt.files import sha256
 from pkt.matching import Lineage, lineage
 from pkt.models import Model, load_tokenizer
+from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
 from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Task, Transfer
 from pkt.studying.store import Cell, Store

@@ -16,7 +16,7 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
     """report.html of a study's stats.json. Raises `PktError` where what draws is not installed."""
     sections: list[dict[str, Any]] = [{"heading": "Verdict", "text": [found["verdict"], *_notes(found)]}]
     for task, value in found["tasks"].items():
-        sections.append({"heading": f"{task}: every start", **_scores(task, value)})
+        sections.append({"heading": f"{task}: every start", **_scores(task, value, len(found["seeds"]))})
     families = list(dict.fromkeys(c["family"] for c in found["comparisons"]))
     for family in families:
         rows = [c for c in found["comparisons"] if c["family"] == family]
@@ -52,11 +52,13 @@ def _notes(found: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _scores(task: str, value: dict[str, Any]) -> dict[str, Any]:
+def _scores(task: str, value: dict[str, Any], planned: int) -> dict[str, Any]:
     test, _, metric = value["decides"].rpartition(".")
     starts = value["starts"]
     figure, (axes,) = new_figure(8, 0.6 + 0.35 * len(starts), 1)
     for row, start in enumerate(starts.values()):
+        if start.get("trained", 0) < planned:
+            continue
         values = [run[test][metric] for run in start.get("after", []) if metric in run.get(test, {})]
         axes.plot(values, [row] * len(values), "o", color=_COLORS["better"], alpha=0.6, markersize=5)
         if values:
@@ -79,7 +81,7 @@ def _scores(task: str, value: dict[str, Any]) -> dict[str, Any]:
         "trained in",
     ]
     rows = [(f"untrained {name}", *_untrained(names, figures)) for name, figures in value["untrained"].items()]
-    rows += [(name, *_start(names, start)) for name, start in starts.items()]
+    rows += [(name, *_start(names, start, planned)) for name, start in starts.items()]
     note = f"{value['rows']} rows learnt from, {value['held_out']} held out to choose rates."
     return {"picture": png_bytes(figure), "text": [note], "head": head, "rows": rows}
 
@@ -93,7 +95,7 @@ def _untrained(names: list[str], figures: dict[str, dict[str, float]]) -> list[s
     return [*(one(n) for n in names if n.endswith("nll")), *(one(n) for n in names), "", "", ""]
 
 
-def _start(names: list[str], start: dict[str, Any]) -> list[str]:
+def _start(names: list[str], start: dict[str, Any], planned: int) -> list[str]:
     def before(name: str) -> str:
         test, _, metric = name.rpartition(".")
         value = start.get("before", {}).get(test, {}).get(metric)
@@ -102,6 +104,8 @@ def _start(names: list[str], start: dict[str, Any]) -> list[str]:
     def after(name: str) -> str:
         test, _, metric = name.rpartition(".")
         values = [run[test][metric] for run in start.get("after", []) if metric in run.get(test, {})]
+        if start.get("trained", 0) < planned:
+            return f"{start.get('trained', 0)} of {planned} seeds"
         if start.get("diverged"):
             return f"diverged in {start['diverged']} of {start['trained']}"
         if not values:

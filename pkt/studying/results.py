@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from pkt.files import atomic_file, write_json
+from pkt.statistics import compare, holm, word_for
 from pkt.studying.layout import GENERAL, Layout
 from pkt.studying.metrics import LOWER, figure, groups_of
 from pkt.studying.schema import FolderStart, OwnStart, PlainLora, StartOptions, Transfer, Transplant
-from pkt.studying.statistics import compare, holm, word_for
 from pkt.studying.store import Cell, Store
 
 

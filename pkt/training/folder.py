@@ -17,8 +17,7 @@ from pkt.adapters import Adapter, read_adapter
 from pkt.errors import PktError
 from pkt.extraction import Extraction, Start
 from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, share_files, write_json
-from pkt.identity import difference
-from pkt.manifest import manifest_of, name_kind, read_manifest, versions
+from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
 from pkt.models import Model, content_kind, save_model
 from pkt.models.adapter_files import INITIAL
 

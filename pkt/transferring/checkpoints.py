@@ -20,7 +20,7 @@ from pkt import ops
 from pkt.adapters import Pair
 from pkt.errors import PktError
 from pkt.files import LOCK, atomic_file, lock_folder, read_json, run_path, sha256, write_json, write_tensors
-from pkt.identity import difference
+from pkt.manifest import difference
 from pkt.planning import Entry
 from pkt.streaming import Key, MemoryPlan, Progress, spoken_size
 from pkt.transferring.extractor import Choice, Extractor

@@ -22,8 +22,7 @@ from pkt import ops
 from pkt.errors import PktError
 from pkt.extraction import Extraction
 from pkt.files import MANIFEST, check_output_folder, os_errors, run_path, sha256, sweep_scratch
-from pkt.identity import difference
-from pkt.manifest import recorded_day, versions
+from pkt.manifest import difference, recorded_day, versions
 from pkt.models import Model, checked_device, content_kind, other_ids, with_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
 from pkt.planning import BLOCK, Pairing, read_vocabulary

@@ -27,6 +27,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:4])
     (folder / "general.jsonl").write_text(text, encoding="utf-8")
     study_text = SMALL.replace("demo:data/general.jsonl", str(folder / "general.jsonl"))
+    for old, new in (("lr: [1e-3, 4e-3]", "lr: [1e-3]"), ("extend: 1", "extend: 0"), ("seeds: 3", "seeds: 2")):
+        assert old in study_text
+        study_text = study_text.replace(old, new)
     (folder / "small.yaml").write_text(study_text, encoding="utf-8")
     return folder
 

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,9 +169,36 @@ def test_what_a_cell_is_known_by(small: Path) -> None:
     assert [a == b for a, b in zip(keys(moved), plain, strict=True)] == [True, False, False]
 
 
-def test_a_cell_that_was_changed_is_refused(done: Path, small: Path, tmp_path: Path) -> None:
-    import shutil
+def test_half_a_study_says_so(done: Path, small: Path, tmp_path: Path) -> None:
+    """No mean of some of the seeds, no verdict; `--report` makes nothing new."""
+    shutil.copytree(done, tmp_path / "out")
+    layout, store = Layout(open_study(small / "small.yaml")), Store(tmp_path / "out")
+    setting = layout.chosen("sums", "lora", store)
+    assert setting is not None
+    for cell in layout.of_training("sums", "lora", setting, 2):
+        shutil.rmtree(store.path(cell))
+    cells = len(list((tmp_path / "out" / "cells").rglob("cell.json")))
+    command = [
+        sys.executable,
+        "-m",
+        "pkt",
+        "study",
+        str(small / "small.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--report",
+    ]
+    told = processes.run(command, env={**os.environ, "COLUMNS": "200"})
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert "2 of 3 seeds" in told.stdout
+    assert "Not yet: the study is unfinished" in told.stdout
+    assert "<td>2 of 3 seeds</td>" in (tmp_path / "out" / "report.html").read_text()
+    found = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert {c["control"] for c in found["comparisons"] if c["family"] == "deciding"} == {"spectral"}
+    assert len(list((tmp_path / "out" / "cells").rglob("cell.json"))) == cells
 
+
+def test_a_cell_that_was_changed_is_refused(done: Path, small: Path, tmp_path: Path) -> None:
     shutil.copytree(done, tmp_path / "out")
     store = Store(tmp_path / "out")
     layout = Layout(open_study(small / "small.yaml"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pkt import PktError
+from pkt.statistics import word_for
 from pkt.studying import Comparison, compare, holm
-from pkt.studying.statistics import word_for
 
 
 @pytest.mark.parametrize("axis", [0, 1])
