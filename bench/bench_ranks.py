@@ -44,7 +44,7 @@ from pkt.matching import Cutter, Matrices
 from pkt.models import load_model, load_tokenizer
 from pkt.seeds import load_seeds
 from pkt.starting import best_scale
-from pkt.studying.statistics import compare
+from pkt.statistics import compare
 from pkt.training import row_losses
 from pkt.transplanting.content import Delta
 

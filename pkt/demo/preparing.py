@@ -43,18 +43,18 @@ def prepare(out: Path, say: Say) -> Prepared:
         say(f"   {name}: [bold]{found.verdict}[/bold]: {found.reason}")
     say("[bold]2. pkt transplant[/bold]: what the teacher learnt since its base, on the descendant's units, kept")
     moved = pkt.transplant(
-        teacher, descendant, SEEDS, base=ASSETS / "base", lineage=lineages["descendant"], rank=RANK, out=out / OURS,
-        force=True, progress=False,
-    )  # fmt: skip
+        teacher, descendant, SEEDS, base=ASSETS / "base", rank=RANK, out=out / OURS, force=True, progress=False
+    )
+    matched = Lineage.load(out / OURS / "lineage.json")
     say(f"   {moved.provenance['told']['kept at']}")
     own = {}
     for name, kind in CONTROLS.items():
         made = pkt.transplant(
-            teacher, descendant, SEEDS, base=ASSETS / "base", lineage=lineages["descendant"], rank=RANK, control=kind,
+            teacher, descendant, SEEDS, base=ASSETS / "base", lineage=matched, rank=RANK, control=kind,
             alpha=moved.provenance["alpha"], progress=False,
         )  # fmt: skip
         own[name] = made.provenance["own_alpha"]
-    _reprune(lineages["descendant"], out / "repruned")
+    _reprune(matched, out / "repruned")
     _, scores = _window(descendant, out / "window")
     window, _ = _window(stranger, out / "window-stranger")
     return Prepared(lineages, moved, window, scores, own)

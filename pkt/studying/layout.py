@@ -78,9 +78,9 @@ class Layout:
         return found
 
     @functools.cache  # noqa: B019
-    def lineage(self, teacher: str) -> Lineage:
-        """Found once for all controls of a transplant."""
-        return lineage(teacher, self.study.student, progress=False)
+    def lineage(self, root: str) -> Lineage:
+        """Of the student and what it was cut from, found once for all controls of a transplant."""
+        return lineage(root, self.study.student, progress=False)
 
     def learnt(self, task: Task) -> Seeds:
         """The rows that a task trains on. Raises `PktError` where some of them choose the rates too."""

@@ -118,7 +118,8 @@ def _start(layout: Layout, job: Job, store: Store) -> None:
         if isinstance(start, Transplant):
             made = transplant(
                 start.teacher, study.student, seeds or "", base=start.base, adapter=start.adapter, rank=rank,
-                lineage=layout.lineage(start.teacher), control=start.control, seed=draw, anyway=start.anyway, progress=False,
+                lineage=layout.lineage(start.base or start.teacher), control=start.control, seed=draw, anyway=start.anyway,
+                progress=False,
             )  # fmt: skip
         else:
             assert isinstance(start, OwnStart)

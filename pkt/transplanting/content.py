@@ -134,21 +134,24 @@ class OwnLora(Difference):
         return torch.cat([delta[a:b] for a, b in rows])
 
 
-def open_content(cutter: Cutter, *, base: Any = None, adapter: str | Path | None = None) -> Difference:
-    """The content that the given inputs allow. Raises `PktError` for a base or an adapter of another model."""
+def open_content(cutter: Cutter, *, base: Matrices | None = None, adapter: str | Path | None = None) -> Difference:
+    """The content that the given inputs allow. Raises `PktError` for an adapter of another model."""
     if adapter is not None:
         return _open_adapter(cutter, adapter)
-    if base is None:
-        return Difference(cutter)
+    return Difference(cutter) if base is None else Delta(cutter, base)
+
+
+def open_base(base: Any, teacher: Matrices) -> Matrices:
+    """The matrices of what the teacher was tuned from. Raises `PktError` for a model of other shapes."""
     found = Matrices(base)
-    ours, theirs = cutter.old.shapes, found.shapes
+    ours, theirs = teacher.shapes, found.shapes
     wrong = next((n for n in ours if theirs.get(n) != ours[n]), None)
     if wrong is not None:
         raise PktError(
             f"the base has {wrong} as {list(theirs.get(wrong, ()))}, the teacher as {list(ours[wrong])}; name the model that "
             "the teacher was tuned from"
         )
-    return Delta(cutter, found)
+    return found
 
 
 def _open_adapter(cutter: Cutter, adapter: str | Path) -> OwnLora:

@@ -43,7 +43,7 @@ from pkt.progress import bar
 from pkt.seeds import Seeds
 from pkt.starting import best_scale, rows_for, tried
 from pkt.transferring import RunFolder
-from pkt.transplanting.content import Difference, Rank, open_content, pairs_of, vectors_of, whole_pairs
+from pkt.transplanting.content import Difference, Rank, open_base, open_content, pairs_of, vectors_of, whole_pairs
 from pkt.transplanting.controls import CONTROLS, MEANS, Control, noise_like, shuffled
 
 Made = dict[str, tuple[Pair, float]]  # module -> its pair, and the share of the change that it holds
@@ -102,7 +102,8 @@ def transplant(
     teacher, student: checkpoint directories or models in memory; seeds: rows of the task, read with the student's tokenizer;
     they only choose the scale. base: the model that the teacher was tuned from, and its delta W_teacher − W_base is taken;
     adapter: a LoRA of `teacher`, which is then the base itself; neither: the difference to the student, which undoes what
-    the student became since it was cut. lineage: one made before. The result is W + BA at the scale α of
+    the student became since it was cut. lineage: one made before, of the base (to
+    which the student is matched where there is one) or of the teacher. The result is W + BA at the scale α of
     {0, ¼, ½, ¾, 1, 1½} with the smallest loss on the seeds, which goes on to 2, 3 and 4 while the loss falls; a base that the
     teacher's card names and that is a folder here is taken where none is given. α = 0 is an error that says not to transplant;
     `alpha` fixes it.
@@ -130,7 +131,7 @@ def transplant(
     options = Options(rank, seed, anyway, control, alpha)
     job = Job(teacher, student, base, adapter, rows, options, with_vectors=out is None and merge is not None)
     found = job.find_lineage(lineage, progress)
-    content = open_content(Cutter(found, job.old, job.new), base=base, adapter=adapter)
+    content = open_content(Cutter(found, job.old, job.new), base=job.root, adapter=adapter)
     with _checkpoints(place, fresh=force or not resume) as steps:
         if steps is not None:
             steps.bind(job.inputs(found))
@@ -204,18 +205,26 @@ class Job:
         self.rows, self.options = rows, options
         self.with_vectors = with_vectors
         self.old, self.new = Matrices(teacher), Matrices(student)
+        self.root = None if base is None else open_base(base, self.old)
         spec = self.new.spec
         rows.check_fits(spec.vocab_size, spec.positions, spec.name)
 
     def find_lineage(self, given: Lineage | str | Path | None, progress: bool) -> Lineage:
-        """The given lineage, checked, or one made now. Raises `PktError` for a pair without one."""
+        """The given lineage, of the teacher or of its base, or one made now. Raises `PktError` for a pair without one.
+
+        Where there is a base the student is matched to it: that is what it was cut from, and the tuning moved the teacher away.
+        """
         if isinstance(given, (str, Path)):
             given = Lineage.load(given)
         if self.adapter is None and self.old.same(self.new):
             raise PktError(f"{self.new.spec.name} has the teacher's own weights: there is nothing to transplant")
         anyway = self.options.anyway
-        found = given or lineage(self.teacher, self.student, seed=self.options.seed, anyway=anyway, progress=progress)
-        found.check(self.old, self.new)
+        root = self.teacher if self.base is None else self.base
+        found = given or lineage(root, self.student, seed=self.options.seed, anyway=anyway, progress=progress)
+        try:
+            found.check(self.root or self.old, self.new)
+        except PktError:
+            found.check(self.old, self.new)
         if found.rotated:
             raise PktError(
                 f"{self.new.spec.name} descends from {self.old.spec.name}, but its hidden units are rotated, which pkt cannot "
@@ -292,7 +301,7 @@ class Job:
         options, targets = self.options, _fed(content)
         if options.control == "wrong-units":
             cutter = Cutter(shuffled(found, options.seed), self.old, self.new)
-            content = open_content(cutter, base=self.base, adapter=self.adapter)
+            content = open_content(cutter, base=self.root, adapter=self.adapter)
             return content, pairs_of(content, targets, options.rank, options.seed)
         if options.control == "repruned":
             content = Difference(content.cutter)
@@ -352,7 +361,10 @@ def control_of(
     if kind == "noise":
         return dataclasses.replace(kept, pairs=noise_like(kept.pairs, seed))
     found = lineage if isinstance(lineage, Lineage) else Lineage.load(lineage)
-    content = open_content(Cutter(shuffled(found, seed), Matrices(teacher), Matrices(student)), base=base)
+    old = Matrices(teacher)
+    content = open_content(
+        Cutter(shuffled(found, seed), old, Matrices(student)), base=None if base is None else open_base(base, old)
+    )
     made = pairs_of(content, _fed(content), kept.provenance["options"]["rank"], seed)
     return dataclasses.replace(kept, pairs=_scaled(made, kept.provenance["alpha"]))
 
