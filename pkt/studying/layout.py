@@ -22,6 +22,8 @@ from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
 from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Task, Transfer
 from pkt.studying.store import Cell, Store
+from pkt.targets import Targets
+from pkt.training import Distillation, distillation
 
 GENERAL = "general"
 
@@ -115,8 +117,9 @@ class Layout:
             self.held_out(spec)
             for measured in self.measurements(task).values():
                 self._measured(measured)
-            for name in self.starts:
+            for name, start in self.starts.items():
                 self.tune(task, name, Setting(1.0, 1.0), 0)
+                self.taught(task, start)
 
     # Cells ----------------------------------------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class Layout:
 
     def _options(self, start: StartOptions) -> dict[str, Any]:
         """What differs from the defaults, models by their content."""
-        left = ("seeds_of", "seeds", "extra_steps")
+        left = ("seeds_of", "seeds", "extra_steps", "teacher_targets", "mix")
         found = {f.name: getattr(start, f.name) for f in dataclasses.fields(start) if f.name not in left}
         found = {
             n: v for n, v in found.items() if v != next(f.default for f in dataclasses.fields(start) if f.name == n)
@@ -163,7 +166,22 @@ class Layout:
                 found["mode"] = start.mode
         else:
             found = {"start": self._options(start), "student": self.model(self.study.student)}
-        return found if not start.extra_steps else {**found, "extra_steps": start.extra_steps}
+        if start.extra_steps:
+            found["extra_steps"] = start.extra_steps
+        if start.teacher_targets is not None:
+            found |= {"teacher_targets": self.targets(start.teacher_targets).told["sha256"], "mix": start.mix}
+        return found
+
+    @functools.cache  # noqa: B019
+    def targets(self, folder: str) -> Targets:
+        return Targets.load(folder)
+
+    def taught(self, task: str, start: StartOptions) -> Distillation | None:
+        """What a teacher says of the rows. Raises `PktError` for targets of other rows or another tokenizer."""
+        if start.teacher_targets is None:
+            return None
+        spec, rows = Model.of(self.study.student).spec, self.learnt(self.study.tasks[task])
+        return distillation(self.targets(start.teacher_targets), start.mix, rows, self.tokenizer, spec)
 
     def _training(self) -> dict[str, Any]:
         return {f.name: getattr(self.study.training, f.name) for f in dataclasses.fields(self.study.training)}

@@ -44,12 +44,15 @@ class Task:
 @dataclass(frozen=True)
 class StartOptions:
     """Of every kind of start. seeds_of: the task whose seeds it is made of, when not its own; seeds: how many of them;
-    extra_steps: the share of further training steps, by which a start that costs nothing is charged for what the others cost."""
+    extra_steps: the share of further training steps, by which a start that costs nothing is charged for what the others cost;
+    teacher_targets: what `pkt teach` made of the training rows, and mix its share of the loss: the distillation arm."""
 
     kind: ClassVar[str]
     seeds_of: str | None = None
     seeds: int | None = None
     extra_steps: float = 0.0
+    teacher_targets: str | None = None
+    mix: float = 0.5
 
     @property
     def drawn(self) -> bool:
@@ -379,7 +382,7 @@ class _Home:
 
     def _start(self, start: StartOptions, study: Study) -> StartOptions:
         changes: dict[str, Any] = {}
-        for name in ("base", "adapter", "path"):
+        for name in ("base", "adapter", "path", "teacher_targets"):
             if getattr(start, name, None):
                 changes[name] = self.place(getattr(start, name))
         if isinstance(start, (Transfer, Transplant)):
@@ -423,6 +426,10 @@ def _check(study: Study, source: str, raw: Placed) -> None:
         if isinstance(start, (Transfer, Transplant)) and start.teacher not in study.teachers:
             raise PktError(
                 f"{at}: teacher: {start.teacher or 'none'} is not among teachers{_near(start.teacher, study.teachers)}"
+            )
+        if start.teacher_targets is not None and not 0 <= start.mix <= 1:
+            raise PktError(
+                f"{at}: starts.{name}.mix={start.mix} must be from 0 (the rows alone) to 1 (the teacher alone)"
             )
         if isinstance(start, FolderStart) and not start.path:
             raise PktError(f"{at}: starts.{name} needs the path of a folder")

@@ -171,7 +171,7 @@ def _tune(layout: Layout, job: Job, store: Store) -> None:
         model, _ = begin(layout, job.task, job.start, setting, job.seed, store)
         epochs = layout.study.training.epochs * layout.study.rates.epochs
         try:
-            _learn(layout, model, layout.learnt(task), setting, job.seed, epochs * _share(layout, job))
+            _learn(layout, model, job, setting, epochs)
             losses = row_losses(model, layout.held_out(task))
         except DivergedError:
             return {"nll": None}
@@ -181,13 +181,9 @@ def _tune(layout: Layout, job: Job, store: Store) -> None:
     store.put(job.cells[0], make)
 
 
-def _share(layout: Layout, job: Job) -> float:
-    return 1.0 + layout.starts[job.start].extra_steps
-
-
 def _train(layout: Layout, job: Job, store: Store) -> None:
     """A training and its tests, the model in memory; each test is stored by itself, the training last."""
-    setting, task = job.setting, layout.study.tasks[job.task]
+    setting = job.setting
     assert setting is not None
     *tests, train = job.cells
     before = [c for c in tests if c.inputs.get("before")]
@@ -197,9 +193,7 @@ def _train(layout: Layout, job: Job, store: Store) -> None:
     started = time.perf_counter()
     told: dict[str, Any] = {"trainable": learning}
     try:
-        loss = _learn(
-            layout, model, layout.learnt(task), setting, job.seed, layout.study.training.epochs * _share(layout, job)
-        )
+        loss = _learn(layout, model, job, setting, layout.study.training.epochs)
         told |= {"diverged": False, "loss": loss}
     except DivergedError as error:
         told |= {"diverged": True, "why": str(error)}
@@ -224,14 +218,15 @@ def _measured(layout: Layout, model: Any, cell: Cell, task: str) -> dict[str, An
     return measured(model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens)
 
 
-def _learn(layout: Layout, model: Any, rows: Seeds, setting: Setting, seed: int, epochs: float) -> float:
-    given = layout.study.training
+def _learn(layout: Layout, model: Any, job: Job, setting: Setting, epochs: float) -> float:
+    given, start = layout.study.training, layout.starts[job.start]
     options = Training(
-        epochs, given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler, save_steps=None, seed=seed,
-        precision=given.precision,
+        epochs * (1.0 + start.extra_steps), given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler,
+        save_steps=None, seed=job.seed, precision=given.precision,
     )  # fmt: skip
+    rows, taught = layout.learnt(layout.study.tasks[job.task]), layout.taught(job.task, start)
     with tempfile.TemporaryDirectory(prefix="pkt-study-") as folder:
-        return fit(model, rows, Path(folder), options, quietly=True)
+        return fit(model, rows, Path(folder), options, quietly=True, taught=taught)
 
 
 @contextlib.contextmanager

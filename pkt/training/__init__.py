@@ -8,4 +8,6 @@ from pkt.training.evaluation import row_losses as row_losses
 from pkt.training.evaluation import row_matches as row_matches
 from pkt.training.export import write_injected as write_injected
 from pkt.training.run import train as train
+from pkt.training.targets import Distillation as Distillation
+from pkt.training.targets import distillation as distillation
 from pkt.training.trainer import fit as fit

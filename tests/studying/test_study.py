@@ -17,9 +17,10 @@ from typing import Any
 import processes
 import pytest
 
+import pkt
 from pkt import PktError
 from pkt.errors import DivergedError
-from pkt.studying import Layout, Store, open_study, study, work
+from pkt.studying import Job, Layout, Store, open_study, study, work
 from pkt.studying.layout import Setting
 
 SMALL = """student: demo:student
@@ -56,8 +57,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_study_folder() -> Path:
-    import pkt
-
     return Path(pkt.__file__).parent / "demo" / "assets" / "data"
 
 
@@ -267,6 +266,32 @@ def test_what_would_fail_later_is_refused_at_once(old: str, new: str, said: str,
     with pytest.raises(PktError, match=said):
         study(tmp_path / "bad.yaml", tmp_path / "out")
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_the_distillation_arm(small: Path, tmp_path: Path) -> None:
+    """A start learns from a teacher's targets too; targets of other rows are refused before anything runs."""
+    assets = open_study_folder().parent
+    targets = pkt.teach(
+        assets / "teacher", open_study_folder() / "train.jsonl", draws=4, out=tmp_path / "targets", progress=False
+    )
+    text = (small / "small.yaml").read_text()
+    arm = "  lora taught: {like: lora, teacher_targets: targets, mix: 0.5}\ntraining:"
+    (tmp_path / "arm.yaml").write_text(text.replace("training:", arm, 1), encoding="utf-8")
+    layout, store = Layout(open_study(tmp_path / "arm.yaml")), Store(tmp_path / "out")
+    setting = Setting(4e-3, 1.0)
+    cells = [layout.tune("sums", name, setting, 7) for name in ("lora", "lora taught")]
+    assert cells[0].inputs.keys() ^ cells[1].inputs.keys() == {"teacher_targets", "mix"}
+    for name, cell in zip(("lora", "lora taught"), cells, strict=True):
+        work.run_job(layout, Job("tune", (cell,), "sums", name, 7, setting), store)
+    plain, taught = (store.value(cell)["nll"] for cell in cells)
+    assert plain != taught
+    assert taught == pytest.approx(plain, rel=0.3)
+    assert len(targets) > 8
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((open_study_folder() / "test.jsonl").read_text().splitlines(keepends=True)[:4]))
+    pkt.teach(assets / "teacher", few, draws=4, out=tmp_path / "targets", force=True, progress=False)
+    with pytest.raises(PktError, match="are of other rows than"):
+        study(tmp_path / "arm.yaml", tmp_path / "whole")
 
 
 def test_another_folder_is_not_taken(small: Path, tmp_path: Path) -> None:
