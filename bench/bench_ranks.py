@@ -7,7 +7,7 @@ uniform: rank 32 everywhere. energy: singular directions of all matrices by thei
 by σ² as a share of its matrix, times ΣS of the teacher's region on the seeds, for each parameter. All hold at most as many LoRA
 parameters as uniform, and at least one direction of every matrix. Each has the α that is best by the seeds; the rate and the
 scale of A are those tuned for the transplant, for all three. Reported: loss on the test rows before and after the demo's
-training, and the differences to uniform with their intervals over seeds and rows (`pkt.studying.statistics`).
+training, and the differences to uniform with their intervals over seeds and rows (`pkt.statistics`).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_the_likeliest_choice_is_that_of_plain_transformers(student: tuple[Any, 
     for example in seeds:
         place = next(i for i, label in enumerate(example.labels) if label != IGNORE)
         logits = model(torch.tensor([example.input_ids[:place]])).logits[0, -1]
-        best = max(letters, key=lambda letter: float(logits[letters[letter]]))
+        best = max(letters, key=lambda letter: float(logits[letters[letter]].detach()))
         expected.append(best == example.answer.strip()[0])
     assert choices(model, seeds, batch_size=2) == expected
     found = measured(model, tokenizer, seeds, ("nll", "choice"), answer="mark", max_new_tokens=4)
