@@ -558,6 +558,28 @@ def _(place: Place) -> list[Any]:
     return ["transplant", place.teacher, place.student, place.seeds, "--lineage", file, "--anyway", "--out", place.out]
 
 
+@case(ADAPTERS, "a lineage without its models", "lineage.json is incomplete")
+def _(place: Place) -> list[Any]:
+    from commands import run
+
+    file = place.folder / "lineage.json"
+    run("lineage", place.teacher, place.student, "--out", file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "teacher": 3}))
+    return ["transplant", place.teacher, place.student, place.seeds, "--lineage", file, "--anyway", "--out", place.out]
+
+
+@case(ADAPTERS, "`pkt import --trained-from` the folder itself", "cannot have been trained from itself")
+def _(place: Place) -> list[Any]:
+    import torch
+
+    folder = adapter(place, torch.ones(4, 32), torch.ones(32, 4))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    torch.save(
+        {f"{name}A.weight": torch.ones(4, 32), f"{name}B.weight": torch.ones(32, 4)}, folder / "adapter_model.bin"
+    )
+    return ["import", folder, "--out", place.out, "--student", place.student, "--trained-from", folder]
+
+
 @case(ADAPTERS, "`pkt start --how eva` of weights with an Inf", "the inputs of ... on the seeds are not finite")
 def _(place: Place) -> list[Any]:
     from safetensors.torch import load_file, save_file

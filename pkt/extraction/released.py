@@ -57,6 +57,8 @@ def import_released(
         )
     spec = spec_of(name)
     pairs = _pairs(state, config, folder, spec)
+    if origin is not None and origin.is_dir() and origin.samefile(folder):
+        raise PktError(f"{folder} cannot have been trained from itself; name what was extracted, or its {TWIN} twin")
     if origin is not None:
         pairs = _with_counterweight(pairs, _pairs(*_read(origin), origin, spec), origin)
     mode: Mode = "paired" if origin is None else "add"

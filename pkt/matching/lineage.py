@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -97,8 +97,13 @@ class Lineage:
         try:
             rest = {k: v for k, v in value.items() if k not in ("format", "evidence")}
             rest["tokens"] = rest["tokens"] and [(t, s) for t, s in rest["tokens"]]
-            return cls(**rest, evidence=[Evidence(**e) for e in value["evidence"]])
-        except (KeyError, TypeError, ValueError) as error:
+            found = cls(**rest, evidence=[Evidence(**e) for e in value["evidence"]])
+            for side in (found.teacher, found.student):
+                _ = side["name"].strip(), side["shapes"].strip()
+            if found.verdict not in get_args(Verdict):
+                raise ValueError(f"{found.verdict!r} is no verdict")
+            return found
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PktError(f"{path} is incomplete ({error}); make it again with `pkt lineage`") from error
 
     def fingerprint(self) -> str:
@@ -112,7 +117,7 @@ class Lineage:
         check_identity(self.student, student.spec, "the lineage's student side")
         try:
             fits = all(
-                len(units) in (0, count) and all(isinstance(unit, int) and -1 <= unit < most for unit in units)
+                len(units) in (0, count) and all(type(unit) is int and -1 <= unit < most for unit in units)
                 for units, count, most in self._sizes(teacher, student)
             )
         except (IndexError, KeyError, TypeError, ValueError):
