@@ -240,6 +240,7 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
     expert = experts_in(found, config, what)
     kind: Kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
     pairs: dict[str, Pair] = {}
+    apart: list[str] = []
     for place, names in found.items():
         module = expert.get(place, place)
         a, b = state[names.a], state[names.b]
@@ -263,10 +264,7 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
                 "adapter's configuration again"
             ) from error
         if place not in expert and rank != len(a):
-            raise PktError(
-                f"{what}: {module} has factors of rank {len(a)}, and its {CONFIG} says {rank}; they are of two adapters, copy the "
-                "folder again"
-            )
+            apart.append(f"{module} has factors of rank {len(a)}, and its {CONFIG} says {rank}")
         if place in expert:
             if rank < 1 or len(a) % rank or b.shape[1] != len(a):
                 raise PktError(
@@ -275,6 +273,8 @@ def adapter_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any], w
             a, b = from_peft(a, b, len(a) // rank)
         work = torch.float64 if b.dtype == torch.float64 else torch.float32
         pairs[module] = Pair(a.to(work), b.to(work) * scale, "embedding" if names.embedding else kind)
+    if apart:
+        raise PktError(f"{what}: {apart[0]}; they are of two adapters, copy the folder again")
     return Adapter(pairs, str(config.get("base_model_name_or_path") or ""))
 
 

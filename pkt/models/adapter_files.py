@@ -98,7 +98,7 @@ def wrapped_names(parameters: Iterable[str]) -> dict[str, str]:
 def experts_in(places: Iterable[str], config: Mapping[str, Any], what: str) -> dict[str, str]:
     """Module of PEFT's -> the experts' parameter whose factors it holds. PEFT finds parameters by the ends of their names."""
     given = config.get("target_parameters") or ()
-    if not isinstance(given, (list, tuple)) or not all(isinstance(t, str) for t in given):
+    if not isinstance(given, (list, tuple, set)) or not all(isinstance(t, str) for t in given):
         raise PktError(f"{what}: the target_parameters of its {CONFIG} are no list of names; copy the folder again")
     targeted = sorted(given)
     unknown = [t for t in targeted if "." not in t or t.rpartition(".")[2] not in EXPERT_PARAMETERS]
