@@ -35,6 +35,7 @@ from pkt.seeds import load_seeds  # noqa: E402
 
 ASSETS = ROOT / "pkt" / "demo" / "assets"
 SCORES = ("sensitivity", "activation", "magnitude", "random")
+LOUDER = "sensitivity, gains × √(H/h)"
 BATCH, RATE = 32, 2e-3
 
 
@@ -51,15 +52,17 @@ def units_by(score: str, model: Any, seeds: Any, seed: int) -> UnitScores:
     return units
 
 
+@torch.no_grad()
+def scale_gains(small: Any, factor: float) -> None:
+    for gain in (p for p in small.parameters() if p.ndim == 1):
+        gain.mul_(factor)
+
+
 def louder(small: Any, factor: float, tokenizer: Any, rows: Any) -> float:
     """The loss with every gain times `factor`; they are put back."""
-    gains = [p for p in small.parameters() if p.ndim == 1]
-    with torch.no_grad():
-        for gain in gains:
-            gain.mul_(factor)
-        found = nll(small, tokenizer, rows)
-        for gain in gains:
-            gain.div_(factor)
+    scale_gains(small, factor)
+    found = nll(small, tokenizer, rows)
+    scale_gains(small, 1 / factor)
     return found
 
 
@@ -67,8 +70,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=300, help=f"of healing, {BATCH} rows each")
+    parser.add_argument("--steps", type=int, default=200, help=f"of healing, {BATCH} rows each")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each, and draws of random units")
+    parser.add_argument("--scores", nargs="+", help="only these rows; the file's others are kept")
     options = parser.parse_args()
     if options.tiny:
         options.steps, options.seeds = 2, 1
@@ -83,30 +87,43 @@ def main() -> int:
     file.unlink()
     whole = shape_of(Matrices(base))
     teacher = {"parameters": sum(p.numel() for p in base.parameters()), "nll": nll(base, tokenizer, general)}
-    report = Report(
-        options.out / f"shrink_{kind_of('cpu', options.tiny)}.json", "cpu", teacher=teacher, shape=str(HALF), seeds=options.seeds,
-        steps=options.steps, batch=BATCH, lr=RATE, healed_tokens=0,
-    )  # fmt: skip
+    path = options.out / f"shrink_{kind_of('cpu', options.tiny)}.json"
+    facts = {
+        "teacher": teacher,
+        "shape": str(HALF),
+        "seeds": options.seeds,
+        "steps": options.steps,
+        "batch": BATCH,
+        "lr": RATE,
+    }
+    if options.scores and path.is_file():
+        report = Report.resumed(path)
+        if {name: report.content[name] for name in facts} != facts:
+            raise pkt.PktError(f"{path} is of other settings; measure all of it again")
+    else:
+        report = Report(path, "cpu", **facts, healed_tokens=0)
     # One layer, whole, is nearest to the descendant's parameters.
     depth = type(whole)(whole.hidden, whole.neurons, whole.groups, 1)
-    for score, shape in (*((s, HALF) for s in SCORES), ("sensitivity, layers only", depth)):
+    shapes = {**dict.fromkeys(SCORES, HALF), LOUDER: HALF, "sensitivity, layers only": depth}
+    for score in options.scores or shapes:
+        shape = shapes[score]
+        factor = (whole.hidden / shape.hidden) ** 0.5
         row: dict[str, Any] = {"score": score, "healed": [], "cuts": []}
         for seed in range(options.seeds):
             units = units_by(score.split(",")[0], base, seeds, seed)
-            small = shrink_to(base, units.choose(shape))
-            row["cuts"].append(nll(small, tokenizer, general))
+            small = shrink_to(base, units.choose(shape), rescale=False)
             if seed == 0:
-                row |= {
-                    "parameters": sum(p.numel() for p in small.parameters()),
-                    "cut": row["cuts"][0],
-                    "shape": str(shape),
-                }
-                row["louder"] = louder(small, (whole.hidden / shape.hidden) ** 0.5, tokenizer, general)
+                row |= {"parameters": sum(p.numel() for p in small.parameters()), "shape": str(shape)}
+                row["louder"] = louder(small, factor, tokenizer, general)
+            if score == LOUDER:
+                scale_gains(small, factor)
+            row["cuts"].append(nll(small, tokenizer, general))
             counted = Counted(stream(SEED + 22 + 100 * seed, 0.0, taken), tokenizer)
             with contextlib.redirect_stdout(io.StringIO()):
                 train(small, tokenizer, counted, steps=options.steps, batch=BATCH, lr=RATE, name=score)
             row["healed"].append(nll(small, tokenizer, general))
             print(f"{score} seed {seed}: {row['cuts'][-1]:.3f} once cut, {row['healed'][-1]:.3f} healed", flush=True)
+        report.content["rows"] = [one for one in report.rows if one["score"] != score]
         report.add(row)
         report.save(healed_tokens=counted.tokens * options.steps // counted.steps_of(BATCH))
     return report.finish()

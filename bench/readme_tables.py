@@ -236,11 +236,12 @@ def shrink_table(found: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
-        healed = row["healed"]
-        mean, half = sum(healed) / len(healed), (max(healed) - min(healed)) / 2
+        (cut, _), (healed, half) = (
+            (sum(each) / len(each), (max(each) - min(each)) / 2) for each in (row["cuts"], row["healed"])
+        )
         lines.append(
-            f"| {row['score']} | {row['parameters']:,} | {row['cut']:.3f} | {math.exp(row['cut']):.1f} | {row['louder']:.3f} | "
-            f"{mean:.3f} ± {half:.3f} | {math.exp(mean):.2f} |"
+            f"| {row['score']} | {row['parameters']:,} | {cut:.3f} | {math.exp(cut):.1f} | {row['louder']:.3f} | "
+            f"{healed:.3f} ± {half:.3f} | {math.exp(healed):.2f} |"
         )
     return "\n".join(lines)
 

@@ -249,7 +249,7 @@ def begin(name: str, out: Path, tok: PreTrainedTokenizerFast, taken: set[str]) -
     if name == "teacher":
         return base
     units = units_of_descendant(base.eval(), tok, taken)
-    small = shrink_to(read("teacher") if name == "healed" else base, units)
+    small = shrink_to(read("teacher") if name == "healed" else base, units, rescale=False)
     small.generation_config = base.generation_config
     return small
 

@@ -83,7 +83,8 @@ def _window(student: Path, folder: Path) -> tuple[Extraction, dict[str, Tensor]]
 def _reprune(found: Lineage, folder: Path) -> None:
     """The tuned teacher cut to the descendant's units: what somebody without pkt would train."""
     teacher = load_model(ASSETS / "teacher", dtype=torch.float32)
-    cut = shrink_to(teacher, copy.deepcopy(found))
+    # With the gains as they are, as the descendant was cut.
+    cut = shrink_to(teacher, copy.deepcopy(found), rescale=False)
     cut.generation_config = teacher.generation_config
     cut.save_pretrained(folder)
     load_tokenizer(ASSETS / "teacher").save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -243,11 +244,12 @@ def shrunk_model(old: Matrices, shape: Shape, layers: list[int] | None = None) -
     return made
 
 
-def shrink_to(model: Any, found: Lineage) -> Any:
-    """The model of the units in `found`, with their weights as they are, in memory, in the type they have.
+def shrink_to(model: Any, found: Lineage, *, rescale: bool = True) -> Any:
+    """The model of the units in `found`, in memory, its weights as they are and of the type they are.
 
-    model: a model, or a checkpoint, which is then read a matrix at a time. Norms keep their gains: over fewer units the mean
-    square that a norm divides by stays what it was (docs/lineage.md). Raises `PktError` for weights that are not finite.
+    model: a model, or a checkpoint, which is then read a matrix at a time. rescale: the gains of the norms before a product
+    times √(H/h), for h of H hidden units: what zeros in place of the others give, since a norm divides by the mean over fewer
+    (docs/lineage.md). Raises `PktError` for weights that are not finite.
     """
     old = model if isinstance(model, Matrices) else Matrices(model)
     groups = len(found.groups[0])
@@ -258,18 +260,13 @@ def shrink_to(model: Any, found: Lineage) -> Any:
     )
     new = Matrices(shrunk_model(old, shape, found.layers))
     small: Any = new.model.hollow(old.parameter(old.index["embed", None][0].parameter).dtype, torch.device("cpu"))
-    cutter = Cutter(found, old, new)
-    # Gemma multiplies its embeddings by what follows from their width.
-    offset = unit_offset(old.spec.model_type)
-    scale = embedding_scale(old.model.config) / embedding_scale(new.model.config)
+    cutter, factors = Cutter(found, old, new), _factors(old, new, rescale)
     with torch.no_grad():
         for name, shape_ in new.shapes.items():
             value = _gathered(cutter, name)
-            if name == new.index["embed", None][0].parameter:
-                value *= scale
-            elif old.spec.tied and name == new.norm("head", None):
-                # The head is the embedding, so this takes back there what that gave.
-                value = (value + offset) / scale - offset
+            factor, offset = factors.get(name, (1.0, 0.0))
+            if factor != 1:
+                value = (value + offset) * factor - offset
             if tuple(value.shape) != shape_:
                 raise PktError(
                     f"{old.spec.name}: {name} is {list(value.shape)} once cut and {list(shape_)} in the small model"
@@ -280,6 +277,21 @@ def shrink_to(model: Any, found: Lineage) -> Any:
     small.tie_weights()
     found.student = new.spec.identity()
     return small.eval()
+
+
+def _factors(old: Matrices, new: Matrices, rescale: bool) -> dict[str, tuple[float, float]]:
+    """(factor, what a stored gain lacks of the gain) of the parameters of the small model that are not as they were."""
+    offset = unit_offset(old.spec.model_type)
+    louder = math.sqrt(old.hidden / new.hidden) if rescale else 1.0
+    norms = [new.norm(before, layer) for before in ("attention", "ffn") for layer in range(new.spec.num_layers)]
+    found = {name: (louder, offset) for name in (*norms, new.norm("head", None)) if name}
+    # Gemma multiplies its embeddings by what follows from their width; the last norm takes that back for a tied head.
+    scale = embedding_scale(old.model.config) / embedding_scale(new.model.config)
+    found[new.index["embed", None][0].parameter] = (scale, 0.0)
+    last = new.norm("head", None)
+    if old.spec.tied and last:
+        found[last] = (louder / scale, offset)
+    return found
 
 
 def _gathered(cutter: Cutter, name: str) -> Tensor:

@@ -33,7 +33,7 @@ def kin(tokenizer: Any) -> dict[str, Any]:
         for p in teacher.parameters():
             p.add_(0.02 * torch.randn_like(p))
     true = choose_units(Matrices(base), scores, Shape(hidden=20, neurons=24, groups=2, layers=3))
-    student = shrink_to(base, true)
+    student = shrink_to(base, true, rescale=False)
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.01 * torch.randn_like(p))
@@ -117,7 +117,7 @@ def test_neutral_leaves_the_student_as_it_is(kin: dict[str, Any], tmp_path: Path
 def test_repruned_is_the_teacher_on_the_students_units(kin: dict[str, Any]) -> None:
     start = moved(kin, control="repruned", alpha=None, anyway=True)
     assert start.provenance["alpha"] == 1.0
-    cut, student = shrink_to(kin["teacher"], copy.deepcopy(kin["true"])), kin["student"]
+    cut, student = shrink_to(kin["teacher"], copy.deepcopy(kin["true"]), rescale=False), kin["student"]
     for name, pair in start.pairs.items():
         whole = student.get_submodule(name).weight + pair.delta()
         assert torch.allclose(whole, cut.get_submodule(name).weight, atol=1e-6), name
