@@ -171,6 +171,15 @@ def prepare(run: Run, report: Report) -> None:
         found |= {"task": nll(run.losses(teacher, run.rows("test"))), "general": nll(run.losses(teacher, general))}
         run.note(report, teacher=found)
         save(teacher, work / "teacher", work / "base")
+    if (work / "repruned").is_dir():
+        run.note(report)
+    else:
+        _move(run, report)
+
+
+def _move(run: Run, report: Report) -> None:
+    """Lineage, transplant, and the teacher cut again on the units that the lineage found."""
+    options, work = run.options, run.work
     known = pkt.lineage(work / "teacher", work / "healed", progress=False)
     print(known, flush=True)
     evidence = {
