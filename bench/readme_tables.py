@@ -199,6 +199,7 @@ def descendant_text(found: dict) -> str:
         f"{student['general before healing']:.2f} once cut, {student['general']:.2f} healed on only "
         f"{student['healed on tokens']:,} tokens, {found['base']['general']:.2f} the whole model's"
     )
+    rates = "all at one rate" if len(asked["rates"]) == 1 else "each at its own rate"
     tuned = f"from {teacher['base task']:.2f} to {teacher['task']:.2f} on {asked['test_rows']} rows held out"
     lines = [
         f"`python examples/descendant.py --gsm8k ROWS.jsonl`, {found['what']}; {machine['cpu']}, {found['threads']} thread(s).",
@@ -207,7 +208,7 @@ def descendant_text(found: dict) -> str:
         f"- Teacher: the whole model, tuned on {teacher['rows']} rows: NLL {tuned}.",
         f"- `pkt lineage`: *{found['lineage']['verdict']}*; found again from the healed weights alone: {again}.",
         f"- Transplant: α = {found['transplant']['alpha']:g}, rank {asked['rank']}. Then each method learns from "
-        f"{asked['train_rows']} of the teacher's rows at its own rate, {seeds} seed(s).",
+        f"{asked['train_rows']} of the teacher's rows, {rates}, {seeds} seed(s).",
         "",
         "| | lr | NLL before training | NLL after | general text before | after |",
         "|---|---|---|---|---|---|",
