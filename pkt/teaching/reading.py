@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pkt import ops
 from pkt.errors import PktError, PktWarning
-from pkt.files import as_path, check_apart, check_output_folder, is_stored, run_path
-from pkt.manifest import recorded_day, versions
+from pkt.files import MANIFEST, as_path, check_apart, check_output_folder, is_stored, run_path
+from pkt.manifest import difference, read_manifest, recorded_day, versions
 from pkt.models import Model, checked_device, vocabulary_digest
 from pkt.options import RowTemplate, TrainingLoss
 from pkt.progress import bar
@@ -43,7 +43,7 @@ from pkt.streaming import (
     samples_of,
     sizes_of,
 )
-from pkt.targets import DIGEST, Targets, row_digest, write_targets
+from pkt.targets import DIGEST, FILE, Targets, row_digest, write_targets
 from pkt.teaching.drawing import Keeper, uniforms
 from pkt.transferring import RunFolder
 
@@ -121,20 +121,39 @@ def teach(
     with contextlib.ExitStack() as stack:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkt-teach-"))) / "targets"
-        out = check_output_folder(as_path(out, "the path of a folder"), force=force)
+        out, goes_on = as_path(out, "the path of a folder"), resume and not force
+        # A run may have been killed when all was written.
+        there = goes_on and (out / FILE).is_file() and read_manifest(out).get("kind") == "targets"
+        if not there:
+            check_output_folder(out, force=force)
         check_apart(out, *(each for each in (teacher, data) if is_stored(each)))
-        today = None if force or not resume else recorded_day(run_path(out) / "run.json")
+        today = recorded_day(out / MANIFEST if there else run_path(out) / "run.json") if goes_on else None
         model = Model.of(teacher)
         read_with = _tokenizer_of(model, tokenizer)
         if not isinstance(data, Seeds):
             data = load_seeds(data, read_with, loss=loss, max_length=max_length, today=today, template=template)
         job = Job(model, data, options, read_with, device)
-        with RunFolder.locked(out, fresh=force or not resume) as folder:
-            folder.bind(job.inputs(progress=progress))
+        inputs = job.inputs(progress=progress)
+        with RunFolder.locked(out, fresh=not goes_on) as folder:
+            if there:
+                return _same(out, inputs)
+            folder.bind(inputs)
             memory = (parse_size(device_memory), parse_size(host_memory))
             Passes(job, folder, memory, progress, on_memory, on_tick).run()
-            job.write(out, folder, force=force)
+            job.write(out, folder, inputs, force=force)
         return Targets.load(out)
+
+
+def _same(out: Path, inputs: Mapping[str, Any]) -> Targets:
+    """The targets in `out`. Raises `PktError` where they are not of these inputs."""
+    found = Targets.load(out)
+    different = difference(found.told.get("inputs", {}), inputs)
+    if different:
+        raise PktError(
+            f"{out} already holds a result of pkt, of other inputs ({', '.join(different)}); name another folder, or replace it "
+            "with --force"
+        )
+    return found
 
 
 def _tokenizer_of(model: Model, given: Any) -> Any:
@@ -230,7 +249,7 @@ class Job:
             found.append((tensors, float(loss.double().sum())))
         return found
 
-    def write(self, out: Path, folder: RunFolder, *, force: bool) -> None:
+    def write(self, out: Path, folder: RunFolder, inputs: Mapping[str, Any], *, force: bool) -> None:
         """The targets of all passes, in the rows' order."""
         loss = sum(folder.load(name)[0]["loss"] for name in folder.steps)
         tokens = sum(self.answers(i) for i in range(len(self.rows)))
@@ -244,9 +263,7 @@ class Job:
             **({} if self.rows.today is None else {"today": self.rows.today.isoformat()}),
             "tokens": tokens,
             "nll": loss / tokens,
-            "seed": self.options.seed,
-            "dtype": str(self.options.dtype),
-            "versions": versions(),
+            "inputs": dict(inputs),
         }
         write_targets(out, _Steps(folder), entries, force=force)
 

@@ -290,6 +290,21 @@ def interrupted(case: Case, out: Path, monkeypatch: pytest.MonkeyPatch, heads: i
         pkt.teach(case.folder / "teacher", seeds(9), out=out, batch_size=2, progress=False, on_tick=tick, **options)
 
 
+def test_a_kill_when_all_is_written_leaves_what_the_same_command_finds(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("pkt.teaching.reading.Targets.load", lambda folder: (_ for _ in ()).throw(StopError))
+        patch.setattr("pkt.transferring.checkpoints.shutil.rmtree", lambda *args, **options: None)
+        with pytest.raises(StopError):
+            pkt.teach(case.folder / "teacher", seeds(9), out=out, batch_size=2, progress=False)
+    assert (tmp_path / ".out.run" / "run.json").is_file()
+    pkt.teach(case.folder / "teacher", seeds(9), out=out, batch_size=2, progress=False)
+    assert {p.name for p in out.iterdir()} == case.bytes.keys()
+    assert not (tmp_path / ".out.run").exists()
+
+
 def test_finished_passes_are_not_read_again(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(case, tmp_path / "out", monkeypatch)
     (count,) = re.findall(r"3 of (\d+) passes are finished", run("inspect", tmp_path / "out"))
@@ -360,7 +375,12 @@ def test_the_command_writes_targets_of_the_demos_teacher(few: Path, tmp_path: Pa
     assert found.bytes_a_token <= 200
     told = json.loads(run("inspect", out, "--json"))
     assert told["is"].startswith("a teacher's next-token distributions")
-    assert "already holds a result" in fails("teach", ASSETS / "teacher", few, "--out", out)
+    # The same command finds its result there; another one does not replace it unasked.
+    given = ["teach", ASSETS / "teacher", few, "--out", out, "--device", "cpu", "--dtype", "float32"]
+    before = (out / "targets.safetensors").stat().st_mtime_ns
+    assert "64 draws for" in run(*given)
+    assert (out / "targets.safetensors").stat().st_mtime_ns == before
+    assert "already holds a result of pkt, of other inputs (size: 64 there, 8 here)" in fails(*given, "--draws", 8)
     again = json.loads(run("teach", ASSETS / "teacher", few, "--out", out, "--force", "--json", "--top", 4))
     assert (again["form"], again["size"]) == ("top", 4)
 
