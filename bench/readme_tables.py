@@ -227,6 +227,24 @@ def descendant_text(found: dict) -> str:
     return "\n".join(lines)
 
 
+def chain_table(found: dict) -> str:
+    steps, told = found["steps"], found["told"]
+    lines = [
+        f"{found['seconds']:.0f} seconds in all ({found['machine']['cpu']}, {found['machine']['cores']} cores).",
+        f"{steps['heal']} steps of healing and {steps['tune']} of tuning, 32 rows each, then {found['rows']} problems.",
+        "",
+        f"- Small: {told['shape']}.",
+        f"- `pkt lineage` of the tuned teacher and the healed model: {told['lineage']}.",
+        f"- Transplant: {told['transplant']}.",
+        "",
+        "| | task NLL | right | general text NLL |",
+        "|---|---|---|---|",
+    ]
+    for name, row in found["table"].items():
+        lines.append(f"| {name} | {row['nll']:.3f} | {100 * row['exact_match']:.0f}% | {row['general']:.3f} |")
+    return "\n".join([*lines, "", "One seed, so no difference here has an interval; the demo's have."])
+
+
 def shrink_table(found: dict) -> str:
     lines = [
         f"`python bench/bench_shrink.py`: the demo's base ({found['teacher']['parameters']:,} parameters, NLL of general text "
@@ -258,6 +276,7 @@ PAGES = {
     "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
     "docs/lineage.md": {
         "shrink table": ("shrink_cpu.json", shrink_table),
+        "chain table": ("chain_cpu.json", chain_table),
         "descendant": ("descendant_cpu.json", descendant_text),
     },
     "docs/distil.md": {

@@ -127,7 +127,7 @@ def main() -> None:
         if args.keep is None:
             shutil.rmtree(folder)
     if not args.quick:
-        result = {"machine": machine("cpu"), **found}
+        result = {**machine("cpu"), **found}
         (RESULTS / "chain_cpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

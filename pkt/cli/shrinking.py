@@ -66,5 +66,7 @@ def shrink(
         )
         return
     out_console.print(f"{out}: {made}", highlight=False)
-    say("heal it on general text with any trainer of whole models before it is used")
-    next_line(f"pkt lineage {shlex.quote(teacher)} {shlex.quote(str(out))}")
+    say(
+        "it is to be healed on general text before it is used; then pkt transplant moves to it what its teacher is tuned to"
+    )
+    next_line(f"pkt train {shlex.quote(str(out))} TEXT.jsonl --full --out HEALED")

@@ -174,7 +174,7 @@ def shrunk(general: Path, tmp_path_factory: Any) -> Path:
     assert "490,140 parameters: 5 layers of 84 hidden units, 192 neurons, 2 groups of 2 heads" in " ".join(
         shown.split()
     )
-    assert "next: pkt lineage " in shown
+    assert "next: pkt train " in shown
     return out
 
 
