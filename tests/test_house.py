@@ -133,3 +133,9 @@ def test_every_package_and_module_has_its_floor() -> None:
 def test_modules_fit_in_mind() -> None:
     long = {name: text.count("\n") for name, text in sources().items() if text.count("\n") > LONGEST}
     assert long == {}
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Tests lie in folders without packages, so that one file's name would hide another's."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
