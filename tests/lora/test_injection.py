@@ -402,7 +402,9 @@ def test_a_quantized_student(tmp_path: Path, bits: int) -> None:
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "student", quantization_config=config)
 
-    plain = load()
+    # In eval mode bitsandbytes packs weights for bf16 products where the CPU has them and no gradient is asked for: then the same
+    # model gives other logits before and after its embedding is frozen.
+    plain = load().train()
     expected = logits(plain)
     model = pkt.inject(plain, ext)
     assert (logits(model) - expected).abs().max() <= 1e-5
