@@ -255,21 +255,24 @@ def _match_hidden(old: Matrices, new: Matrices, found: Lineage, generator: torch
 def _tables(
     old: Matrices, new: Matrices, tokens: list[tuple[int, int]] | None, generator: torch.Generator
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The embeddings and, where both have one of their own, the heads; and which of their rows are compared."""
+    """The rows that are compared of the embeddings and, where both have one of their own, of the heads; and their places there.
+
+    A whole table is in memory only while its rows are taken.
+    """
     roles = ["embed"] + ["head"] * (old.has("head", None) and new.has("head", None))
     tables, rows = [], []
     for role in roles:
-        t, s = old.raw(role, None), new.raw(role, None)
+        count = min(side.index[role, None][0].shape[0] for side in (old, new))
+        pairs = torch.tensor(tokens) if tokens is not None else torch.arange(count)[:, None].expand(-1, 2)
+        chosen = pairs[torch.randperm(len(pairs), generator=generator)[:_TOKENS].sort().values]
+        t, s = (side.raw(role, None)[index] for side, index in zip((old, new), chosen.unbind(1), strict=True))
         if role == "head":
             t, s = (
                 matrix if gain is None else matrix * gain.to(matrix.dtype)
                 for matrix, gain in ((t, old.gain("head", None)), (s, new.gain("head", None)))
             )
-        count = min(len(t), len(s))
-        pairs = torch.tensor(tokens) if tokens is not None else torch.arange(count)[:, None].expand(-1, 2)
-        chosen = pairs[torch.randperm(len(pairs), generator=generator)[:_TOKENS].sort().values]
         tables.append((t, s))
-        rows.append((chosen[:, 0], chosen[:, 1]))
+        rows.append((torch.arange(len(t)), torch.arange(len(s))))
     return tables, rows
 
 
