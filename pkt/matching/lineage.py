@@ -30,8 +30,8 @@ from pkt.progress import bar
 FORMAT = "pkt-lineage-1"
 BESIDE = "lineage.json"  # in the folder of a student that `pkt shrink` made
 Verdict = Literal["descends", "descends but has drifted", "no lineage"]
-# Rows of the tables, hidden units and units of each layer that are looked at: enough for a cosine's noise of 1/32.
-_TOKENS, _FEATURES, _SAMPLE = 32768, 1024, 64
+# Rows of the tables, hidden units and units of each layer that are looked at: enough for a cosine's noise of 1/32 and less.
+_TOKENS, _FEATURES, _SAMPLE = 16384, 1024, 64
 _SAMPLE_FEATURES = 256
 # How far between chance and 1 the layers' cosines must lie.
 _KIN, _CLOSE = 0.1, 0.5
