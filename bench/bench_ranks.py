@@ -35,11 +35,10 @@ from pkt.demo.measuring import (
     TRAIN,
     TRAIN_ROWS,
     rows_head,
-    scale_a,
     settings,
     train_quietly,
 )
-from pkt.lora import inject
+from pkt.lora import inject, scale_a
 from pkt.matching import Cutter, Matrices
 from pkt.models import load_model, load_tokenizer
 from pkt.seeds import load_seeds
@@ -147,7 +146,7 @@ def run(report: Report, seeds: int, rank: int, train_rows: int, test_rows: int, 
         for seed in range(seeds):
             torch.manual_seed(seed)
             model = inject(load_model(ASSETS / "descendant", dtype=torch.float32), moved, mode="add")
-            scale_a(model, setting.a_scale, kept=True)
+            scale_a(model, setting.a_scale)
             if not before:
                 before = by_row(model, rows["test"])
             train_quietly(model, rows["train"], setting.lr, seed)

@@ -38,8 +38,7 @@ from measuring import RESULTS, Report, kind_of  # noqa: E402
 
 import pkt  # noqa: E402
 from pkt import ops  # noqa: E402
-from pkt.demo.measuring import scale_a  # noqa: E402
-from pkt.lora import inject, wrap  # noqa: E402
+from pkt.lora import inject, scale_a, wrap  # noqa: E402
 from pkt.matching import Lineage, shrink_to  # noqa: E402
 from pkt.models import load_model, load_tokenizer, rows_apart, unwrap  # noqa: E402
 from pkt.seeds import IGNORE, Seeds, collate, load_seeds  # noqa: E402
@@ -299,14 +298,14 @@ def begin(run: Run, name: str, seed: int) -> Any:
             load_model(work / ("healed" if name == PLAIN else "repruned"), dtype=torch.float32),
             start.adapter().config(),
         )
-        scale_a(model, 3.0, kept=False)
+        scale_a(model, 3.0)
         return model.to(run.device)
     if name == NOISE:
         start.pairs = noise_like(start.pairs, seed)
     model = inject(
         load_model(work / "healed", dtype=torch.float32), start, mode="paired" if name == "neutral" else "add"
     )
-    scale_a(model, 3.0, kept=True)
+    scale_a(model, 3.0)
     return model.to(run.device)
 
 

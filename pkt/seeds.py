@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +51,7 @@ class Seeds(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return sha256(*(json.dumps([e.input_ids, e.labels]) for e in self.examples))
 

@@ -101,15 +101,14 @@ def _show_plan(layout: Any, out: Path, json_: bool) -> None:
 
     layout.check()
     expected, store = layout.expected(), Store(out)
-    now = [str(job) for job in layout.jobs(store)]
+    jobs = list(layout.jobs(store))
+    now = [str(job) for job in jobs]
     if json_:
         print_json({"cells": expected, "next": now})
         return
     say(f"{layout.study.study}: {', '.join(f'{count} {what}' for what, count in expected.items())}, if no grid grows")
-    teachers = [job for job in layout.jobs(store) if job.kind == "start"]
-    say(
-        f"{len(now)} jobs can begin now, {len(teachers)} of them starts; transfers of one teacher share one reading of it"
-    )
+    starts = sum(job.kind == "start" for job in jobs)
+    say(f"{len(now)} jobs can begin now, {starts} of them starts; transfers of one teacher share one reading of it")
     for line in now[:10]:
         say(f"  {line}")
     if len(now) > 10:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +12,11 @@ from typing import Any, Literal
 import torch
 
 from pkt.extraction import Extraction, Start
-from pkt.lora import finalize, inject, load_with_adapter, wrap
+from pkt.lora import finalize, inject, load_with_adapter, scale_a, wrap
 from pkt.models import load_model, load_tokenizer
 from pkt.options import Training
 from pkt.seeds import Seeds, load_seeds
-from pkt.training import fit, row_losses, row_matches
+from pkt.training import fit, row_losses, row_matches, silently
 from pkt.transplanting import control_of
 
 ASSETS = Path(__file__).parent / "assets"
@@ -102,7 +97,7 @@ def begin(method: Method, out: Path, seed: int, a_scale: float) -> Any:
         # The same matrices at the same rank as all others.
         config = Extraction.load(window).adapter().config()
         model = wrap(student, {**config, "base_model_name_or_path": str(folder_of(method.model, out))})
-        scale_a(model, a_scale, kept=False)
+        scale_a(model, a_scale)
         return model
     if method.what == "window":
         model = inject(student, Extraction.load(window))
@@ -110,7 +105,7 @@ def begin(method: Method, out: Path, seed: int, a_scale: float) -> Any:
         model = inject(student, Start.load(out / OURS), mode="paired" if method.what == "neutral" else "add")
     else:
         model = inject(student, control(method.what, out, seed))
-    scale_a(model, a_scale, kept=True)
+    scale_a(model, a_scale)
     return model
 
 
@@ -136,16 +131,6 @@ def tokenizer() -> Any:
 @functools.cache
 def rows_of(file: Path) -> Seeds:
     return load_seeds(file, tokenizer())
-
-
-@torch.no_grad()
-def scale_a(model: Any, scale: float, *, kept: bool) -> None:
-    """A of every projection times `scale`; kept: B divided by it, so that the product stays."""
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            parameter.mul_(scale)
-        elif ".lora_B." in name and kept:
-            parameter.div_(scale)
 
 
 def measure(name: str, out: Path, seed: int, setting: Setting) -> dict[str, Any]:
@@ -192,7 +177,7 @@ def tune(name: str, out: Path, setting: Setting, seed: int) -> float:
 @torch.no_grad()
 def _finalize(model: Any, out: Path, rows: Seeds) -> float:
     """Finalize, load with plain PEFT on the original student, and compare the logits."""
-    with _silence():
+    with silently():
         finalize(model, out / "adapter", force=True)
         served = load_with_adapter(ASSETS / "descendant", out / "adapter", dtype=torch.float32)
     ids = torch.tensor([rows[0].input_ids])
@@ -204,18 +189,6 @@ def rows_head(rows: Seeds, count: int = 32) -> Seeds:
 
 
 def train_quietly(model: Any, rows: Seeds, rate: float, seed: int, epochs: float = EPOCHS) -> None:
-    with _silence(), tempfile.TemporaryDirectory(prefix="pkt-demo-") as folder:
+    with silently(), tempfile.TemporaryDirectory(prefix="pkt-demo-") as folder:
         options = Training(epochs, BATCH, BATCH, rate, warmup=0.1, scheduler="cosine", save_steps=None, seed=seed)
         fit(model, rows, Path(folder), options, quietly=True)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The demo trains dozens of times; transformers' notices would drown its own lines."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -1,5 +1,6 @@
 """LoRA in and around PEFT: injected, recognised, finalized. The only part of pkt that imports it."""
 
+from pkt.lora.factors import scale_a as scale_a
 from pkt.lora.finalization import finalize as finalize
 from pkt.lora.finalization import write_merged as write_merged
 from pkt.lora.injection import check_settings as check_settings

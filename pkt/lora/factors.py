@@ -105,3 +105,13 @@ def shift(model: Any, pairs: Mapping[str, Pair], record: dict[str, Any]) -> None
     subtract(base, pairs)
     if hasattr(base, "config"):
         setattr(base.config, SHIFTED, {k: record[k] for k in ("student", "initial")})
+
+
+@torch.no_grad()
+def scale_a(model: Any, scale: float) -> None:
+    """A of every projection times `scale` and B divided by it, so that the product stays."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.mul_(scale)
+        elif ".lora_B." in name:
+            parameter.div_(scale)

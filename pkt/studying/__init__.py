@@ -10,7 +10,6 @@ from pkt.studying.layout import Job as Job
 from pkt.studying.layout import Layout as Layout
 from pkt.studying.run import open_study as open_study
 from pkt.studying.run import preset_names as preset_names
-from pkt.studying.run import read_stats as read_stats
 from pkt.studying.run import run_layout as run_layout
 from pkt.studying.run import study as study
 from pkt.studying.store import Store as Store

@@ -42,8 +42,8 @@ def together(layout: Layout, jobs: Iterable[Job]) -> list[list[Job]]:
     groups: dict[Any, list[Job]] = {}
     for job in jobs:
         start = layout.starts.get(job.start)
-        shared = job.kind == "start" and isinstance(start, Transfer)
-        key = (start.teacher, start.map_vocabulary) if shared and isinstance(start, Transfer) else id(job)
+        shared = isinstance(start, Transfer) and job.kind == "start"
+        key = (start.teacher, start.map_vocabulary) if shared else id(job)  # type: ignore[union-attr]
         groups.setdefault(key, []).append(job)
     return list(groups.values())
 

@@ -20,7 +20,7 @@ from pkt.matching import Lineage, lineage
 from pkt.models import Model, load_tokenizer
 from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
-from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Task, Transfer
+from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Transfer
 from pkt.studying.store import Cell, Store
 from pkt.targets import Targets
 from pkt.training import Distillation, distillation
@@ -84,8 +84,10 @@ class Layout:
         """Of the student and what it was cut from, found once for all controls of a transplant."""
         return lineage(root, self.study.student, progress=False)
 
-    def learnt(self, task: Task) -> Seeds:
+    @functools.cache  # noqa: B019
+    def learnt(self, name: str) -> Seeds:
         """The rows that a task trains on. Raises `PktError` where some of them choose the rates too."""
+        task = self.study.tasks[name]
         rows = self.rows(task.train)
         kept = len(rows) - (task.held_out if isinstance(task.held_out, int) else 0)
         count = kept if task.rows is None else task.rows
@@ -95,7 +97,9 @@ class Layout:
             )
         return head(rows, count)
 
-    def held_out(self, task: Task) -> Seeds:
+    @functools.cache  # noqa: B019
+    def held_out(self, name: str) -> Seeds:
+        task = self.study.tasks[name]
         if isinstance(task.held_out, str):
             return self.rows(task.held_out)
         rows = self.rows(task.train)
@@ -112,11 +116,11 @@ class Layout:
 
     def check(self) -> None:
         """Read all rows and models there are to read. Raises `PktError` for what would stop the study after hours."""
-        for task, spec in self.study.tasks.items():
-            self.learnt(spec)
-            self.held_out(spec)
+        for task in self.study.tasks:
+            self.learnt(task)
+            self.held_out(task)
             for measured in self.measurements(task).values():
-                self._measured(measured)
+                self.measured_on(measured.data, measured.limit)
             for name, start in self.starts.items():
                 self.tune(task, name, Setting(1.0, 1.0), 0)
                 self.taught(task, start)
@@ -180,18 +184,18 @@ class Layout:
         """What a teacher says of the rows. Raises `PktError` for targets of other rows or another tokenizer."""
         if start.teacher_targets is None:
             return None
-        spec, rows = Model.of(self.study.student).spec, self.learnt(self.study.tasks[task])
+        spec, rows = Model.of(self.study.student).spec, self.learnt(task)
         return distillation(self.targets(start.teacher_targets), start.mix, rows, self.tokenizer, spec)
 
     def _training(self) -> dict[str, Any]:
         return {f.name: getattr(self.study.training, f.name) for f in dataclasses.fields(self.study.training)}
 
     def tune(self, task: str, name: str, setting: Setting, seed: int) -> Cell:
-        rows, rates = self.study.tasks[task], self.study.rates
+        rates = self.study.rates
         inputs = {
             **self._begun(task, name, seed),
-            "rows": self.learnt(rows).fingerprint,
-            "held_out": self.held_out(rows).fingerprint,
+            "rows": self.learnt(task).fingerprint,
+            "held_out": self.held_out(task).fingerprint,
             "training": {**self._training(), "epochs": self.study.training.epochs * rates.epochs},
             **vars(setting),
             "seed": seed,
@@ -201,7 +205,7 @@ class Layout:
     def train(self, task: str, name: str, setting: Setting, seed: int) -> Cell:
         inputs = {
             **self._begun(task, name, seed),
-            "rows": self.learnt(self.study.tasks[task]).fingerprint,
+            "rows": self.learnt(task).fingerprint,
             "training": self._training(),
             **vars(setting),
             "seed": seed,
@@ -217,7 +221,7 @@ class Layout:
         """The test of a training, before it or after; or of a model that was not trained."""
         spec = self.measurements(task)[test]
         inputs: dict[str, Any] = {
-            "rows": self._measured(spec).fingerprint,
+            "rows": self.measured_on(spec.data, spec.limit).fingerprint,
             "metrics": list(spec.metrics),
             **({"model": self.model(of)} if isinstance(of, str) else {"train": of.key}),
             **({"before": True} if before else {}),
@@ -229,9 +233,11 @@ class Layout:
         labels = {"model": of} if isinstance(of, str) else dict(of.labels)
         return Cell("test", inputs, {**labels, "task": task, "test": test, **({"when": "before"} if before else {})})
 
-    def _measured(self, spec: Measurement) -> Seeds:
-        rows = self.rows(spec.data)
-        return rows if spec.limit is None else head(rows, spec.limit)
+    @functools.cache  # noqa: B019
+    def measured_on(self, file: str, limit: int | None) -> Seeds:
+        """The rows of a test."""
+        rows = self.rows(file)
+        return rows if limit is None else head(rows, limit)
 
     def tests(self, of: Cell | str, task: str, *, before: bool = False) -> dict[str, Cell]:
         return {name: self.test(of, name, task, before=before) for name in self.measurements(task)}

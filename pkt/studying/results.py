@@ -14,7 +14,7 @@ import numpy as np
 
 from pkt.files import atomic_file, write_json
 from pkt.statistics import compare, holm, word_for
-from pkt.studying.layout import GENERAL, Layout
+from pkt.studying.layout import Layout
 from pkt.studying.metrics import LOWER, figure, groups_of
 from pkt.studying.schema import FolderStart, OwnStart, PlainLora, StartOptions, Transfer, Transplant
 from pkt.studying.store import Cell, Store
@@ -47,8 +47,8 @@ def _task(layout: Layout, store: Store, task: str) -> dict[str, Any]:
         for model in layout.untrained()
     }
     return {
-        "rows": len(layout.learnt(study.tasks[task])),
-        "held_out": len(layout.held_out(study.tasks[task])),
+        "rows": len(layout.learnt(task)),
+        "held_out": len(layout.held_out(task)),
         "decides": study.tasks[task].decides,
         "untrained": untrained,
         "starts": {name: _start(layout, store, task, name) for name in layout.starts},
@@ -251,6 +251,3 @@ def _csv(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
     writer.writerow(head)
     writer.writerows(rows)
     return text.getvalue()
-
-
-__all__ = ["GENERAL", "controls_of", "figures", "headline", "items_of", "role_of", "stats_of", "write_results"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pkt.errors import PktError
 from pkt.extras import is_there
-from pkt.files import MANIFEST, check_output_folder, lock_folder, os_errors, read_json, write_json
+from pkt.files import MANIFEST, check_output_folder, lock_folder, os_errors, write_json
 from pkt.manifest import manifest_of, read_manifest
 from pkt.studying.engines import Cluster, Engine, run_study, serial
 from pkt.studying.layout import Job, Layout
@@ -96,8 +96,3 @@ def _claim(out: Path) -> None:
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / MANIFEST, manifest_of("study", {"finished": False}))
-
-
-def read_stats(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(out / "stats.json")
-    return found

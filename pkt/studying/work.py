@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
 import math
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +14,18 @@ import torch
 
 from pkt.errors import DivergedError, PktError
 from pkt.extraction import Extraction, Start, open_start
-from pkt.lora import draw_pairs, inject, mode_of
+from pkt.files import write_json
+from pkt.lora import draw_pairs, inject, mode_of, scale_a
 from pkt.models import load_model, spec_of_model
 from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
 from pkt.planning import adapted
 from pkt.seeds import Seeds
 from pkt.starting import start as own_start
-from pkt.studying.layout import Job, Layout, Setting, head
+from pkt.studying.layout import Job, Layout, Setting
 from pkt.studying.metrics import measured
 from pkt.studying.schema import FolderStart, Measurement, OwnStart, PlainLora, StartOptions, Transfer, Transplant
 from pkt.studying.store import Cell, Store
-from pkt.training import fit, row_losses
+from pkt.training import fit, row_losses, silently
 from pkt.transferring import Listeners, Recipe, transfer_recipes
 from pkt.transplanting import transplant
 
@@ -37,7 +34,7 @@ BEGUN = "start"  # the folder of a start within its cell
 
 def run_job(layout: Layout, job: Job, store: Store) -> None:
     """Make a job's cells that are not there yet."""
-    with _silence():
+    with silently():
         if job.kind == "start":
             _start(layout, job, store)
         elif job.kind == "tune":
@@ -50,24 +47,21 @@ def run_job(layout: Layout, job: Job, store: Store) -> None:
 
 def scan(layout: Layout, jobs: Sequence[Job], store: Store) -> None:
     """All transfers of one teacher from one reading of it, of every task and recipe: jobs of the kind "start"."""
-    with _silence():
-        tasks: dict[str, Seeds] = {}
-        recipes: dict[str, Recipe] = {}
-        results: dict[tuple[str, str], Job] = {}
-        for job in jobs:
-            start = layout.starts[job.start]
-            assert isinstance(start, Transfer)
-            rows = layout.seeds(job.task, start)
-            recipe = _recipe(start, layout.study.training.rank, job.seed if start.drawn else 0)
-            task = next(
-                (n for n, other in tasks.items() if other.fingerprint == rows.fingerprint), f"seeds{len(tasks)}"
-            )
-            name = next((n for n, other in recipes.items() if other == recipe), f"recipe{len(recipes)}")
-            tasks[task], recipes[name] = rows, recipe
-            results[task, name] = job
-        some = layout.starts[jobs[0].start]
-        assert isinstance(some, Transfer)
-        begin = time.perf_counter()
+    tasks: dict[str, Seeds] = {}
+    recipes: dict[str, Recipe] = {}
+    wanted: list[tuple[str, str]] = []
+    for job in jobs:
+        start = layout.starts[job.start]
+        assert isinstance(start, Transfer)
+        rows, recipe = layout.seeds(job.task, start), _recipe(start, layout.study.training.rank, job.seed)
+        task = next((n for n, other in tasks.items() if other.fingerprint == rows.fingerprint), f"seeds{len(tasks)}")
+        name = next((n for n, other in recipes.items() if other == recipe), f"recipe{len(recipes)}")
+        tasks[task], recipes[name] = rows, recipe
+        wanted.append((task, name))
+    some = layout.starts[jobs[0].start]
+    assert isinstance(some, Transfer)
+    begin = time.perf_counter()
+    with silently():
         found = transfer_recipes(
             some.teacher,
             layout.study.student,
@@ -78,17 +72,11 @@ def scan(layout: Layout, jobs: Sequence[Job], store: Store) -> None:
             execution=Execution(dtype=torch.float32),
             listeners=Listeners(progress=False),
         )
-        seconds = (time.perf_counter() - begin) / len(jobs)
-        for job in jobs:
-            start = layout.starts[job.start]
-            assert isinstance(start, Transfer)
-            wanted = (layout.seeds(job.task, start).fingerprint, _recipe(start, layout.study.training.rank, job.seed))
-            made = next(
-                ext for (task, name), ext in found.items() if (tasks[task].fingerprint, recipes[name]) == wanted
-            )
-            with store.making(job.cells[0]) as scratch:
-                made.save(scratch / BEGUN)
-                _note(scratch, seconds)
+    seconds = (time.perf_counter() - begin) / len(jobs)
+    for job, result in zip(jobs, wanted, strict=True):
+        with store.making(job.cells[0]) as scratch:
+            found[result].save(scratch / BEGUN)
+            _note(scratch, seconds)
 
 
 def _recipe(start: Transfer, rank: int, seed: int) -> Recipe:
@@ -101,8 +89,6 @@ def _recipe(start: Transfer, rank: int, seed: int) -> Recipe:
 
 
 def _note(scratch: Path, seconds: float) -> None:
-    from pkt.files import write_json
-
     write_json(scratch / "result.json", {"seconds": seconds})
 
 
@@ -136,7 +122,7 @@ def begin(layout: Layout, task: str, name: str, setting: Setting, seed: int, sto
     if isinstance(start, PlainLora):
         lora = Lora(init=start.init, rank=layout.study.training.rank, modules=start.modules)
         targets = adapted(spec_of_model(student), lora.modules)
-        rows = layout.learnt(layout.study.tasks[task])
+        rows = layout.learnt(task)
         drawn = draw_pairs(student, targets, lora, 1.0, rows=rows, seed=seed)
         begun: Extraction | Start = Start("start", drawn, {})
         model = inject(student, begun, mode=mode_of(lora))
@@ -153,18 +139,8 @@ def _mode(start: StartOptions) -> Any:
     return getattr(start, "mode", None) if isinstance(start, (Transfer, FolderStart)) else None
 
 
-@torch.no_grad()
-def scale_a(model: Any, scale: float) -> None:
-    """A of every projection times `scale` and B divided by it, so that the product stays."""
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            parameter.mul_(scale)
-        elif ".lora_B." in name:
-            parameter.div_(scale)
-
-
 def _tune(layout: Layout, job: Job, store: Store) -> None:
-    task, setting = layout.study.tasks[job.task], job.setting
+    setting = job.setting
     assert setting is not None
 
     def make() -> dict[str, Any]:
@@ -172,7 +148,7 @@ def _tune(layout: Layout, job: Job, store: Store) -> None:
         epochs = layout.study.training.epochs * layout.study.rates.epochs
         try:
             _learn(layout, model, job, setting, epochs)
-            losses = row_losses(model, layout.held_out(task))
+            losses = row_losses(model, layout.held_out(job.task))
         except DivergedError:
             return {"nll": None}
         nll = sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
@@ -213,8 +189,7 @@ def _untrained(layout: Layout, job: Job, store: Store) -> None:
 def _measured(layout: Layout, model: Any, cell: Cell, task: str) -> dict[str, Any]:
     """The items of a test."""
     spec: Measurement = layout.measurements(task)[cell.labels["test"]]
-    rows = layout.rows(spec.data)
-    rows = rows if spec.limit is None else head(rows, spec.limit)
+    rows = layout.measured_on(spec.data, spec.limit)
     return measured(model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens)
 
 
@@ -224,21 +199,9 @@ def _learn(layout: Layout, model: Any, job: Job, setting: Setting, epochs: float
         epochs * (1.0 + start.extra_steps), given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler,
         save_steps=None, seed=job.seed, precision=given.precision,
     )  # fmt: skip
-    rows, taught = layout.learnt(layout.study.tasks[job.task]), layout.taught(job.task, start)
+    rows, taught = layout.learnt(job.task), layout.taught(job.task, start)
     with tempfile.TemporaryDirectory(prefix="pkt-study-") as folder:
         return fit(model, rows, Path(folder), options, quietly=True, taught=taught)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """A study trains hundreds of times; transformers' notices would drown its own lines."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def failure(error: BaseException) -> str:

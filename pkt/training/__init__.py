@@ -11,3 +11,4 @@ from pkt.training.run import train as train
 from pkt.training.targets import Distillation as Distillation
 from pkt.training.targets import distillation as distillation
 from pkt.training.trainer import fit as fit
+from pkt.training.trainer import silently as silently

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -162,3 +164,15 @@ def _run_environment(out: Path) -> Iterator[None]:
             del os.environ["TENSORBOARD_LOGGING_DIR"]
         else:
             os.environ["TENSORBOARD_LOGGING_DIR"] = before
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """For whoever trains dozens of times: transformers' notices would drown its own lines."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
