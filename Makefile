@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two workers, a file of tests each at a time; tests/conftest.py says which begin first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-oldest lint types imports check real bench clean
+.PHONY: demo docs test test-slow test-oldest lint types imports check real bench clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,10 +37,16 @@ $(OLDEST)/.installed: $(STAMP)
 test-oldest: $(OLDEST)/.installed
 	$(PYTEST) -m slow tests/ops/test_kernels_oldest.py
 
+# The pages as a site that needs no network: site/index.html.
+docs: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[docs]"
+	$(PIP) --no-build-isolation --no-deps -e .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q -d site
+
 # The clients (TRL, lm-eval, bitsandbytes) are large, so only the slow tests install them. Where the oldest Triton is not
 # installed the tests of it are skipped, and say so.
 test-slow: $(STAMP)
-	$(PIP) -c constraints.txt -e ".[clients]"
+	$(PIP) -c constraints.txt -e ".[clients,docs,release]"
 	$(PIP) --no-build-isolation --no-deps -e .
 	$(PYTEST) -m "slow and not gpu"
 
@@ -78,4 +84,4 @@ bench: $(STAMP)
 	$(BIN)/python bench/goals.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info pkt-demo runs pkt/_C*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info pkt-demo runs site pkt/_C*.so
