@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,20 @@ class Cell:
         return " ".join([self.kind, *(str(value) for value in self.labels.values())])
 
 
+def machine() -> dict[str, Any]:
+    """What a cell was made on, and the most memory that its process has used until now (of a GPU, what torch has taken)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"device": "cpu", "peak_bytes": None}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"device": "cpu", "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
 class Store:
     """The cells in a study's folder."""
 
@@ -72,10 +87,16 @@ class Store:
                 "labels": cell.labels,
                 "seconds": time.perf_counter() - begin,
                 "versions": versions(),
+                **machine(),
                 "files": {str(f.relative_to(scratch)): sha256(f.read_bytes()) for f in files},
             }
             write_json(scratch / CELL, record)
         self._failure(cell).unlink(missing_ok=True)
+
+    def cost(self, cell: Cell) -> dict[str, Any]:
+        """kind, seconds, versions, device and peak of a cell, as its record says."""
+        record = read_json(self.path(cell) / CELL)
+        return {name: record.get(name) for name in ("kind", "seconds", "versions", "device", "peak_bytes")}
 
     def record(self, cell: Cell) -> dict[str, Any]:
         """cell.json. Raises `PktError` for a file of the cell's that is not as it was written."""

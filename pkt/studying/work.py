@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pkt.errors import DivergedError, PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import write_json
 from pkt.lora import draw_pairs, inject, mode_of, scale_a
-from pkt.models import load_model, spec_of_model
+from pkt.models import Model, load_model, spec_of_model
 from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
 from pkt.planning import adapted
 from pkt.seeds import Seeds
@@ -30,11 +31,13 @@ from pkt.transferring import Listeners, Recipe, transfer_recipes
 from pkt.transplanting import transplant
 
 BEGUN = "start"  # the folder of a start within its cell
+SMALL = 5_000_000  # numbers of a student below which one thread trains it
+CLIP = 1.0  # the norm that Trainer clips gradients to
 
 
 def run_job(layout: Layout, job: Job, store: Store) -> None:
     """Make a job's cells that are not there yet."""
-    with silently():
+    with silently(), _threads(layout):
         if job.kind == "start":
             _start(layout, job, store)
         elif job.kind == "tune":
@@ -43,6 +46,18 @@ def run_job(layout: Layout, job: Job, store: Store) -> None:
             _train(layout, job, store)
         else:
             _untrained(layout, job, store)
+
+
+@contextlib.contextmanager
+def _threads(layout: Layout) -> Iterator[None]:
+    """One thread for a student of a few million numbers: two that wait for each other take longer than one does the work."""
+    before = torch.get_num_threads()
+    if sum(math.prod(t.shape) for t in Model.of(layout.study.student).spec.targets) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def scan(layout: Layout, jobs: Sequence[Job], store: Store) -> None:
@@ -61,7 +76,7 @@ def scan(layout: Layout, jobs: Sequence[Job], store: Store) -> None:
     some = layout.starts[jobs[0].start]
     assert isinstance(some, Transfer)
     begin = time.perf_counter()
-    with silently():
+    with silently(), _threads(layout):
         found = transfer_recipes(
             some.teacher,
             layout.study.student,
@@ -114,8 +129,13 @@ def _start(layout: Layout, job: Job, store: Store) -> None:
         _note(scratch, time.perf_counter() - begin)
 
 
-def begin(layout: Layout, task: str, name: str, setting: Setting, seed: int, store: Store) -> tuple[Any, int]:
-    """The student as a training of this start begins, and how many numbers learn; what is random is drawn anew for each seed."""
+def begin(
+    layout: Layout, task: str, name: str, setting: Setting, seed: int, store: Store
+) -> tuple[Any, dict[str, float]]:
+    """The student as a training of this start begins; what is random is drawn anew for each seed.
+
+    Also how many numbers learn ("trainable"), and the norm of B₀A₀ over all matrices ("norm").
+    """
     start, cell = layout.starts[name], layout.start(task, name, seed)
     torch.manual_seed(seed)
     student = load_model(layout.study.student, dtype=torch.float32)
@@ -132,7 +152,10 @@ def begin(layout: Layout, task: str, name: str, setting: Setting, seed: int, sto
         begun = open_start(folder)
         model = inject(student, begun, mode=_mode(start))
     scale_a(model, setting.a_scale)
-    return model, sum(pair.A.numel() + pair.B.numel() for pair in begun.pairs.values())
+    each = [factors for pair in begun.pairs.values() for factors in pair.each()]
+    # ‖BA‖² = tr(AAᵀ BᵀB), of rank × rank.
+    norm = math.sqrt(sum(max(0.0, float(((a @ a.mT) * (b.mT @ b)).sum())) for a, b in each))
+    return model, {"trainable": sum(a.numel() + b.numel() for a, b in each), "norm": norm}
 
 
 def _mode(start: StartOptions) -> Any:
@@ -167,13 +190,18 @@ def _train(layout: Layout, job: Job, store: Store) -> None:
     for cell in before:
         store.put(cell, functools.partial(_measured, layout, model, cell, job.task))
     started = time.perf_counter()
-    told: dict[str, Any] = {"trainable": learning}
+    steps: list[tuple[float, float]] = []
+    told: dict[str, Any] = dict(learning)
     try:
-        loss = _learn(layout, model, job, setting, layout.study.training.epochs)
+        loss = _learn(layout, model, job, setting, layout.study.training.epochs, steps)
         told |= {"diverged": False, "loss": loss}
     except DivergedError as error:
         told |= {"diverged": True, "why": str(error)}
     told["seconds"] = time.perf_counter() - started
+    told |= {
+        "losses": [loss for loss, _ in steps],
+        "clipped": sum(norm > CLIP for _, norm in steps) / max(1, len(steps)),
+    }
     for cell in tests:
         if cell not in before:
             store.put(cell, dict if told["diverged"] else functools.partial(_measured, layout, model, cell, job.task))
@@ -193,7 +221,15 @@ def _measured(layout: Layout, model: Any, cell: Cell, task: str) -> dict[str, An
     return measured(model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens)
 
 
-def _learn(layout: Layout, model: Any, job: Job, setting: Setting, epochs: float) -> float:
+def _learn(
+    layout: Layout,
+    model: Any,
+    job: Job,
+    setting: Setting,
+    epochs: float,
+    steps: list[tuple[float, float]] | None = None,
+) -> float:
+    """Train; `steps` gets the loss and the gradient's norm of each step."""
     given, start = layout.study.training, layout.starts[job.start]
     options = Training(
         epochs * (1.0 + start.extra_steps), given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler,
@@ -201,7 +237,8 @@ def _learn(layout: Layout, model: Any, job: Job, setting: Setting, epochs: float
     )  # fmt: skip
     rows, taught = layout.learnt(job.task), layout.taught(job.task, start)
     with tempfile.TemporaryDirectory(prefix="pkt-study-") as folder:
-        return fit(model, rows, Path(folder), options, quietly=True, taught=taught)
+        on_step = None if steps is None else lambda loss, norm: steps.append((loss, norm))
+        return fit(model, rows, Path(folder), options, quietly=True, taught=taught, on_step=on_step)
 
 
 def failure(error: BaseException) -> str:

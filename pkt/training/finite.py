@@ -18,6 +18,7 @@ from pkt.errors import DivergedError, PktError
 from pkt.files import read_json, share_files
 
 STATE = "trainer_state.json"
+OnStep = Callable[[float, float], None]
 
 
 class Arguments(TrainingArguments):  # type: ignore[misc]
@@ -29,10 +30,14 @@ class Arguments(TrainingArguments):  # type: ignore[misc]
 
 
 class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """The losses of all steps, kept in every checkpoint: Trainer knows those of the steps since it was resumed."""
+    """The losses of all steps, kept in every checkpoint: Trainer knows those of the steps since it was resumed.
 
-    def __init__(self) -> None:
-        self.total, self.steps = 0.0, 0
+    on_step: told the loss of each step and its gradient's norm before it is clipped.
+    """
+
+    def __init__(self, on_step: OnStep | None = None) -> None:
+        self.total, self.steps, self.on_step = 0.0, 0, on_step
+        self.current, self.norm = 0.0, 0.0  # of the step that is under way
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
@@ -46,8 +51,16 @@ class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
         # Trainer saves what a checkpoint's state names, and an older pkt's does not name this.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
+    def add(self, loss: float, norm: float) -> None:
+        """Of a micro-batch: its share of the step's loss, and the norm of the gradient so far."""
+        self.total += loss
+        self.current, self.norm = self.current + loss, norm
+
     def on_step_end(self, *given: Any, **more: Any) -> None:
         self.steps += 1
+        if self.on_step is not None:
+            self.on_step(self.current, self.norm)
+        self.current = 0.0
 
     @property
     def mean(self) -> float:
@@ -82,7 +95,7 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
     """Raises `PktError` for a loss or a gradient that is not finite, before it reaches the weights.
 
     lengths: of the rows, where those of like lengths are to come together. callbacks: with a `restore`, as `Losses` has. loss: of
-    (model, batch, answer tokens of the whole step), instead of the model's own.
+    (model, batch, answer tokens of the whole step), instead of the model's own. on_step: told each step's loss and gradient norm.
     """
 
     def __init__(
@@ -91,9 +104,10 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         lengths: Sequence[int] | None = None,
         callbacks: Sequence[Any] = (),
         loss: Callable[[Any, dict[str, Any], Any], torch.Tensor] | None = None,
+        on_step: OnStep | None = None,
         **given: Any,
     ) -> None:
-        self.losses, self.lengths, self.loss = Losses(), lengths, loss
+        self.losses, self.lengths, self.loss = Losses(on_step), lengths, loss
         self.kept = [self.losses, *callbacks]
         # With a loss function Trainer counts the answer tokens of the step and leaves the loss as it is.
         super().__init__(**given, callbacks=[Shared, *self.kept], compute_loss_func=loss)
@@ -116,14 +130,15 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         found: torch.Tensor = super().training_step(*args, **kwargs)
         # Under fp16 gradients are scaled up: the scaler finds those that overflow, and leaves their step out.
         grads = [p.grad for p in self.model.parameters() if p.grad is not None and not self.args.fp16]
-        for what, value in (("loss", found), ("norm of the gradient", torch.nn.utils.get_total_norm(grads))):
+        norm = torch.nn.utils.get_total_norm(grads)
+        for what, value in (("loss", found), ("norm of the gradient", norm)):
             if not value.isfinite():
                 raise DivergedError(
                     f"training diverged: the {what} is {float(value)} at step {self.state.global_step + 1}. Lower the "
                     f"learning rate (lr={self.args.learning_rate}) and train into a new folder; if this is the first step, "
                     "look for NaN in the student's weights"
                 )
-        self.losses.total += float(found)
+        self.losses.add(float(found), float(norm))
         return found
 
     def fit(self, checkpoint: str | None = None) -> float:

@@ -22,6 +22,7 @@ from pkt.seeds import Seeds, collate
 from pkt.training.folder import say
 
 if TYPE_CHECKING:
+    from pkt.training.finite import OnStep
     from pkt.training.held_out import HeldOut
     from pkt.training.targets import Distillation
 
@@ -37,11 +38,12 @@ def fit(
     tokenizer: Any = None,
     held_out: HeldOut | None = None,
     taught: Distillation | None = None,
+    on_step: OnStep | None = None,
 ) -> float:
     """Train a model on tokenized rows, on one device; returns the mean loss of all steps, those before `resume_from` too.
 
     held_out: measures the model as it trains, and gives it its best weights at the end. taught: a teacher's targets for the rows,
-    which the loss is mixed with.
+    which the loss is mixed with. on_step: told the loss of each step and its gradient's norm before it is clipped.
 
     Raises `PktError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
@@ -68,6 +70,7 @@ def fit(
             processing_class=tokenizer,
             callbacks=[] if held_out is None else [held_out],
             lengths=[len(e.input_ids) for e in examples] if options.group_by_length else None,
+            on_step=on_step,
             **given,
         )
         if quietly:

@@ -101,6 +101,10 @@ def test_a_study_says_what_it_found(done: Path, small: Path) -> None:
         assert all({"nll", "exact_match"} == set(run["problems"]) for run in start["after"])
         best = min(start["curve"], key=lambda p: (p["nll"], p["lr"]))
         assert start["chosen"] == {"lr": best["lr"], "a_scale": best["a_scale"]}
+        # 8 rows, 4 a step; a plain LoRA makes as many again.
+        assert [len(losses) for losses in start["losses"]] == [4 if name == "lora" else 2] * 3, name
+        assert (start["norm"] > 0) == (name != "lora")
+        assert 0 <= start["clipped"] <= 1
     # Where the best rate is an end the grid has grown, for all starts alike.
     grids = {tuple(p["lr"] for p in start["curve"]) for start in task["starts"].values()}
     assert len(grids) == 1
