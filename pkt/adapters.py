@@ -26,6 +26,7 @@ from pkt.models.adapter_files import (
     setting,
     wrapped_names,
 )
+from pkt.tables import by_last_name
 
 PREFIX = "base_model.model."
 
@@ -75,6 +76,17 @@ def in_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def from_peft(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The inverse of `in_peft`, as views; factors of no experts as they are."""
     return (A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)) if experts else (A, B)
+
+
+def pairs_table(pairs: Mapping[str, Pair], energies: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """A row for each kind of matrix: how many, their ranks, and the mean share of energy that their factors keep, where known."""
+    rows: list[tuple[str, ...]] = [("modules", "how many", "rank", "energy kept")]
+    for name, modules in by_last_name(pairs).items():
+        ranks = sorted({pairs[m].rank for m in modules})
+        kept = [energies[m] for m in modules if m in energies]
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        rows.append((name, str(len(modules)), span, f"{100 * sum(kept) / len(kept):.1f}%" if kept else ""))
+    return rows
 
 
 @dataclass

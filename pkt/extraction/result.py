@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pkt.adapters import Adapter, Pair, read_adapter, split_tied
+from pkt.adapters import Adapter, Pair, pairs_table, read_adapter, split_tied
 from pkt.cards import EXTRACTION, extraction_summary, write_card
 from pkt.errors import PktError
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import manifest_of, name_kind, read_manifest
 from pkt.models import Kind
 from pkt.planning import TransferPlan
+from pkt.tables import Tabular
 
 
-@dataclass
-class Extraction:
+@dataclass(repr=False)
+class Extraction(Tabular):
     """LoRA factors for every student matrix of a plan, and where they came from."""
 
     mode: ClassVar[Literal["paired"]] = "paired"  # how they are injected unless one says otherwise
@@ -35,12 +36,15 @@ class Extraction:
         tied_head = self.plan.student.get("tied_head")
         return Adapter(self.pairs, str(self.plan.student.get("name", "")), tied_head)
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, ...]]:
+        return pairs_table(self.pairs, self.energies)
+
+    def summary(self) -> list[str]:
         ranks = [p.rank for p in self.pairs.values()]
-        return extraction_summary(ranks, self.energies, self.provenance.get("unsettled", {}))
+        return [extraction_summary(ranks, self.energies, self.provenance.get("unsettled", {}))]
 
     def __repr__(self) -> str:
-        return f"Extraction({self})"
+        return f"Extraction({self.summary()[0]})"
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card.

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pkt.adapters import Adapter, Pair, read_adapter, split_tied
+from pkt.adapters import Adapter, Pair, pairs_table, read_adapter, split_tied
 from pkt.cards import start_summary, start_words
 from pkt.errors import PktError
 from pkt.extraction.result import Extraction
 from pkt.files import MANIFEST, as_path, atomic_folder, write_json
 from pkt.manifest import STARTS, manifest_of, name_kind, read_manifest
 from pkt.options import Mode
+from pkt.tables import Tabular
 
 
-@dataclass
-class Start:
+@dataclass(repr=False)
+class Start(Tabular):
     """LoRA factors for matrices of a student, with how they are injected.
 
     kind: "transplant" or "start"; mode: "add" changes the student at once (kept), "paired" leaves it as it is at step 0;
@@ -39,12 +40,15 @@ class Start:
     def adapter(self) -> Adapter:
         return Adapter(self.pairs, str(self.student.get("name", "")), self.student.get("tied_head"))
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, ...]]:
+        return pairs_table(self.pairs, self.energies)
+
+    def summary(self) -> list[str]:
         changed = self.mode == "add" and any(bool(p.B.any()) for p in self.pairs.values())
-        return start_summary([p.rank for p in self.pairs.values()], self.energies, changed)
+        return [start_summary([p.rank for p in self.pairs.values()], self.energies, changed)]
 
     def __repr__(self) -> str:
-        return f"Start({self.kind}: {self})"
+        return f"Start({self.kind}: {self.summary()[0]})"
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the folder atomically: PEFT's two files, pkt.json and a model card. Raises `PktError` where it cannot."""

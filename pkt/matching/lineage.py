@@ -26,6 +26,7 @@ from pkt.matching.units import Evidence, assign, rotation, table_cosines, unit_r
 from pkt.matching.within import Within
 from pkt.models import check_identity, other_ids, shared_vocabulary
 from pkt.progress import bar
+from pkt.tables import Tabular
 
 FORMAT = "pkt-lineage-1"
 BESIDE = "lineage.json"  # in the folder of a student that `pkt shrink` made
@@ -37,8 +38,8 @@ _SAMPLE_FEATURES = 256
 _KIN, _CLOSE = 0.1, 0.5
 
 
-@dataclass
-class Lineage:
+@dataclass(repr=False)
+class Lineage(Tabular):
     """The teacher's unit of each student's, -1 where there is none; prints as a table.
 
     hidden [student's hidden]; layers [student's layers]; for each student layer: neurons (of the FFN, or of one expert after
@@ -68,19 +69,18 @@ class Lineage:
     def __repr__(self) -> str:
         return f"Lineage({self.verdict}: {self.reason})"
 
-    def __str__(self) -> str:
-        rows = [("units", "matched", "mean cosine", "chance")] if self.evidence else []
-        rows += [(e.kind, f"{e.matched} of {e.total}", f"{e.cosine:.3f}", f"{e.chance:.3f}") for e in self.evidence]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    def table(self) -> list[tuple[str, ...]]:
+        rows = [(e.kind, f"{e.matched} of {e.total}", f"{e.cosine:.3f}", f"{e.chance:.3f}") for e in self.evidence]
+        return [("units", "matched", "mean cosine", "chance"), *rows] if rows else []
+
+    def summary(self) -> list[str]:
+        lines = []
         if self.tokens is not None:
-            lines.insert(
-                0, f"two vocabularies: the tables are compared by the {len(self.tokens)} tokens that both have"
-            )
+            lines.append(f"two vocabularies: the tables are compared by the {len(self.tokens)} tokens that both have")
         if self.kin:
             layers = ", ".join("none" if layer < 0 else str(layer) for layer in self.layers)
             lines.append(f"student layers are the teacher's {layers}")
-        return "\n".join([*lines, f"{self.verdict}: {self.reason}"])
+        return [*lines, f"{self.verdict}: {self.reason}"]
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file, atomically."""

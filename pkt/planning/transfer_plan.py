@@ -12,6 +12,7 @@ from pkt.errors import PktError
 from pkt.files import atomic_file, read_json, write_json
 from pkt.models import Kind
 from pkt.planning.regions import Region, runs
+from pkt.tables import Tabular
 
 # Spans of experts that a line names.
 _FEW = 6
@@ -93,8 +94,8 @@ def source_names(entries: Sequence[Entry]) -> str:
     return ", ".join(dict.fromkeys(e.source for e in entries))
 
 
-@dataclass
-class TransferPlan:
+@dataclass(repr=False)
+class TransferPlan(Tabular):
     """A list of entries with the models and options they were made for; prints as a table."""
 
     entries: list[Entry]
@@ -185,15 +186,8 @@ class TransferPlan:
                 f"{where} is incomplete ({type(error).__name__}: {error}); make it again with `pkt plan`"
             ) from error
 
-    def __str__(self) -> str:
-        lines = [describe(row) for row in self.rows()]
-        head = ("source", "target", "region", "share of S")
-        widths = [max(len(row[i]) for row in [head, *lines]) for i in range(4)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *lines]
-        ]
-        return "\n".join([*table, *self.summary()])
+    def table(self) -> list[tuple[str, ...]]:
+        return [("source", "target", "region", "share of S"), *(describe(row) for row in self.rows())]
 
     def __repr__(self) -> str:
         names = (str(model.get("name")) for model in (self.teacher, self.student))

@@ -15,12 +15,13 @@ from pkt import ops
 from pkt.errors import PktError
 from pkt.files import atomic_file, safetensors_header, write_tensors
 from pkt.models import layer_of
+from pkt.tables import Tabular, by_last_name
 
 FORMAT = "pkt-sensitivity-1"
 KEPT = "scores.safetensors"  # beside an extraction
 
 
-class Sensitivity(Mapping[str, Tensor]):
+class Sensitivity(Tabular, Mapping[str, Tensor]):
     """Parameter name -> S, fp32, in the parameter's shape (or its tile sums).
 
     shapes: the parameters' own shapes; tile: side of the summed tiles, or None; layers: name of the decoder layers' list;
@@ -53,6 +54,17 @@ class Sensitivity(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         what = f"{self.tile}x{self.tile} tile sums" if self.tile else "elements"
         return f"Sensitivity({len(self)} parameters, {what}, {len(self.losses)} samples)"
+
+    def table(self) -> list[tuple[str, ...]]:
+        kinds = by_last_name(self)
+        sums = {kind: sum(ops.double_sum(self[name]).item() for name in names) for kind, names in kinds.items()}
+        total = sum(sums.values()) or 1.0
+        rows = [(kind, str(len(kinds[kind])), f"{100 * value / total:.1f}%") for kind, value in sums.items()]
+        return [("parameters", "how many", "share of S"), *rows]
+
+    def summary(self) -> list[str]:
+        mean = f", mean loss {sum(self.losses) / len(self.losses):.4f}" if self.losses else ""
+        return [f"{len(self)} parameters, {len(self.losses)} samples{mean}"]
 
     def layer_scores(self) -> Tensor:
         """Σ of S over all parameters of each decoder layer, fp64 [L] (docs/method.md §2)."""
