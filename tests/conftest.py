@@ -27,6 +27,7 @@ LONGEST = (
     "test_docs",
     "test_clients",
     "test_streaming",
+    "test_ranks",
     "test_kernels_interpreter",
     "test_bad_input",
     "test_demo_workers",

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from pkt.errors import PktError
 from pkt.version import __version__
+
+if TYPE_CHECKING:
+    from pkt.ranks import Ranks
+
+# What several ranks do together, and what one of them does while the others wait.
+SHARED, ALONE = ("transfer", "sensitivity", "train"), ("transplant", "start")
 
 app = typer.Typer(
     name="pkt",
@@ -29,10 +37,16 @@ err_console = Console(stderr=True)
 
 @dataclass
 class State:
-    """Of the one command that runs. stopped: what there is to say when it is."""
+    """Of the one command that runs. stopped: what there is to say when it is; ranks: who does it together."""
 
     debug: bool = False
     stopped: str = "stopped"
+    ranks: Ranks | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks."""
+        return self.ranks is None or self.ranks.first
 
 
 state = State()
@@ -44,14 +58,42 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process as one of several."""
+    named = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return named and os.environ["WORLD_SIZE"] != "1"
+
+
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
     state.debug = debug
+    if state.ranks is not None:
+        _share(context, state.ranks)
+
+
+def _share(context: typer.Context, ranks: Ranks) -> None:
+    """Let one rank alone do what is not shared out, and refuse what nobody would start several processes for."""
+    name = context.invoked_subcommand
+    if name in SHARED:
+        return
+    if name not in ALONE:
+        raise PktError(f"pkt {name} is the work of one process: start it without torchrun")
+    if not ranks.first:
+        ranks.all_of(None)
+        raise typer.Exit
+    err_console.print(f"pkt {name} is the work of one process: rank 0 does it, and the others wait", highlight=False)
+
+    def end() -> None:
+        with contextlib.suppress(PktError):
+            ranks.all_of(None)
+
+    context.call_on_close(end)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable
-from pkt.cli.flags import Force, JsonFlag, OutDir, SeedFile, Student, Teacher, takes
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, state
+from pkt.cli.flags import Force, JsonFlag, OutDir, Rescore, SeedFile, Student, Teacher, takes
 from pkt.errors import PktError
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
 
@@ -35,6 +35,7 @@ def transfer(
     keep_scores: Annotated[
         KeepScores, typer.Option("--keep-scores", help="Keep the scores in OUT, for pkt plan with other options.")
     ] = "none",
+    rescore: Rescore = False,
     force: Force = False,
     json_: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout, and one line per layer on stderr.")
@@ -54,7 +55,7 @@ def transfer(
         shown.append(plan)
         typer.echo(str(plan))
 
-    if not json_:
+    if not json_ and state.first:
         _tell_kin(teacher, student, seeds)
     with resumable(run_path(out).is_dir, force=force):
         found = pkt.transfer(
@@ -63,13 +64,17 @@ def transfer(
             _seed_sets(seeds, tasks),
             out=out,
             keep_scores=keep_scores,
+            resume=not rescore,
             force=force,
             progress=not json_,
             on_memory=None if json_ else _print_memory,
             on_plan=None if json_ else show,
             on_tick=(lambda tick: typer.echo(json.dumps(dataclasses.asdict(tick)), err=True)) if json_ else None,
+            group=state.ranks,
             **options,
         )
+    if found is None:  # another rank has it
+        return
     several = isinstance(found, dict)
     results = {str(out / name): ext for name, ext in found.items()} if several else {str(out): found}
     if json_:
@@ -143,6 +148,7 @@ def sensitivity(
     measure: Annotated[
         str, typer.Option("--measure", help="theta_grad (what pkt plan takes), grad, fisher or theta_grad_squared.")
     ] = "theta_grad",
+    rescore: Rescore = False,
     **options: Any,
 ) -> None:
     """Score every parameter of the teacher on the seeds and save the scores.
@@ -154,7 +160,19 @@ def sensitivity(
 
     with resumable(run_path(out).is_dir, force=False):
         told = Listeners(on_memory=_print_memory)
-        sens = score_checkpoint(teacher, seeds, out, tile=tile, measure=measure, listeners=told, **options)
+        sens = score_checkpoint(
+            teacher,
+            seeds,
+            out,
+            tile=tile,
+            measure=measure,
+            listeners=told,
+            resume=not rescore,
+            group=state.ranks,
+            **options,
+        )
+    if sens is None:  # another rank has it
+        return
     out_console.print(f"{out}: {sens}", highlight=False)
     if measure == "theta_grad":
         next_line(f"pkt plan {shlex.quote(str(out))} {shlex.quote(teacher)} STUDENT --out PLAN.json")

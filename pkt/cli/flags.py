@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
 
+from pkt.cli.application import state
 from pkt.errors import PktError
 from pkt.options import LayerChoice, Loss, Select, Split, Svd
 
@@ -29,6 +30,7 @@ OutDir: TypeAlias = Annotated[
 ]
 JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace a folder that pkt wrote.")]
+Rescore: TypeAlias = Annotated[bool, typer.Option("--rescore", help="Begin an unfinished run anew.")]
 
 
 def _layers(text: str) -> str | list[int]:
@@ -58,7 +60,9 @@ def _device(text: str | None) -> Any:
 
     from pkt.models import checked_device
 
-    return checked_device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # A rank of several has set the GPU that is its own.
+    own = f"cuda:{torch.cuda.current_device()}" if state.ranks and torch.cuda.is_available() else "cuda"
+    return checked_device((own if text == "cuda" else text) or (own if torch.cuda.is_available() else "cpu"))
 
 
 Device: TypeAlias = Annotated[

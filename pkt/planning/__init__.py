@@ -1,6 +1,7 @@
 """Which part of which teacher matrix feeds which student matrix: a plain value, checked first."""
 
 from pkt.planning.choosing import Chooser as Chooser
+from pkt.planning.choosing import expert_sums as expert_sums
 from pkt.planning.choosing import plan as plan
 from pkt.planning.options import ModuleMap as ModuleMap
 from pkt.planning.options import Vocabulary as Vocabulary

@@ -106,22 +106,26 @@ class Chooser:
             return _score_of(sens, source, self.pairing.teacher)
 
         entries = []
-        choosers = {layer: self.expert_chooser(layer, score_of) for layer in [None, *chosen]}
+        choosers = {
+            layer: self.expert_chooser(layer, lambda source: expert_sums(score_of(source))) for layer in [None, *chosen]
+        }
         for target in self.pairing.targets:
             layer = None if target.layer is None else chosen[target.layer]
             for feed in self.pairing.feeds(target, layer):
                 entries += self.entries(feed, score_of, choosers[layer], sens.tile)
         return self.finish(entries, chosen, [] if sens.layers is None else sens.layer_scores().tolist())
 
-    def expert_chooser(self, layer: int | None, score_of: Callable[[Target], Tensor]) -> Callable[[int], list[int]]:
-        """The most sensitive experts of a teacher layer, by Σ S over all an expert's matrices; summed when first asked for."""
+    def expert_chooser(self, layer: int | None, sums_of: Callable[[Target], Tensor]) -> Callable[[int], list[int]]:
+        """The most sensitive experts of a teacher layer, by Σ S over all an expert's matrices; summed when first asked for.
+
+        sums_of: `expert_sums` of a source's scores.
+        """
         found: list[Tensor] = []
 
         def best(count: int) -> list[int]:
             if not found:
                 sources = [t for t in self.pairing.inside[layer if layer is not None else -1] if t.experts]
-                sums = [ops.double_sum(score_of(t).flatten(1), 1).cpu() for t in sources]
-                found.append(torch.stack(sums).sum(0))
+                found.append(torch.stack([sums_of(t) for t in sources]).sum(0))
             return select_experts(found[0], count)
 
         return best
@@ -228,6 +232,11 @@ class Chooser:
         return [
             f"partial: {100 * fed / total:.0f}% of the student's chosen weights are fed, the others start at zero{rest}"
         ]
+
+
+def expert_sums(score: Tensor) -> Tensor:
+    """Σ S of every expert [experts] of a source's scores [experts, ...], on the CPU."""
+    return ops.double_sum(score.flatten(1), 1).cpu()
 
 
 def _rows_of(score: Tensor, feed: Feed, tile: int | None) -> tuple[Tensor, tuple[int, int]]:

@@ -14,6 +14,7 @@ from pkt.errors import PktError, SampleError
 from pkt.models import Model, ModelSpec, checked_device, decoder_layers, kind_of, position_limit, rows_apart
 from pkt.ops import MEASURES
 from pkt.progress import bar
+from pkt.ranks import Ranks, shared_out
 from pkt.scoring.attention import one_order
 from pkt.scoring.batches import batch_size, in_order_of, longest_first
 from pkt.scoring.losses import LossFn, check_labels, checked_loss, default_loss
@@ -31,6 +32,7 @@ def sensitivity(
     tile: int | None = None,
     measure: str = "theta_grad",
     device: str | torch.device | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> Sensitivity:
     """Score every parameter of `model` on the samples of `loader` (docs/method.md §1).
@@ -46,6 +48,9 @@ def sensitivity(
     measure: what is summed over the samples: "theta_grad" |θ·g| (the method's), "grad" |g|, "fisher" g², or
         "theta_grad_squared" (θ·g)². `pkt.plan` takes the first.
     device: where the scores are kept; default: where each parameter is.
+    group: of torch.distributed, whose ranks all make this call, each with batches of its own (none, for some): S is the sum over
+        all of them and the losses are all ranks', one after another. A model in DistributedDataParallel is scored as what it
+        wraps; one whose weights are sharded is refused.
 
     Returns a `Sensitivity`, fp32 whatever the weights' type. Raises `PktError` for a sample without a target, a loss or a
     gradient that is not finite (naming the sample and the first bad parameter), a loss_fn of another form, and an empty loader.
@@ -58,6 +63,39 @@ def sensitivity(
         )
     if torch.is_inference_mode_enabled():
         raise PktError("sensitivity needs gradients; call it outside torch.inference_mode()")
+    ranks = Ranks.of(group)
+    with ranks.together():
+        return _scored(
+            _whole(model), loader, loss_fn, params, tile, measure, device, ranks, progress=progress and ranks.first
+        )
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """The model inside torch's data-parallel wrapper. Raises `PktError` where each rank holds a part of the weights."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    # By their marks, for to import what makes them takes a second.
+    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise PktError(
+            "the model's weights are sharded over the ranks (FSDP), and a sensitivity needs them whole: score the model before it "
+            "is wrapped, or its checkpoint layer by layer with torchrun -m pkt sensitivity"
+        )
+    return model
+
+
+def _scored(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss_fn: LossFn | None,
+    params: str | Iterable[str] | None,
+    tile: int | None,
+    measure: str,
+    device: str | torch.device | None,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> Sensitivity:
     packed = next((n for n, m in model.named_modules() if kind_of(m) and not _weight_of(m).is_floating_point()), None)
     if packed is not None:
         raise PktError(f"{packed} has a quantized weight; score the model at whole weights: model.dequantize() first")
@@ -70,8 +108,11 @@ def sensitivity(
     if tile is not None:
         check_tile(tile, [parameters[name].shape for name in names])
     batches = loader.batches(8) if isinstance(loader, Seeds) else list(loader)
-    if not batches:
+    if not any(ranks.all_of(len(batches))):
         raise PktError("the loader gave no batches; there is nothing to score on")
+    models = ranks.all_of({name: tuple(parameters[name].shape) for name in names})
+    if any(each != models[0] for each in models):
+        raise PktError("the ranks have models with other parameters; give all of them the same one")
     loss = default_loss if loss_fn is None else checked_loss(loss_fn)
     limit = position_limit(model, decoder_layers(model))
     for batch in batches:
@@ -83,7 +124,9 @@ def sensitivity(
         bar("scoring", total, unit="samples", shown=progress) as advance,
     ):
         how = MEASURES[measure]
-        scores, losses = score_batches(model, names, batches, loss, measure=how, tile=tile, advance=advance)
+        scores, losses = score_batches(
+            model, names, batches, loss, measure=how, tile=tile, advance=advance, ranks=ranks
+        )
     if place is not None:
         scores = {name: score.to(place) for name, score in scores.items()}
     shapes = {name: tuple(parameters[name].shape) for name in scores}
@@ -99,22 +142,26 @@ def score_seeds(
     measure: str = "theta_grad",
     progress: bool = True,
     recorded: ModelSpec | None = None,
+    group: Any = None,
 ) -> Sensitivity:
     """`pkt.sensitivity` of a model on seeds, with what the scores were made from recorded in them.
 
-    recorded: what the model is known as, when it was loaded from files.
+    recorded: what the model is known as, when it was loaded from files. group: the ranks that share these seeds out.
     """
     if batch_size < 1:
         raise PktError(f"batch_size={batch_size} must be at least 1")
     spec = recorded or Model.of(teacher).identified()
     seeds.check_fits(spec.vocab_size, spec.positions, spec.name)
     order = longest_first(seeds)
-    ordered = Seeds([seeds[i] for i in order], seeds.source, seeds.pad_id)
+    ranks = Ranks.of(group)
+    shares = [share for (share,) in shared_out([[len(seeds[i].input_ids) for i in order]], ranks.world)]
+    ordered = Seeds([seeds[order[i]] for i in shares[ranks.rank]], seeds.source, seeds.pad_id)
     try:
-        sens = sensitivity(teacher, ordered.batches(batch_size), tile=tile, measure=measure, progress=progress)
+        batches = ordered.batches(batch_size)
+        sens = sensitivity(teacher, batches, tile=tile, measure=measure, progress=progress, group=group)
     except SampleError as error:
         raise error.placed(ordered.where) from error
-    sens.losses = in_order_of(sens.losses, order)
+    sens.losses = in_order_of(sens.losses, [order[i] for share in shares for i in share])
     sens.provenance = {"seeds": seeds.describe(), "teacher": spec.identity()}
     return sens
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pkt.errors import PktError, SampleError
 from pkt.ops import MEASURES, Measure
+from pkt.ranks import ALONE, Ranks
 from pkt.scoring.batches import Layout, batch_size, on_device, one_sample, probe_of, real_lengths, sliced
 from pkt.scoring.findings import Findings, LearntError
 from pkt.scoring.head import FusedHead, HeadUse, find_fused_head
@@ -266,20 +267,36 @@ def score_batches(
     measure: Measure,
     tile: int | None,
     advance: Callable[[int], None],
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """S of the named parameters and the samples' losses; begins again, knowing more, when something is learnt."""
-    findings = _first_findings(model, names, batches, loss_fn, tile)
+    """S of the named parameters and the samples' losses; begins again, knowing more, when something is learnt.
+
+    ranks: who scores other batches; S is then the sum over all, and the losses are theirs one rank after another.
+    """
+    own = _first_findings(model, names, batches, loss_fn, tile) if batches else None
+    findings = _joined(own, ranks)
     while True:
+        learnt: Findings | None = None
         try:
             with Scorer(model, names, findings, measure=measure, tile=tile) as scorer:
                 losses = _score_all(scorer, batches, loss_fn, advance)
-            return scorer.finish(), losses
-        except LearntError as learnt:
-            if learnt.findings == findings:
+        except LearntError as error:
+            learnt = error.findings
+            if learnt == findings:
                 raise PktError(
                     "the model's use of its parameters changes between two runs; score it in eval mode"
                 ) from None
-            findings = learnt.findings
+        if not any(ranks.all_of(learnt is not None)):
+            break
+        findings = _joined(learnt or findings, ranks)
+    scores = scorer.finish()
+    ranks.totalled(scores)
+    return scores, [loss for each in ranks.all_of(losses) for loss in each]
+
+
+def _joined(own: Findings | None, ranks: Ranks) -> Findings:
+    """What all ranks know together; one without batches knows nothing."""
+    return functools.reduce(Findings.joined, [found for found in ranks.all_of(own) if found is not None])
 
 
 def _first_findings(

@@ -25,17 +25,15 @@ from torch import Tensor, nn
 from pkt import ops
 from pkt.errors import PktError, SampleError
 from pkt.models import rows_apart
+from pkt.ranks import ALONE, Ranks
 from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head, one_order
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory, give_back
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
 from pkt.streaming.microbatches import Chunk, chunks_of, halved, rechunk
 from pkt.streaming.parts import Key, LayeredModel
-from pkt.streaming.tied import HeadRowsSink, JoinedSink
-
-
-class _OneByOneError(Exception):
-    """Samples cannot share a batch in this model; begin again with one sample a micro-batch."""
+from pkt.streaming.steps import NoMemoryError, OneByOneError, in_step
+from pkt.streaming.tied import HeadRowsSink, JoinedSink, changed
 
 
 @dataclass
@@ -73,6 +71,10 @@ class Engine:
     on_part(task, key, scores, weight): S of a part's parameters by name, complete, fp32 on the device, and a function from
     a parameter's name to its value; both are valid only during the call. on_commit(key, progress): a part of every task is
     complete. on_tick: progress.
+
+    ranks: who scores other samples of the same tasks, part by part alike. on_part then has of S what this rank owns, summed over
+    all; on_commit this rank's progress. probe: two samples at most, alike on all, that show how the model is built. spread: whether
+    S is shared out, or the first rank's.
     """
 
     def __init__(
@@ -88,7 +90,11 @@ class Engine:
         prefetch: bool = True,
         resident: bool = False,
         measure: str = "theta_grad",
+        ranks: Ranks = ALONE,
+        probe: dict[str, Tensor] | None = None,
+        spread: bool = True,
     ) -> None:
+        self.ranks, self.probe, self.spread = ranks, probe, spread
         self.parts = LayeredModel(teacher, device, num_layers, layers, prefetch=prefetch, resident=resident)
         self.device, self.count, self.itemsize = device, num_layers, dtype_of(teacher).itemsize
         self.on_part, self.on_commit, self.on_tick = on_part, on_commit, on_tick
@@ -138,14 +144,14 @@ class Engine:
                 boundaries = store()
                 try:
                     return self._run(chunks_of(tasks, sizes, self.device, self.itemsize), sizes, boundaries, state)
-                except _OneByOneError:
-                    if max(map(max, sizes)) == 1:
+                except OneByOneError:
+                    if self._largest(sizes) == 1:
                         raise NotLayeredError("its use of its parameters cannot be followed") from None
                     sizes, why = [[1] * sum(task) for task in sizes], "samples cannot share a batch in this model"
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not ops.out_of_memory(error):
+                except (NoMemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+                    if not isinstance(error, NoMemoryError) and not (self.ranks.alone and ops.out_of_memory(error)):
                         raise
-                    if max(map(max, sizes)) == 1:
+                    if self._largest(sizes) == 1:
                         raise PktError(
                             "not enough memory for one sample at a time; give more with --device-memory or --host-memory, "
                             f"or shorten the seeds with --max-length ({str(error).splitlines()[0]})"
@@ -161,6 +167,9 @@ class Engine:
             for module, training in modes.items():
                 module.training = training
 
+    def _largest(self, sizes: list[list[int]]) -> int:
+        return max(self.ranks.all_of(max((size for task in sizes for size in task), default=1)))
+
     def close(self) -> None:
         self.parts.close()
 
@@ -168,7 +177,8 @@ class Engine:
         self, chunks: list[Chunk], sizes: list[list[int]], store: Boundaries, resume: Progress | None
     ) -> list[list[float]]:
         self.state = resume
-        self.tokens = sum(int(c.batch["attention_mask"].sum()) for c in chunks)
+        self.largest = self._largest(sizes)
+        self.tokens = sum(self.ranks.all_of(sum(int(c.batch["attention_mask"].sum()) for c in chunks)))
         top = self.count if resume is None else resume.boundary
         self.steps, self.done_steps = 4 * top + 3, 0
         last = top if resume is None else top - 1
@@ -198,7 +208,7 @@ class Engine:
         return state.losses
 
     def _record_all(self, chunks: list[Chunk], store: Boundaries) -> None:
-        with self.parts.watching():
+        with self.parts.watching(), in_step(self.ranks):
             self._learn_shape(chunks)
             for number, chunk in enumerate(chunks):
                 hidden, chunk.calls = self.parts.record(chunk.batch)
@@ -207,13 +217,13 @@ class Engine:
 
     def _learn_shape(self, chunks: list[Chunk]) -> None:
         """Run one layer for real on a few tokens: what it returns, and whether samples can share a batch."""
-        widest = max(chunks, key=lambda c: c.size)
+        shown = self.probe or max(chunks, key=lambda c: c.size).batch
         # Two samples need not both be this long: what is asked is where gradients go, not what they are.
-        ids = widest.batch["input_ids"][:2, :PROBE_TOKENS]
+        ids = shown["input_ids"][:2, :PROBE_TOKENS]
         small = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.parts.learn_width(small)
         hidden, calls = self.parts.record(small)
-        if len(ids) < 2:
+        if len(ids) < 2 or self.largest == 1:
             return
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -221,11 +231,14 @@ class Engine:
 
         with self._scorer(0) as scorer:
             if not scorer.shares_a_batch({name: value.to(self.device) for name, value in small.items()}, loss):
-                raise _OneByOneError
+                raise OneByOneError
 
     def _forward(self, index: int, chunks: list[Chunk], store: Boundaries, top: int) -> None:
         following = self.parts.layer_names[index + 1] if index + 1 < top else self.parts.layer_names[index]
-        with self.parts.loaded(self.parts.layer_names[index], following if index + 1 < self.count else self.parts.head):
+        with (
+            in_step(self.ranks),
+            self.parts.loaded(self.parts.layer_names[index], following if index + 1 < self.count else self.parts.head),
+        ):
             for number, chunk in enumerate(chunks):
                 hidden = store.get(index, number, _following(index, number, len(chunks), index + 1))
                 store.put(index + 1, number, self.parts.call(index, hidden, chunk.calls[index]))
@@ -254,20 +267,28 @@ class Engine:
     def _until_known(
         self, task: int, make: Callable[[], Scorer], attempt: Callable[[Scorer], None]
     ) -> dict[str, Tensor]:
-        """S of a part on a task: `attempt`, once more, knowing more, when a parameter turns out to need another way."""
+        """S of a part on a task: `attempt`, once more, knowing more, when a parameter turns out to need another way.
+
+        What one rank learns, all know: they begin again together.
+        """
         while True:
-            scorer = make()
-            try:
-                with scorer, self._named(task):
-                    attempt(scorer)
-                scores = scorer.finish()
-                if self.device.type == "cpu":
-                    give_back()
-                return scores
-            except LearntError as learnt:
-                if learnt.findings.one_by_one or learnt.findings == scorer.findings:
-                    raise _OneByOneError from None
-                self.findings = self.findings.joined(learnt.findings)
+            scorer, learnt = make(), None
+            with in_step(self.ranks):
+                try:
+                    with scorer, self._named(task):
+                        attempt(scorer)
+                except LearntError as error:
+                    learnt = error.findings
+                    if learnt.one_by_one or learnt == scorer.findings:
+                        raise OneByOneError from None
+            told = [findings for findings in self.ranks.all_of(learnt) if findings is not None]
+            if not told:
+                break
+            self.findings = functools.reduce(Findings.joined, told, self.findings)
+        scores = scorer.finish()
+        if self.device.type == "cpu":
+            give_back()
+        return scores
 
     def _pieces(self, chunk: Chunk, alone: bool) -> list[tuple[int, slice, dict[str, Tensor]]]:
         """(first sample, rows of the chunk, batch) of what a part is run on at once."""
@@ -285,9 +306,10 @@ class Engine:
                 scores, rows = self._score_head_on(task, chunks, store, losses, grads)
                 if self.parts.tied is not None and rows is not None:
                     # S of the table so far, and the gradient rows its other use will touch.
-                    table = store.spilled(f"tied-{task}", scores.pop(self.parts.tied).cpu())
-                    carried[task] = {"scores": table, **rows.carried()}
-                self.on_part(task, "head", scores, self.parts.weight)
+                    whole = self.ranks.summed({"scores": scores.pop(self.parts.tied)})
+                    table = {key: store.spilled(f"tied-{task}", t.cpu()) for key, t in whole.items()}
+                    carried[task] = {**table, **rows.carried()}
+                self.on_part(task, "head", self.ranks.summed(scores, spread=self.spread), self.parts.weight)
                 del scores, rows
         for number in range(len(chunks)):
             store.drop(self.count, number)
@@ -306,7 +328,7 @@ class Engine:
     ) -> tuple[dict[str, Tensor], HeadRowsSink | None]:
         """Scores of one task; its losses and gradients are filled in. One sample at a time where logits have to exist."""
         mine = _of_task(chunks, task)
-        fused = self._fused_head(mine[0][1], store.get(self.count, mine[0][0]))
+        fused = self._fused_head(mine[0][1], store.get(self.count, mine[0][0])) if mine else None
         rows: HeadRowsSink | None = None
 
         def make() -> Scorer:
@@ -368,6 +390,7 @@ class Engine:
             for task in range(len(state.sizes)):
                 make = functools.partial(self._scorer, index)
                 scores = self._until_known(task, make, functools.partial(attempt, task))
+                scores = self.ranks.summed(scores, spread=self.spread)
                 self.on_part(task, index, scores, self.parts.weight)
                 del scores
         for number in range(len(chunks)):
@@ -381,11 +404,13 @@ class Engine:
                 mine = _of_task(chunks, task)
                 try:
                     scores, change = self._score_front_on(task, mine, state, alone=False)
-                except _OneByOneError:
+                except OneByOneError:
                     scores, change = self._score_front_on(task, mine, state, alone=True)
-                with self._joined(change, scores, state.carried[task]):
+                changes = None if change is None else self._changes(change, scores)
+                scores = self.ranks.summed(scores, spread=self.spread)
+                with self._joined(changes, scores, state.carried[task]):
                     self.on_part(task, "front", scores, self.parts.weight)
-                del scores, change
+                del scores, change, changes
         self._tick("front", None, 1)
 
     def _score_front_on(
@@ -410,23 +435,27 @@ class Engine:
 
         return self._until_known(task, make, attempt), change
 
+    def _changes(self, change: JoinedSink, scores: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]] | None:
+        """Which rows of a tied table its other use changes, and by how much, of each rank; where the table is."""
+        assert self.parts.tied is not None
+        if self.ranks.alone:
+            return [(change.touched, scores[self.parts.tied])]
+        return self.ranks.gathered((change.touched.cpu(), scores.pop(self.parts.tied).cpu()))
+
     @contextlib.contextmanager
     def _joined(
-        self, change: JoinedSink | None, scores: dict[str, Tensor], carried: dict[str, Tensor]
+        self,
+        changes: list[tuple[Tensor, Tensor]] | None,
+        scores: dict[str, Tensor],
+        carried: dict[str, Tensor],
     ) -> Iterator[None]:
         """Inside, a tied table's scores are those of both its uses. What was carried is as before afterwards."""
-        if self.parts.tied is None or change is None:
+        if self.parts.tied is None or changes is None:
             yield
             return
-        added, table = scores[self.parts.tied], carried["scores"].to(self.device)
-        before = table[change.touched]
-        table[change.touched] = before + added
-        scores[self.parts.tied] = table
-        try:
+        # On a CPU it is the carried tensor itself, and a run that is out of memory now begins this part again.
+        with changed(carried["scores"].to(self.device), changes) as scores[self.parts.tied]:
             yield
-        finally:
-            # On a CPU it is the carried tensor itself, and a run that is out of memory now begins this part again.
-            table[change.touched] = before
 
     def _tick(self, phase: str, layer: int | None, steps: int) -> None:
         self.done_steps += steps

@@ -51,6 +51,7 @@ class MemoryPlan:
     checkpoint: int = 0
     widened: bool = False  # weights are computed with in a wider type than they are stored in
     seconds: float | None = None
+    ranks: int = 1
     folder: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -67,7 +68,12 @@ class MemoryPlan:
         checkpoints = (
             [f"checkpoints on disk: about {spoken_size(sum(self.folder.values()))} ({folder})"] if folder else []
         )
+        ranks = [
+            f"{self.ranks} ranks, each with its share of the seeds; the first one's sizes are shown. Each reads the whole teacher, "
+            "those of one machine side by side: what one has read, the page cache gives to the others"
+        ] * (self.ranks > 1)
         return [
+            *ranks,
             f"memory: {spoken_size(self.device_total)} of {spoken_size(self.device_limit)} on the device ({parts})",
             f"activations at {len(self.places)} layer boundaries: {where} ({spoken_size(self.host)} host, "
             f"{spoken_size(self.disk)} disk)",
@@ -254,14 +260,16 @@ def plan_memory(
     host_memory: int | None = None,
     scratch_free: int | None = None,
     resident: bool = True,
+    neighbours: int = 1,
 ) -> MemoryPlan:
     """Choose the micro-batch and where activations go, so that everything fits; says what would when nothing does.
 
     lengths: tokens of each task's samples, longest first. device_memory, host_memory: limits in bytes; default: what is
     free. On a CPU both limit the same memory and the smaller counts. scratch_free: bytes on the scratch disk. resident:
-    whether the weights of a teacher that fits may stay. choices: how regions are selected and at what largest rank.
+    whether the weights of a teacher that fits may stay. choices: how regions are selected and at what largest rank. neighbours:
+    processes on this machine that share out what is free of its memory.
     """
-    limits = limits_of(device, device_memory, host_memory, scratch_free)
+    limits = limits_of(device, device_memory, host_memory, scratch_free, neighbours)
     work, smallest = _Work(sizes, lengths, device, in_memory, choices), 0
     for micro in halvings(batch_size):
         need = _need(work, micro)
@@ -276,9 +284,13 @@ def plan_memory(
 
 
 def limits_of(
-    device: torch.device, device_memory: int | None, host_memory: int | None, scratch_free: int | None
+    device: torch.device,
+    device_memory: int | None,
+    host_memory: int | None,
+    scratch_free: int | None,
+    neighbours: int = 1,
 ) -> Limits:
-    free = _free_memory()
+    free = _free_memory() // neighbours
     if device.type != "cpu":
         here = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
         return Limits(here, host_memory if host_memory is not None else free, scratch_free, "--device-memory")

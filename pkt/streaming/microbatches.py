@@ -38,7 +38,7 @@ def chunks_of(
 ) -> list[Chunk]:
     """Each task's samples (batches of one, unpadded, in order) as micro-batches of the given sizes."""
     chunks = []
-    step = width_step(device, itemsize, max(s["input_ids"].shape[1] for task in tasks for s in task))
+    step = width_step(device, itemsize, max((s["input_ids"].shape[1] for task in tasks for s in task), default=1))
     for task, samples in enumerate(tasks):
         first = 0
         for size in sizes[task]:

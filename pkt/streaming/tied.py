@@ -6,6 +6,9 @@ sample holds, by |θ(H + E)| − |θH|, so of the head's gradients H those rows 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,6 +62,9 @@ class HeadRowsSink:
     def carried(self) -> dict[str, Tensor]:
         """What was kept, samples in order: their ids and rows one after another, and how many each has."""
         kept = [self.kept[sample] for sample in sorted(self.kept)]
+        if not kept:  # of a rank without samples
+            none = torch.zeros(0, dtype=torch.int64)
+            return {"ids": none, "rows": torch.zeros(0, *self.inner.weight.shape[1:]), "counts": none}
         return {
             "ids": torch.cat([ids for ids, _ in kept]).cpu(),
             "rows": torch.cat([rows for _, rows in kept]).cpu(),
@@ -114,3 +120,17 @@ class JoinedSink:
         if self.scale != 1.0:
             self._change /= self.scale**self.measure.power
         return self._change
+
+
+@contextlib.contextmanager
+def changed(table: Tensor, changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Inside, a table's scores with what was added to some of its rows: (rows, values) of every rank. Afterwards as before."""
+    before = []
+    for touched, added in ((ids.to(table.device), rows.to(table.device)) for ids, rows in changes):
+        before.append((touched, table[touched]))
+        table[touched] = before[-1][1] + added
+    try:
+        yield table
+    finally:
+        for touched, rows in reversed(before):
+            table[touched] = rows

@@ -93,6 +93,12 @@ class RunFolder:
             )
         if not recorded or self.value.get("format") != RUN_FORMAT:
             raise PktError(f"{file} is damaged; start over with --force, or delete {self.path}")
+        then, now = (int(each.get("ranks", 1)) for each in (recorded, inputs))
+        if then != now:
+            raise PktError(
+                f"{self.path} holds an unfinished run of {then} ranks, and {now} would sum in another order: finish it with {then} "
+                f"(torchrun --nproc-per-node), or score anew with --rescore"
+            )
         different = difference(recorded, inputs)
         if not different and list(recorded) != list(inputs):
             # Steps and scores are by number.
@@ -278,6 +284,34 @@ def _restored(record: dict[str, Any], factors: Mapping[str, Tensor], i: int) -> 
             kind = choice.entries[name][0].kind
             choice.pairs[name] = Pair(factors[f"{i}.A.{name}"], factors[f"{i}.B.{name}"], kind)
     return choice
+
+
+def joined_progress(of_ranks: Sequence[Progress]) -> Progress:
+    """That of several ranks as one, their tasks one after another."""
+    first, *others = of_ranks
+    found = Progress(first.boundary, [*first.grads], [*first.losses], [*first.carried], [*first.sizes])
+    for each in others:
+        found.grads += each.grads
+        found.losses += each.losses
+        found.carried += each.carried
+        found.sizes += each.sizes
+    return found
+
+
+def parted(progress: Progress, ranks: int) -> list[Progress]:
+    """What `joined_progress` made one of."""
+    tasks, found, first = len(progress.sizes) // ranks, [], 0
+    for rank in range(ranks):
+        part = slice(rank * tasks, (rank + 1) * tasks)
+        sizes = progress.sizes[part]
+        stop = first + sum(map(len, sizes))
+        found.append(
+            Progress(
+                progress.boundary, progress.grads[first:stop], progress.losses[part], progress.carried[part], sizes
+            )
+        )
+        first = stop
+    return found
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from pkt.extraction import SETTLED, factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
 from pkt.options import Factorization
-from pkt.planning import STRATEGIES, Chooser, Entry, Feed, Pairing, TransferPlan
+from pkt.planning import STRATEGIES, Chooser, Entry, Feed, Pairing, TransferPlan, expert_sums
+from pkt.ranks import ALONE, Ranks
 from pkt.streaming import Key
 
 
@@ -44,10 +46,12 @@ class Choice:
 class Extractor:
     """Regions and factors of one task and recipe, taken from each part's scores as soon as they are complete.
 
-    Places of the student that a teacher layer may take have one signature when the same regions and factors serve them.
+    Places of the student that a teacher layer may take have one signature when the same regions and factors serve them. Of ranks
+    each chooses the regions of the matrices whose scores it has and factorizes its share of them; the pairs are the first one's.
     """
 
-    def __init__(self, pairing: Pairing, factorization: Factorization) -> None:
+    def __init__(self, pairing: Pairing, factorization: Factorization, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.pairing, self.chooser, self.factorization = pairing, Chooser(pairing), factorization
         self.choices: dict[Key, Choice] = {}
         self.unsettled: dict[str, float] = {}  # of the student's matrices, once it is finished
@@ -82,29 +86,48 @@ class Extractor:
 
     def take(self, key: Key, scores: Mapping[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         """Choose and factorize what this part gives to the student."""
-        sums = {name: ops.double_sum(score).item() for name, score in scores.items()}
+        sums = self.ranks.joined({name: ops.double_sum(score).item() for name, score in scores.items()})
         choice = Choice(sum(sums.values()))
-        wanted = self._wanted(key, scores)
+        wanted = self._wanted(key, sums)
 
         def score_of(source: Target) -> Tensor:
             return scores[source.parameter]
 
-        experts_of = self.chooser.expert_chooser(key if isinstance(key, int) else None, score_of)
-        for group, target, feeds in wanted:
-            choice.entries[f"{group}/{target.suffix}"] = [
-                e for f in feeds for e in self.chooser.entries(f, score_of, experts_of, whole=sums[f.source.parameter])
-            ]
+        experts_of = self.chooser.expert_chooser(
+            key if isinstance(key, int) else None, self._expert_sums(wanted, scores)
+        )
+        mine = {
+            (i, j): self.chooser.entries(feed, score_of, experts_of, whole=sums[feed.source.parameter])
+            for i, (_, _, feeds) in enumerate(wanted)
+            for j, feed in enumerate(feeds)
+            if feed.source.parameter in scores
+        }
+        found = self.ranks.joined(mine)
+        for i, (group, target, feeds) in enumerate(wanted):
+            choice.entries[f"{group}/{target.suffix}"] = [e for j in range(len(feeds)) for e in found[i, j]]
         if self._at_once({group for group, _, _ in wanted}):
             self._factorize(choice, choice.entries, weight)
         self.choices[key] = choice
         self._forget_losers()
+
+    def _expert_sums(
+        self, wanted: list[tuple[str, Target, list[Feed]]], scores: Mapping[str, Tensor]
+    ) -> Callable[[Target], Tensor]:
+        """Σ S of a source's experts, whichever rank has its scores."""
+        if self.ranks.alone:
+            return lambda source: expert_sums(scores[source.parameter])
+        layers = {f.source.layer for _, _, feeds in wanted for f in feeds if f.source.experts}
+        sources = [t for layer in layers for t in self.pairing.inside[-1 if layer is None else layer] if t.experts]
+        mine = {t.parameter: expert_sums(scores[t.parameter]) for t in sources if t.parameter in scores}
+        sums = self.ranks.joined(mine)
+        return lambda source: sums[source.parameter]
 
     def restore(self, choices: Mapping[Key, Choice]) -> None:
         """Go on from what parts gave in an earlier process, in their order."""
         self.choices = dict(choices)
         self._forget_losers()
 
-    def _wanted(self, key: Key, scores: Mapping[str, Tensor]) -> list[tuple[str, Target, list[Feed]]]:
+    def _wanted(self, key: Key, scores: Collection[str]) -> list[tuple[str, Target, list[Feed]]]:
         """(signature, target, what feeds it) for everything this part's scores decide."""
         wanted: list[tuple[str, Target, list[Feed]]] = []
         if not isinstance(key, int):
@@ -128,9 +151,16 @@ class Extractor:
             return source.oriented(weight(source.parameter), entry.expert)
 
         targets = {name: choice.entries[name] for name in names}
-        for name, (pair, energy, unsettled) in factorize_targets(targets, matrix_of, self.factorization).items():
-            choice.pairs[name] = Pair(pair.A.cpu(), pair.B.cpu(), pair.kind)
-            choice.energies[name] = energy
+        owner = self.ranks.owners({name: sum(math.prod(e.region.shape) for e in targets[name]) for name in targets})
+        mine = {name: entries for name, entries in targets.items() if owner[name] == self.ranks.rank}
+        made = factorize_targets(mine, matrix_of, self.factorization)
+        told = self.ranks.joined({name: (energy, unsettled) for name, (_, energy, unsettled) in made.items()})
+        gathered = self.ranks.gathered({n: (p.A.cpu(), p.B.cpu(), p.kind) for n, (p, _, _) in made.items()})
+        pairs = {name: pair for part in gathered or [] for name, pair in part.items()}
+        for name in targets:
+            if name in pairs:
+                choice.pairs[name] = Pair(*pairs[name])
+            choice.energies[name], unsettled = told[name]
             if unsettled > SETTLED:
                 choice.unsettled[name] = unsettled
 
@@ -144,7 +174,7 @@ class Extractor:
         best = set(self._best().values())
         for key, choice in self.choices.items():
             if isinstance(key, int) and key not in best:
-                choice.pairs = {}
+                choice.pairs, choice.energies = {}, {}
 
     def layer_map(self) -> list[int]:
         if self.pairing.fixed is not None:
@@ -169,7 +199,7 @@ class Extractor:
                 if name in self.choices[k].entries:
                     place_of[target.module] = k, name
         for key in dict.fromkeys(k for k, _ in place_of.values() if isinstance(k, int)):
-            late = sorted({n for k, n in place_of.values() if k == key and n not in self.choices[key].pairs})
+            late = sorted({n for k, n in place_of.values() if k == key and n not in self.choices[key].energies})
             if late:
                 with weights_of(key) as weight:
                     self._factorize(self.choices[key], late, weight)
@@ -177,7 +207,9 @@ class Extractor:
         for module, (part, name) in place_of.items():
             choice = self.choices[part]
             entries += [dataclasses.replace(e, target=module) for e in choice.entries[name]]
-            pairs[module], energies[module] = choice.pairs[name], choice.energies[name]
+            if self.ranks.first:
+                pairs[module] = choice.pairs[name]
+            energies[module] = choice.energies[name]
             if name in choice.unsettled:
                 self.unsettled[module] = choice.unsettled[name]
         layer_scores = [self.choices[i].total for i in range(self.pairing.teacher.num_layers)]

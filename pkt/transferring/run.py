@@ -21,6 +21,7 @@ from pkt.extraction import Extraction, extract
 from pkt.models import Model, read_roles
 from pkt.options import Execution, Factorization, KeepScores, Limits, Loss, PlanOptions, Reading, Select, Split, Svd
 from pkt.planning import Chooser, ModuleMap, TransferPlan, read_map
+from pkt.ranks import Ranks
 from pkt.streaming import MemoryPlan, NotLayeredError, Tick
 from pkt.transferring.checkpoints import RunFolder
 from pkt.transferring.extractor import Extractor
@@ -31,6 +32,7 @@ from pkt.transferring.reader import (
     Reader,
     WeightsOf,
     activations_folder,
+    identify,
     score_whole,
     working_folder,
 )
@@ -73,6 +75,7 @@ def transfer(
     on_memory: Callable[[MemoryPlan], None] | None = None,
     on_plan: Callable[[TransferPlan], None] | None = None,
     on_tick: Callable[[Tick], None] | None = None,
+    group: Any = None,
 ) -> Any:
     """Score the teacher on the seeds one layer at a time, plan, extract; write the extraction folder to `out` if given.
 
@@ -86,6 +89,9 @@ def transfer(
     `pkt.plan` and `pkt.extract`.
 
     on_memory is told what will be used before any weight is read; on_tick of each finished layer; on_plan of each plan.
+    group: of torch.distributed, whose ranks all make this call and share the seeds out; the first one writes, is told, and gets the
+    result, the others None (docs/scaling.md).
+
     Raises one `PktError` for anything that can be known to fail before the teacher's weights are read.
     """
     options = PlanOptions(
@@ -115,7 +121,10 @@ def transfer(
         limits=Limits(device_memory, host_memory, scratch, prefetch),
         keep_scores=keep_scores,
         listeners=Listeners(progress, on_memory, on_plan, on_tick),
+        group=group,
     )
+    if not found:
+        return None
     return {task: ext for (task, _), ext in found.items()} if several else found["", ""]
 
 
@@ -135,61 +144,75 @@ def transfer_recipes(
     limits: Limits = Limits(),  # noqa: B008
     keep_scores: KeepScores = "none",
     listeners: Listeners = Listeners(),  # noqa: B008
+    group: Any = None,
 ) -> dict[Result, Extraction]:
     """`transfer` of several tasks by several recipes, all from one reading of the teacher: the extraction of each (task, recipe).
 
     Each has the bytes it has alone. They are written to `out`/task/recipe; one task or one recipe alone may be named "" and then
     has no folder of its own. Scores that are kept lie in `out`/task. map_vocabulary: True, or both tokenizers, for the
-    recipes whose options say so.
+    recipes whose options say so. On all ranks of a group but the first there are none.
     """
-    out = None if out is None else Path(out)
-    today = day_of(out, itertools.product(seeds, recipes)) if out is not None and resume and not force else None
-    job = TransferJob(
-        Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
-        Model.of(student, "a student (a model, or the path of its checkpoint)"),
-        seeds,
-        recipes,
-        tokenizer,
-        map_vocabulary=map_vocabulary,
-        reading=reading,
-        execution=execution,
-        limits=limits,
-        keep_scores=keep_scores,
-        today=today,
-    )
-    job.identify(progress=listeners.progress)
-    if out is not None:
-        return _into(out, job, listeners, resume=resume, force=force)
-    if job.keeps:
-        raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
-    with activations_folder(job) as activations:
-        return _extractions(job, None, activations, listeners)
+    ranks, out = Ranks.of(group), None if out is None else Path(out)
+    if not ranks.first:
+        listeners = Listeners(progress=False)
+    with ranks.together():
+        kept = out if resume and not force else None
+        today = ranks.first_of(lambda: None if kept is None else day_of(kept, itertools.product(seeds, recipes)))
+        job = TransferJob(
+            Model.of(teacher, "a teacher (a model, or the path of its checkpoint)"),
+            Model.of(student, "a student (a model, or the path of its checkpoint)"),
+            seeds,
+            recipes,
+            tokenizer,
+            map_vocabulary=map_vocabulary,
+            reading=reading,
+            execution=execution,
+            limits=limits,
+            keep_scores=keep_scores,
+            today=today,
+        )
+        identify(job, ranks, progress=listeners.progress)
+        if out is not None:
+            found = _into(out, job, listeners, ranks, resume=resume, force=force)
+        elif job.keeps:
+            raise PktError(f"keep_scores={keep_scores!r} needs an output folder to keep them in; pass out=")
+        else:
+            with activations_folder(job) as activations:
+                found = _extractions(job, None, activations, listeners, ranks)
+        # No rank goes before the first one has written.
+        ranks.all_of(None)
+    return found
 
 
-def _into(out: Path, job: TransferJob, listeners: Listeners, *, resume: bool, force: bool) -> dict[Result, Extraction]:
+def _into(
+    out: Path, job: TransferJob, listeners: Listeners, ranks: Ranks, *, resume: bool, force: bool
+) -> dict[Result, Extraction]:
     """The extractions of a job in its folder: those that are there already, or made, going on from an unfinished run."""
-    finished = job.finished(out) if resume and not force else None
-    if finished is not None:
-        return finished
-    job.check_output(out, force=force)
-    with working_folder(out, job, fresh=force or not resume) as (folder, activations):
-        extractions = _extractions(job, folder, activations, listeners)
-        job.save(extractions, out, folder, force=force)
+    finished = job.finished(out) if resume and not force and ranks.first else None
+    if ranks.first_of(lambda: finished is not None):
+        return finished or {}
+    if ranks.first:
+        job.check_output(out, force=force)
+    with working_folder(out, job, fresh=force or not resume, ranks=ranks) as (folder, activations):
+        extractions = _extractions(job, folder, activations, listeners, ranks)
+        if folder is not None:
+            job.save(extractions, out, folder, force=force)
     return extractions
 
 
 def _extractions(
-    job: TransferJob, folder: RunFolder | None, activations: Path, listeners: Listeners
+    job: TransferJob, folder: RunFolder | None, activations: Path, listeners: Listeners, ranks: Ranks
 ) -> dict[Result, Extraction]:
     extractors = {
-        (task, recipe): Extractor(job.pairings[recipe], job.recipes[recipe].factorization)
+        (task, recipe): Extractor(job.pairings[recipe], job.recipes[recipe].factorization, ranks)
         for task, recipe in job.results
     }
     try:
-        with Reader(job, extractors, folder, activations, listeners).reading() as (losses, weights_of):
-            return _finish(job, extractors, losses, weights_of, listeners)
+        with Reader(job, extractors, folder, activations, listeners, ranks).reading() as (losses, weights_of):
+            found = _finish(job, extractors, losses, weights_of, listeners)
     except NotLayeredError as error:
-        return _from_whole(job, folder, listeners, str(error))
+        found = _from_whole(job, folder, listeners, str(error), ranks)
+    return found if ranks.first else {}
 
 
 def _finish(
@@ -212,9 +235,13 @@ def _finish(
     return found
 
 
-def _from_whole(job: TransferJob, folder: RunFolder | None, listeners: Listeners, why: str) -> dict[Result, Extraction]:
-    found = {}
-    for task, model, sens in score_whole(job, folder, listeners, why):
+def _from_whole(
+    job: TransferJob, folder: RunFolder | None, listeners: Listeners, why: str, ranks: Ranks
+) -> dict[Result, Extraction]:
+    found: dict[Result, Extraction] = {}
+    for task, model, sens in score_whole(job, folder, listeners, why, ranks=ranks):
+        if not ranks.first:
+            continue
         for recipe, how in job.recipes.items():
             made = Chooser(job.pairings[recipe]).plan(sens)
             if listeners.on_plan is not None:

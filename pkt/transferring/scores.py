@@ -14,10 +14,11 @@ from torch import Tensor
 from pkt.files import check_output_file, followed, os_errors
 from pkt.models import Model
 from pkt.options import Execution, Limits, Loss, Reading
+from pkt.ranks import Ranks
 from pkt.scoring import FORMAT, Sensitivity
 from pkt.streaming import NotLayeredError
 from pkt.transferring.job import ScoringJob, SeedsLike, day_of
-from pkt.transferring.reader import Listeners, Reader, activations_folder, score_whole, working_folder
+from pkt.transferring.reader import Listeners, Reader, activations_folder, identify, score_whole, working_folder
 
 
 def score_checkpoint(
@@ -36,36 +37,44 @@ def score_checkpoint(
     host_memory: int | str | None = None,
     scratch: str | Path | None = None,
     listeners: Listeners = Listeners(),  # noqa: B008  # frozen
-) -> Sensitivity:
+    resume: bool = True,
+    group: Any = None,
+) -> Sensitivity | None:
     """`pkt.sensitivity` of a checkpoint that need not fit in the memory, nor its scores: both come a layer at a time.
 
     The scores are written to `out`, and those returned are read from there when they are used. The same call continues an
-    interrupted one. device_memory, host_memory, scratch: as in `pkt.transfer`. Raises one `PktError` for anything that can be
-    known to fail before the weights are read.
+    interrupted one. device_memory, host_memory, scratch, group: as in `pkt.transfer`. resume: go on from an unfinished run. Raises
+    one `PktError` for anything that can be known to fail before the weights are read.
     """
-    out = followed(check_output_file(out, FORMAT))
-    job = ScoringJob(
-        Model.of(teacher),
-        {"": seeds},
-        None,
-        reading=Reading(loss, max_length),
-        execution=Execution(batch_size, device, dtype),
-        limits=Limits(device_memory, host_memory, scratch),
-        measure=measure,
-        tile=tile,
-        today=day_of(out),
-    )
-    job.identify(progress=listeners.progress)
-    with working_folder(out, job, fresh=False) as (folder, activations):
-        try:
-            with Reader(job, {}, folder, activations, listeners).reading():
-                pass
-        except NotLayeredError as error:
-            for _ in score_whole(job, folder, listeners, str(error), tile=tile):
-                pass
-        with os_errors(f"writing {out}"):
-            os.replace(folder.scores_file(0), out)
-    return Sensitivity.load(out)
+    ranks = Ranks.of(group)
+    if not ranks.first:
+        listeners = Listeners(progress=False)
+    with ranks.together():
+        out = followed(check_output_file(out, FORMAT) if ranks.first else out)
+        job = ScoringJob(
+            Model.of(teacher),
+            {"": seeds},
+            None,
+            reading=Reading(loss, max_length),
+            execution=Execution(batch_size, device, dtype),
+            limits=Limits(device_memory, host_memory, scratch),
+            measure=measure,
+            tile=tile,
+            today=ranks.first_of(lambda: day_of(out) if resume else None),
+        )
+        identify(job, ranks, progress=listeners.progress)
+        with working_folder(out, job, fresh=not resume, ranks=ranks) as (folder, activations):
+            try:
+                with Reader(job, {}, folder, activations, listeners, ranks).reading():
+                    pass
+            except NotLayeredError as error:
+                for _ in score_whole(job, folder, listeners, str(error), tile=tile, ranks=ranks):
+                    pass
+            if folder is not None:
+                with os_errors(f"writing {out}"):
+                    os.replace(folder.scores_file(0), out)
+        ranks.all_of(None)
+    return Sensitivity.load(out) if ranks.first else None
 
 
 def read_scores(
