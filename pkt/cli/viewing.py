@@ -71,11 +71,16 @@ def models(
 
 
 @app.command(rich_help_panel="Look")
-def env(json_: JsonFlag = False) -> None:
-    """Versions, devices, and which implementation each op will use and why."""
+def env(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try the GPU's kernels against each other now; what was found is kept.")
+    ] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Versions, devices, which implementation each op will use and why, and what the GPU's kernels were found to be."""
     from pkt.reporting import environment
 
-    found = environment()
+    found = environment(tune=tune)
     if json_:
         print_json(found)
         return
@@ -85,6 +90,12 @@ def env(json_: JsonFlag = False) -> None:
     for row in found["ops"]:
         table.add_row(row["op"], row["device"], row["implementation"], row["why"])
     out_console.print(table)
+    for row in found["kernels"]:
+        share = f"{row['of_standard']} of triton's time, " if row["of_standard"] else ""
+        line = "{device}  {kernel:7} {kind:30} {shape:12} ".format(**row) + share + row["said"]
+        out_console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if tune and not found["kernels"]:
+        out_console.print("There is nothing to choose: no GPU here has more than one kernel.")
 
 
 @app.command(rich_help_panel="Start here")

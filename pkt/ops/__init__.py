@@ -1,5 +1,6 @@
 """Every operation of pkt: one name each, whatever the device. `reference` says what it means, `dispatch` what runs it."""
 
+from pkt.ops import choosing
 from pkt.ops.checked import (
     abs_accumulate_,
     abs_accumulate_many_,
@@ -14,6 +15,7 @@ from pkt.ops.dispatch import (
     implementation,
     names,
     native_halves,
+    no_triton,
     out_of_memory,
     working_dtype,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "add_rows_",
     "best_window",
     "block_width",
+    "choosing",
     "double_sum",
     "embedding_rows",
     "embedding_sensitivity_",
@@ -48,6 +51,7 @@ __all__ = [
     "linear_sensitivity_tiles_",
     "names",
     "native_halves",
+    "no_triton",
     "out_of_memory",
     "rsvd",
     "rsvd_batch",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pkt.errors import PktError, PktWarning
-from pkt.ops import reference, rsvd_reference
+from pkt.ops import choosing, reference, rsvd_reference
+from pkt.ops.candidates import Kind
 
 _lib = torch.library.Library("pkt", "DEF")
 # What a measure adds: |theta^weighted * g_j|^power of each sample j (`reference.MEASURES` names the combinations).
@@ -83,6 +84,35 @@ _TRITON: dict[str, tuple[str, str]] = {
     "embedding_sensitivity_": ("embedding_sensitivity", "embedding_sensitivity"),
     "best_window": ("window_search", "best_window"),
 }
+
+
+def _chosen_scores(
+    acc: Tensor, w: Tensor, x: Tensor, dy: Tensor, starts: Tensor, lens: Tensor, power: int = 1, weighted: bool = True
+) -> None:
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    choosing.launch(Kind(0, dtype, power, weighted), acc, w, x, dy, starts, lens)
+
+
+def _chosen_tiles(
+    tiles: Tensor,
+    w: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    starts: Tensor,
+    lens: Tensor,
+    tile: int,
+    power: int = 1,
+    weighted: bool = True,
+) -> None:
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    choosing.launch(Kind(tile, dtype, power, weighted), tiles, w, x, dy, starts, lens)
+
+
+# Ops that several kernels can serve.
+_CHOSEN: dict[str, Callable[..., Any]] = {
+    "linear_sensitivity_": _chosen_scores,
+    "linear_sensitivity_tiles_": _chosen_tiles,
+}
 _TORCH: dict[str, Callable[..., Any]] = {
     "abs_accumulate_": reference.abs_accumulate_,
     "abs_accumulate_many_": reference.abs_accumulate_many_,
@@ -119,7 +149,7 @@ def triton_or_torch(name: str) -> Callable[..., Any]:
         elif not any(t.dtype == torch.float64 for t in tensors):
             from pkt_kernels.launch import NoFormError
 
-            kernel = getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
+            kernel = _CHOSEN.get(name) or getattr(importlib.import_module(f"pkt_kernels.{module}"), attribute)
             try:
                 return kernel(*args)
             except NoFormError as error:
