@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, state
 from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype, takes
 from pkt.options import (
     AnswerRule,
@@ -212,6 +212,7 @@ def train(
             dropout=dropout,
             max_length=max_length,
             force=force,
+            group=state.ranks,
             **options,
         )
     logs = f"; logs for TensorBoard in {out / 'logs'}" if "tensorboard" in options["report_to"] else ""

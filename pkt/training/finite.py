@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pkt.errors import DivergedError, PktError
 from pkt.files import read_json, share_files
+from pkt.ranks import ALONE, Ranks
+from pkt.training.sharing import MaybeEmpty, RowsOfRank
 
 STATE = "trainer_state.json"
 OnStep = Callable[[float, float], None]
@@ -35,8 +37,8 @@ class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
     on_step: told the loss of each step and its gradient's norm before it is clipped.
     """
 
-    def __init__(self, on_step: OnStep | None = None) -> None:
-        self.total, self.steps, self.on_step = 0.0, 0, on_step
+    def __init__(self, on_step: OnStep | None = None, ranks: Ranks = ALONE) -> None:
+        self.total, self.steps, self.on_step, self.ranks = 0.0, 0, on_step, ranks
         self.current, self.norm = 0.0, 0.0  # of the step that is under way
 
     def state(self) -> dict[str, Any]:
@@ -53,11 +55,16 @@ class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def add(self, loss: float, norm: float) -> None:
         """Of a micro-batch: its share of the step's loss, and the norm of the gradient so far."""
-        self.total += loss
+        if self.ranks.alone:
+            self.total += loss
         self.current, self.norm = self.current + loss, norm
 
     def on_step_end(self, *given: Any, **more: Any) -> None:
         self.steps += 1
+        if not self.ranks.alone:
+            # Each rank's is multiplied by their number, for gradients are averaged.
+            self.current = sum(self.ranks.all_of(self.current)) / self.ranks.world
+            self.total += self.current
         if self.on_step is not None:
             self.on_step(self.current, self.norm)
         self.current = 0.0
@@ -67,10 +74,22 @@ class Losses(TrainerCallback, ExportableState):  # type: ignore[misc]
         return self.total / max(1, self.steps)
 
 
+class Apart(TrainerCallback):  # type: ignore[misc]
+    """Ranks that drop units each draw their own; which they resume is in their checkpoints."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def on_train_begin(self, args: Any, *given: Any, **more: Any) -> None:
+        torch.manual_seed(args.seed + self.ranks.rank)
+
+
 class Shared(TrainerCallback):  # type: ignore[misc]
     """Gives the weights of each checkpoint the mode of the files beside them."""
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         share_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
@@ -96,6 +115,7 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
 
     lengths: of the rows, where those of like lengths are to come together. callbacks: with a `restore`, as `Losses` has. loss: of
     (model, batch, answer tokens of the whole step), instead of the model's own. on_step: told each step's loss and gradient norm.
+    ranks: who trains together, on `rows` a step.
     """
 
     def __init__(
@@ -105,12 +125,33 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[Any] = (),
         loss: Callable[[Any, dict[str, Any], Any], torch.Tensor] | None = None,
         on_step: OnStep | None = None,
+        ranks: Ranks = ALONE,
+        rows: int = 0,
         **given: Any,
     ) -> None:
-        self.losses, self.lengths, self.loss = Losses(on_step), lengths, loss
+        self.losses, self.lengths, self.loss, self.ranks, self.rows = Losses(on_step, ranks), lengths, loss, ranks, rows
         self.kept = [self.losses, *callbacks]
+        more = [Shared] if ranks.alone else [Shared, Apart(ranks)]
         # With a loss function Trainer counts the answer tokens of the step and leaves the loss as it is.
-        super().__init__(**given, callbacks=[Shared, *self.kept], compute_loss_func=loss)
+        super().__init__(**given, callbacks=[*more, *self.kept], compute_loss_func=loss)
+        if not (ranks.alone or loss or self.model_accepts_loss_kwargs):
+            raise PktError(
+                "this model gives a mean over each micro-batch, which ranks cannot weigh by its tokens: train it in one process"
+            )
+
+    def get_train_dataloader(self) -> Any:
+        """Of ranks, every one's share of each step's rows, which are those that one process would take."""
+        prepared = super().get_train_dataloader()
+        if self.ranks.alone:
+            return prepared
+        # What accelerate has made of them: batches, in shards, of an order.
+        order = prepared.batch_sampler.batch_sampler.sampler
+        return DataLoader(
+            MaybeEmpty(self.train_dataset),  # type: ignore[arg-type]
+            batch_sampler=RowsOfRank(order, self.rows, self.args.train_batch_size, self.ranks),
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,12 +159,13 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            return self.loss(model, inputs, num_items_in_batch)
+            found = self.loss(model, inputs, num_items_in_batch)
+        return found if self.ranks.alone else found * self.ranks.world
 
     def _get_train_sampler(self, *given: Any) -> Any:
         if self.lengths is None:
             return super()._get_train_sampler(*given)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        rows = self.rows or self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ByLength(self.lengths, rows, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

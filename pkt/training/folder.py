@@ -22,7 +22,7 @@ from pkt.models import Model, content_kind, save_model
 from pkt.models.adapter_files import INITIAL
 
 
-def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> str | None:
+def start_run(out: Path, settings: dict[str, Any], *, force: bool = False, ranks: int = 1) -> str | None:
     """The checkpoint to go on from, or None for a new run; refuses a finished run and another run's folder."""
     entries = [p for p in out.iterdir() if p.name != LOCK]
     if not (out / MANIFEST).is_file():
@@ -50,14 +50,15 @@ def start_run(out: Path, settings: dict[str, Any], *, force: bool = False) -> st
         )
     numbers = sorted((int(p.name[11:]) for p in entries if re.fullmatch(r"checkpoint-\d+", p.name)), reverse=True)
     for number in numbers:
-        fault = _checkpoint_fault(out / f"checkpoint-{number}", number, whole=settings["mode"] == "full")
+        whole = settings["mode"] == "full"
+        fault = _checkpoint_fault(out / f"checkpoint-{number}", number, ranks, whole=whole)
         if fault is None:
             return str(out / f"checkpoint-{number}")
         say(f"checkpoint-{number} is incomplete and left aside ({fault})")
     return None
 
 
-def _checkpoint_fault(folder: Path, step: int, *, whole: bool) -> str | None:
+def _checkpoint_fault(folder: Path, step: int, ranks: int, *, whole: bool) -> str | None:
     """What keeps a checkpoint of the Trainer from being gone on from, or None for a complete one. whole: of all weights."""
     try:
         if whole:
@@ -69,7 +70,8 @@ def _checkpoint_fault(folder: Path, step: int, *, whole: bool) -> str | None:
         return str(error)
     if not isinstance(state, dict) or state.get("global_step") != step:
         return f"trainer_state.json is not of step {step}"
-    pickles = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    random = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    pickles = ("optimizer.pt", "scheduler.pt", *random)
     # torch.save writes zip files, whose end says that they are whole.
     return next((f"{name} is missing or truncated" for name in pickles if not zipfile.is_zipfile(folder / name)), None)
 

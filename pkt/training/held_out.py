@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from pkt.errors import PktError
 from pkt.files import atomic_file, read_json, write_tensors
+from pkt.ranks import ALONE, Ranks
 from pkt.seeds import Seeds
 from pkt.training.evaluation import evaluate
 from pkt.training.folder import say
@@ -27,10 +27,15 @@ from pkt.training.folder import say
 class HeldOut(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Measures a model on `rows` before the first step, every `every` steps and after the last; keeps the best weights in `out`.
 
+    Of ranks all measure, and the first one writes.
+
     looks: (step, nats per answer token), in order. tell: is told of each by name, as transformers' `Trainer.log` is.
     """
 
-    def __init__(self, rows: Seeds, out: Path, every: int, batch_size: int, *, quietly: bool = False) -> None:
+    def __init__(
+        self, rows: Seeds, out: Path, every: int, batch_size: int, *, quietly: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        self.ranks = ranks
         self.rows, self.out, self.every, self.batch_size, self.quietly = rows, out, every, batch_size, quietly
         self.looks: list[tuple[int, float]] = []
         self.tell: Callable[[dict[str, float]], None] = lambda values: None
@@ -46,7 +51,7 @@ class HeldOut(TrainerCallback, ExportableState):  # type: ignore[misc]
     def restore(self, trainer_state: dict[str, Any]) -> None:
         """As it was at a checkpoint. Raises `PktError` where the best weights until then are gone."""
         self.looks = [(int(step), float(nll)) for step, nll in _looks_in(trainer_state)]
-        if self.looks and not self._file(self.best[0]).is_file():
+        if self.looks and self.ranks.first and not self._file(self.best[0]).is_file():
             raise PktError(
                 f"{self._file(self.best[0])}, the best weights so far, is missing; start over with --force, or put it back"
             )
@@ -72,18 +77,19 @@ class HeldOut(TrainerCallback, ExportableState):  # type: ignore[misc]
         nll = evaluate(model, self.rows, batch_size=self.batch_size).nll
         self.looks.append((step, nll))
         self.tell({"held_out_nll": nll})
-        if self.best[0] == step:
+        if self.best[0] == step and self.ranks.first:
             with atomic_file(self._file(step)) as scratch:
                 write_tensors(scratch, {n: p for n, p in model.named_parameters() if p.requires_grad})
 
     def put_back(self, model: Any) -> None:
         """Give the model its best weights."""
         step, nll = self.best
-        weights = load_file(str(self._file(step)))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if self.ranks.first:
+            weights = load_file(str(self._file(step)))
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        self.ranks.copied(trained)
         if not self.quietly:
             say(
                 f"held-out NLL {self.looks[0][1]:.4f} before training, {nll:.4f} at its best (step {step}), which is kept"
@@ -106,6 +112,8 @@ class HeldOut(TrainerCallback, ExportableState):  # type: ignore[misc]
         return self.out / f"best-{step}.safetensors"
 
     def _forget(self, wanted: set[int]) -> None:
+        if not self.ranks.first:
+            return
         for file in self.out.glob("best-*.safetensors"):
             match = re.fullmatch(r"best-(\d+)\.safetensors", file.name)
             if match and int(match[1]) not in wanted:

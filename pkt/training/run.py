@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +17,11 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, as_path, check_apart, check_parent, followed, is_stored, lock_folder, os_errors
 from pkt.lora import DRAWN, Mode, check_init, check_settings, checked_dropout, draw_pairs, inject, mode_of
-from pkt.manifest import recorded_day
+from pkt.manifest import difference, recorded_day
 from pkt.models import Model, ModelSpec, Target, load_model, load_tokenizer, spec_of
 from pkt.options import Lora, Precision, Recipe, RecipeName, RowTemplate, Training, TrainingLoss, TrainModules
 from pkt.planning import adapted
+from pkt.ranks import ALONE, Ranks
 from pkt.seeds import Seeds, load_seeds
 from pkt.targets import Targets
 from pkt.training.export import read_injected
@@ -69,6 +72,7 @@ def train(
     report_to: str = "tensorboard",
     force: bool = False,
     quietly: bool = False,
+    group: Any = None,
 ) -> Any:
     """Start a LoRA in `student`, train it on `data` and keep everything in `out`. Returns the trained PeftModel.
 
@@ -85,11 +89,17 @@ def train(
     full: train all weights instead of a LoRA, in fp32, at 5e-5 unless given; `out` is then also the trained model, in the student's
     own type, and a plain model is returned. teacher_targets: what `pkt.teach` gave for these rows, or its folder; mix: its share of
     the loss, (1 − mix) · CE − mix · Σ_t (c_t / N) log p_t for each answer token.
+    group: torch.distributed's default one, whose ranks all make this call and train together; all of them see `out`.
     The rest is as in `pkt.options.Training`. loss and template concern files of rows; `Seeds` are taken as they were read.
 
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
     another run's or that another process is writing, a full disk, and the first loss or gradient that is not finite.
     """
+    ranks = Ranks.of(group)
+    if ranks.alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise PktError(
+            "this is one of several processes (WORLD_SIZE), and each would train by itself into the same folder: pass group="
+        )
     given = Recipe(mode, lr, warmup, gradient_checkpointing, train_modules, a_scale, loss, template)
     told = given.over(recipe)
     check_mix(teacher_targets, mix)
@@ -130,15 +140,21 @@ def train(
         raise PktError("eval_steps concerns held-out rows; name them (--held-out FILE)")
     job = _job(student, start, (data, held_out), told, options, dropout, max_length, _day(out, teacher_targets, force))
     job = replace(job, taught=distillation(teacher_targets, mix, job.examples, job.tokenizer, spec_of(student)))
-    with lock_folder(out, out):
-        settings = job.settings()
-        checkpoint = start_run(out, settings, force=force)
+    job.check_alike(ranks)
+    with lock_folder(out, out) if ranks.first else contextlib.nullcontext():
+        settings = job.settings(ranks)
+        checkpoint = ranks.first_of(lambda: start_run(out, settings, force=force, ranks=ranks.world))
+        if checkpoint is not None and not Path(checkpoint).is_dir():
+            raise PktError(
+                f"rank {ranks.rank} does not see {checkpoint}; train into a folder on a disk that all ranks see"
+            )
+        quietly = quietly or not ranks.first
         if not quietly and job.targets and job.told.a_scale != 1:
             say(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
         begun, model = job.begin()
-        if checkpoint is None:
+        if checkpoint is None and ranks.first:
             write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
-        job.finish(model, out, checkpoint, quietly)
+        job.finish(model, out, checkpoint, quietly, ranks)
     return model
 
 
@@ -177,7 +193,16 @@ class Job:
     held_out: Seeds | None = None
     taught: Distillation | None = None
 
-    def settings(self) -> dict[str, Any]:
+    def check_alike(self, ranks: Ranks) -> None:
+        """Raises `PktError` where a rank reads something else than the first one."""
+        first, *others = ranks.all_of(self.settings(ranks))
+        for rank, settings in enumerate(others, 1):
+            if different := difference(first, settings):
+                raise PktError(
+                    f"rank {rank} has other inputs than rank 0 ({', '.join(different)}); give every rank the same files"
+                )
+
+    def settings(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """What decides a run's result: a folder with other settings holds another run."""
         options, start = self.options, self.start
         drawn = {"a_scale": self.told.a_scale}
@@ -204,6 +229,8 @@ class Job:
             **({} if self.examples.today is None else {"today": self.examples.today.isoformat()}),
             **begun,
             **({} if self.taught is None else {"teacher_targets": self.taught.fingerprint, "mix": self.taught.mix}),
+            # What ranks drop and the order of their sums are their number's.
+            **({} if ranks.alone else {"ranks": ranks.world}),
             "student": Model.of(self.student).content()["fingerprint"],
         }
 
@@ -231,13 +258,13 @@ class Job:
         set_seed(seed)
         return begun, inject(model, begun, mode=self.told.mode, dropout=self.dropout, alpha=alpha)
 
-    def finish(self, model: Any, out: Path, checkpoint: str | None, quietly: bool) -> None:
+    def finish(self, model: Any, out: Path, checkpoint: str | None, quietly: bool, ranks: Ranks = ALONE) -> None:
         """Train from where it is, and write what came of it."""
         from pkt.training.held_out import HeldOut
 
         held: HeldOut | None = None
         if self.held_out is not None:
-            held = HeldOut(self.held_out, out, self.eval_steps, self.options.micro_batch, quietly=quietly)
+            held = HeldOut(self.held_out, out, self.eval_steps, self.options.micro_batch, quietly=quietly, ranks=ranks)
         loss = fit(
             model,
             self.examples,
@@ -248,8 +275,11 @@ class Job:
             tokenizer=self.tokenizer,
             held_out=held,
             taught=self.taught,
+            ranks=ranks,
         )
-        finish_run(out, model, loss, {} if held is None else {"held_out": held.told()}, whole_from=self.whole_from)
+        if ranks.first:
+            finish_run(out, model, loss, {} if held is None else {"held_out": held.told()}, whole_from=self.whole_from)
+        ranks.all_of(None)
         if held is not None:
             held.clean()
 

@@ -42,15 +42,20 @@ class Distillation:
         """Of the targets' content."""
         return str(self.targets.told["sha256"])
 
-    def collate(self, rows: Sequence[tuple[Example, int]], pad_id: int) -> dict[str, Tensor]:
-        """A batch of (row, its number), with the targets of all its answer tokens, row after row: [A, m] and, if known, [A]."""
-        found = [self.targets.row(self.places[number]) for _, number in rows]
+    def collate(self, rows: Sequence[tuple[Example, int | None]], pad_id: int) -> dict[str, Tensor]:
+        """A batch of (row, its number), with the targets of all its answer tokens, row after row: [A, m] and, if known, [A].
+
+        A row without a number has no answer token.
+        """
+        batch = collate([row for row, _ in rows], pad_id)
+        found = [self.targets.row(self.places[number]) for _, number in rows if number is not None]
+        if not found:
+            return batch
         width = max(each.ids.shape[1] for each in found)
 
         def joined(tensors: list[Tensor]) -> Tensor:
             return torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
 
-        batch = collate([row for row, _ in rows], pad_id)
         batch |= {"teacher_ids": joined([r.ids for r in found]), "teacher_weights": joined([r.weights for r in found])}
         rest = [r.rest for r in found if r.rest is not None]
         return {**batch, "teacher_rest": torch.cat(rest)} if rest else batch
@@ -105,6 +110,9 @@ def mixed_loss(model: Any, inputs: dict[str, Any], mix: float) -> Tensor:
     rows, wanted = hidden[:, :-1][mask], labels[:, 1:][mask]
     height = max(1, BLOCK.get(rows.device.type, BLOCK_DEFAULT) // head.vocabulary)
     total = rows.new_zeros((), dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    if not len(rows):
+        # Nothing counts, and yet every weight has a gradient.
+        return total + 0.0 * hidden.sum()
 
     def block(rows: Tensor, part: slice) -> Tensor:
         left = None if rest is None else rest[part]

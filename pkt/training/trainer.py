@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from pkt.extras import needs
 from pkt.files import os_errors
 from pkt.models import quiet, rows_apart
 from pkt.options import Training
+from pkt.ranks import ALONE, LostRankError, Ranks
 from pkt.seeds import Seeds, collate
 from pkt.training.folder import say
+from pkt.training.sharing import micro_batches
 
 if TYPE_CHECKING:
     from pkt.training.finite import OnStep
@@ -39,8 +42,11 @@ def fit(
     held_out: HeldOut | None = None,
     taught: Distillation | None = None,
     on_step: OnStep | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Train a model on tokenized rows, on one device; returns the mean loss of all steps, those before `resume_from` too.
+
+    ranks: who trains it together, each on its share of every step's rows; torch's DistributedDataParallel averages their gradients.
 
     held_out: measures the model as it trains, and gives it its best weights at the end. taught: a teacher's targets for the rows,
     which the loss is mixed with. on_step: told the loss of each step and its gradient's norm before it is clipped.
@@ -51,8 +57,10 @@ def fit(
 
     from pkt.training.finite import FiniteTrainer
 
-    at_once = largest_divisor(options.batch_size, options.micro_batch)
-    if at_once < min(options.micro_batch, options.batch_size) and not quietly:
+    at_once, quietly = largest_divisor(options.batch_size, options.micro_batch), quietly or not ranks.first
+    if not ranks.alone:
+        at_once = min(options.micro_batch, math.ceil(options.batch_size / ranks.world))
+    elif at_once < min(options.micro_batch, options.batch_size) and not quietly:
         say(
             f"{at_once} rows in memory at once: the most up to {options.micro_batch} that divide a batch of "
             f"{options.batch_size}"
@@ -62,14 +70,16 @@ def fit(
     if taught is not None:
         rows = list(zip(examples, range(len(examples)), strict=True))
         given = {"data_collator": lambda rows: taught.collate(rows, examples.pad_id), "loss": taught.loss}
-    with _run_environment(out), rows_apart(model), os_errors(f"training in {out}"):
+    with _run_environment(out), rows_apart(model), _losing_ranks(ranks), os_errors(f"training in {out}"):
         trainer = FiniteTrainer(
             model=model,
-            args=_arguments(out, options, at_once, quietly=quietly),
+            args=_arguments(out, options, at_once, model, ranks, quietly=quietly),
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=[] if held_out is None else [held_out],
             lengths=[len(e.input_ids) for e in examples] if options.group_by_length else None,
+            ranks=ranks,
+            rows=0 if ranks.alone else options.batch_size,
             on_step=on_step,
             **given,
         )
@@ -115,7 +125,7 @@ def reporters(options: Training) -> list[str]:
     return [] if names == ["none"] or options.save_steps is None else names
 
 
-def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> Any:
+def _arguments(out: Path, options: Training, at_once: int, model: Any, ranks: Ranks, *, quietly: bool) -> Any:
     from pkt.training.finite import Arguments
 
     kept, cuda = options.save_steps is not None, torch.cuda.is_available()
@@ -124,7 +134,7 @@ def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> 
         num_train_epochs=options.epochs,
         max_steps=-1 if options.max_steps is None else options.max_steps,
         per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=options.batch_size // at_once,
+        gradient_accumulation_steps=micro_batches(options.batch_size, at_once, ranks.world),
         learning_rate=options.lr,
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup,
@@ -144,12 +154,27 @@ def _arguments(out: Path, options: Training, at_once: int, *, quietly: bool) -> 
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         label_names=["labels"],
         seed=options.seed,
+        # Without a GPU accelerate trains in several processes only where it is told to use the CPU.
+        use_cpu=not (cuda or ranks.alone),
+        # Tokens need not reach every expert.
+        ddp_find_unused_parameters=any("expert" in n for n, p in model.named_parameters() if p.requires_grad),
     )
 
 
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` up to `limit`."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+@contextlib.contextmanager
+def _losing_ranks(ranks: Ranks) -> Iterator[None]:
+    """What torch says when another rank's connections are closed is a `PktError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.alone or not any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
+            raise
+        raise LostRankError("another rank ended; the same command continues from the last checkpoint") from error
 
 
 @contextlib.contextmanager
