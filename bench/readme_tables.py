@@ -129,6 +129,49 @@ def stream_table(found: dict) -> str:
     )
 
 
+def distributed_table(found: dict) -> str:
+    one, two, disk, machine = found["one"], found["two"], found["disk_to_checkpoint"], found["machine"]
+    cpu = [sum(rank["cpu_seconds"] for rank in each["ranks"]) for each in (one, two)]
+    met = "met" if found["met"]["efficiency"] else "not met"
+    sent, through = (f"{size / 1e9:.2f} GB" for size in (found["sent_bytes"], two["loopback_bytes"]))
+    return "\n".join(
+        [
+            f"{found['what']} ({machine['cpu']}, {machine['cores']} cores, load {two['load_average']:.1f} at the end;",
+            "`python bench/bench_distributed.py`):",
+            "",
+            "| | one rank | two ranks | |",
+            "|---|---|---|---|",
+            f"| time | {one['seconds']:.0f} s | {two['seconds']:.0f} s | efficiency {found['efficiency']:.2f}, "
+            f"goal {found['goal']['efficiency']}: {met} |",
+            f"| CPU seconds | {cpu[0]:.0f} | {cpu[1]:.0f} | {found['efficiency_of_cpu_seconds']:.2f} |",
+            f"| tensors given to torch.distributed | | {sent} | {found['sent_to_formula']:.3f} of the formula |",
+            f"| through the loopback device | | {through} | {found['loopback_to_formula']:.2f} of it |",
+            f"| from the disk, of the checkpoint | {disk['1']:.2f} | {disk['2']:.2f} together | |",
+        ]
+    )
+
+
+def calculated_table(found: dict) -> str:
+    taken = found["taken"]
+    giga = {name: f"{value / 1e9:.0f} GB" for name, value in taken.items() if "bytes" in name or "memory" in name}
+    lines = [
+        f"Calculated (`python bench/bench_distributed.py --scaling`), not run: {taken['seeds']} seeds of {taken['tokens']} tokens",
+        f"in bf16; {taken['flops_per_s'] / 1e12:.0f} TFLOP/s and {giga['gpu_memory']} a GPU,",
+        f"{taken['gpus_a_machine']} GPUs a machine,",
+        f"{giga['bytes_per_s_between_gpus']}/s between them, {giga['bytes_per_s_between_machines']}/s between machines,",
+        f"{giga['bytes_per_s_from_disk']}/s from each machine's disk.",
+        "",
+        "| teacher | GPUs | seeds of each | a GPU holds | and sends of S | a machine reads | products | sums | reading |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        sizes = [f"{row[name] / 1e9:.0f} GB" for name in ("held_bytes", "sent_bytes", "read_bytes")]
+        times = [f"{row[name] / 60:.1f} min" for name in ("products_s", "sums_s", "reading_s")]
+        cells = [row["teacher"], str(row["gpus"]), str(row["seeds_of_each"]), *sizes, *times]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def distil_table(found: dict) -> str:
     lines = [
         f"{found['what']} ({found['machine']['cpu']}, `python bench/bench_distil.py`):",
@@ -283,7 +326,11 @@ PAGES = {
         "distil table": ("distil_cpu.json", distil_table),
         "teach table": ("teach_cpu.json", teach_table),
     },
-    "docs/scaling.md": {"stream table": ("stream_cpu.json", stream_table)},
+    "docs/scaling.md": {
+        "stream table": ("stream_cpu.json", stream_table),
+        "ranks table": ("distributed_cpu.json", distributed_table),
+        "calculated table": ("distributed_scaling.json", calculated_table),
+    },
     "kernels/README.md": {"cpu table": ("kernels_cpu.json", kernels_table)},
 }
 

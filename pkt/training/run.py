@@ -141,19 +141,21 @@ def train(
     job = _job(student, start, (data, held_out), told, options, dropout, max_length, _day(out, teacher_targets, force))
     job = replace(job, taught=distillation(teacher_targets, mix, job.examples, job.tokenizer, spec_of(student)))
     job.check_alike(ranks)
-    with lock_folder(out, out) if ranks.first else contextlib.nullcontext():
-        settings = job.settings(ranks)
-        checkpoint = ranks.first_of(lambda: start_run(out, settings, force=force, ranks=ranks.world))
-        if checkpoint is not None and not Path(checkpoint).is_dir():
-            raise PktError(
-                f"rank {ranks.rank} does not see {checkpoint}; train into a folder on a disk that all ranks see"
-            )
-        quietly = quietly or not ranks.first
-        if not quietly and job.targets and job.told.a_scale != 1:
-            say(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
-        begun, model = job.begin()
-        if checkpoint is None and ranks.first:
-            write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
+    with contextlib.ExitStack() as held:
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(lock_folder(out, out))
+            settings = job.settings(ranks)
+            checkpoint = ranks.first_of(lambda: start_run(out, settings, force=force, ranks=ranks.world))
+            if checkpoint is not None and not Path(checkpoint).is_dir():
+                raise PktError(f"rank {ranks.rank} does not see {checkpoint}; train into a folder that all ranks see")
+            quietly = quietly or not ranks.first
+            if not quietly and job.targets and job.told.a_scale != 1:
+                say(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
+            begun, model = job.begin()
+            if checkpoint is None and ranks.first:
+                write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
+            ranks.all_of(None)
         job.finish(model, out, checkpoint, quietly, ranks)
     return model
 
@@ -277,9 +279,11 @@ class Job:
             taught=self.taught,
             ranks=ranks,
         )
-        if ranks.first:
-            finish_run(out, model, loss, {} if held is None else {"held_out": held.told()}, whole_from=self.whole_from)
-        ranks.all_of(None)
+        with ranks.together():
+            if ranks.first:
+                more = {} if held is None else {"held_out": held.told()}
+                finish_run(out, model, loss, more, whole_from=self.whole_from)
+            ranks.all_of(None)
         if held is not None:
             held.clean()
 

@@ -191,3 +191,32 @@ def test_every_row_of_a_step_is_some_ranks() -> None:
             mine = [batch for own in batches for batch in own[step * micro : (step + 1) * micro]]
             real = sorted(row for batch in mine for row in batch if row >= 0)
             assert real == list(range(step * rows, min(count, (step + 1) * rows)))
+
+
+def sharded(group: Any, student: Path, extraction: Path) -> list[float]:
+    """Losses of three steps of an injected student, its weights in parts by FSDP2 where there is a group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = pkt.inject(student, extraction, mode="residual")
+    if group is not None:
+        mesh = init_device_mesh("cpu", (Ranks.of(group).world,))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    ids = torch.randint(0, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
+def test_a_residual_injection_trains_in_parts(two: Group, student_dir: Path, extraction_dir: Path) -> None:
+    one = sharded(None, student_dir, extraction_dir)
+    for many in two(sharded, student_dir, extraction_dir):
+        assert many == pytest.approx(one, rel=1e-5)
