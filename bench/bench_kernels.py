@@ -27,6 +27,8 @@ from measuring import RESULTS, Report, Run, kind_of  # noqa: E402
 from measuring import Bench as Harness  # noqa: E402
 
 import pkt.ops  # noqa: E402
+from pkt.ops import candidates  # noqa: E402
+from pkt.ops.candidates import Kind  # noqa: E402
 
 pkt_ops = torch.ops.pkt
 Bounds = list[tuple[int, int]]
@@ -136,6 +138,14 @@ def bench_one_linear(bench: Bench, n: int, m: int, ragged: bool) -> None:
         "pkt, tile sums": lambda: pkt_ops.linear_sensitivity_tiles_(tiles, w, x, dy, starts, lens, TILE),
         "unfused per-sample loop": lambda: per_sample(unfused, acc, w, x, dy, bounds),
     }
+    for name in able(bench, TILE) if bench.cuda else ():
+        for kind in (Kind(0, bench.dtype, 1, True), Kind(TILE, bench.dtype, 1, True)):
+            run = functools.partial(candidates.run, name, kind, tiles if kind.tile else acc, w, x, dy, starts, lens)
+            if not kind.tile:
+                acc.zero_()
+                run()
+                agree(acc[part], truth * w[part].double().abs(), 1e-5, f"{name} {n}x{m}")
+            rivals[f"pkt, {name}{', tile sums' if kind.tile else ''}"] = run
     if not ragged:
         # Over padding these would do more than what is scored, or compile once a length.
         rivals["one plain product"] = lambda: torch.mm(dy.T, x, out=out)
@@ -152,6 +162,13 @@ def bench_one_linear(bench: Bench, n: int, m: int, ragged: bool) -> None:
         )
     kind = "ragged" if ragged else f"{samples}x{tokens}"
     bench.group(f"linear_sensitivity {n}x{m} {kind}", rivals, flops=2 * n * m * scored)
+
+
+def able(bench: Bench, tile: int) -> list[str]:
+    """The kernels by name that run on the device and take these rows: `pkt` is the one that was chosen of them."""
+    others = [name for name in candidates.MODULES if name != candidates.STANDARD]
+    there = [name for name in others if candidates.obstacle(name, bench.device) is None]
+    return [candidates.STANDARD, *(name for name in there if candidates.kernel(name).serves(bench.dtype, tile))]
 
 
 def accumulate(acc: Tensor, theta: Tensor, grad: Tensor) -> Tensor:

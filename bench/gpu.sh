@@ -5,7 +5,7 @@
 #   OUT=folder STEPS="build assert smoke stream" bench/gpu.sh    # some of it, so that it can be two calls on one machine
 #   OUT=folder DEVICE=cpu bench/gpu.sh                       # a rehearsal: each step's twin on a CPU, in tiny shapes
 #
-# Steps, always in this order: build assert smoke stream kernels rsvd model tests sanitizer (and, when they are named, sweep, and
+# Steps, always in this order: build assert smoke tune stream kernels rsvd model tests sanitizer racecheck (and, when they are named, sweep, and
 # descendant: a real pair, by itself within the deadline; GSM8K names its rows, SMOLLM2 a model folder instead of the package's).
 # A failed build or assertion stops the rest: figures of torch's own operations would be no figures of pkt. Otherwise every step
 # runs whatever became of those before it. $OUT (bench/results) then holds JSON files, written after every group of a bench, and
@@ -18,7 +18,7 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 results=${OUT:-bench/results}
 deadline=${DEADLINE:-530}
-steps=${STEPS:-build assert smoke stream kernels rsvd model tests sanitizer}
+steps=${STEPS:-build assert smoke tune stream kernels rsvd model tests sanitizer racecheck}
 mkdir -p "$results"
 results=$(cd "$results" && pwd)
 logs=$(mktemp -d)
@@ -26,8 +26,8 @@ rm -f "$results/steps.jsonl"
 export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # A step's share of the deadline. What it does not use is the next one's, so it may run until all shares up to its own are over.
-declare -A share=([build]=90 [assert]=15 [smoke]=45 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
-    [sweep]=120 [descendant]=530)
+declare -A share=([build]=90 [assert]=15 [smoke]=45 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
+    [racecheck]=30 [sweep]=120 [descendant]=530)
 total=0 reached=0 stopped="" failed=()
 for name in $steps; do
     [[ -n ${share[$name]:-} ]] || { echo "there is no step $name; there are ${!share[*]}" >&2; exit 2; }
@@ -49,6 +49,9 @@ command_of() {
         build) command=("$python" bench/build_extension.py --device "$device") ;;
         assert) command=("$python" bench/smoke.py --device "$device" --implementations) ;;
         smoke) command=("$python" bench/smoke.py --device "$device") ;;
+        # The kernels to choose from, each against today's; what was found serves the steps after it. Steps that ask whether ops
+        # are right take today's, and say themselves which other they try.
+        tune) command=("$python" -m pkt env --tune) ;;
         stream) command=("$python" bench/bench_stream.py --device "$device" "${tiny[@]}") ;;
         kernels) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}") ;;
         rsvd) command=("$python" bench/bench_rsvd.py --device "$device" "${tiny[@]}" --shapes 11008x4096,4096x4096 --ranks 16
@@ -64,13 +67,16 @@ command_of() {
             ;;
         tests)
             mapfile -t gpu_tests < <(grep -rl --include="test_*.py" "pytest.mark.gpu" tests)
-            command=("$python" -m pytest -m gpu -v --durations=10 "${gpu_tests[@]}")
+            command=(env PKT_KERNEL=triton "$python" -m pytest -m gpu -v --durations=10 "${gpu_tests[@]}")
             [[ $device == cpu ]] && command+=(--collect-only)
             ;;
-        sanitizer)
+        sanitizer | racecheck)
             # Without the caching allocator, so that each tensor's end is a border that is watched.
-            command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --report-api-errors no
-                "$python" bench/smoke.py --device "$device" --out "$logs/sanitizer")
+            command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --report-api-errors no)
+            # Races in shared memory: of the kernels whose warps wait for each other by barriers of their own.
+            [[ $1 == racecheck ]] && command+=(--tool racecheck)
+            command+=("$python" bench/smoke.py --device "$device" --out "$logs/$1")
+            [[ $1 == racecheck ]] && command+=(--only linear_sensitivity)
             command -v compute-sanitizer >/dev/null || missing="there is no compute-sanitizer"
             [[ $device == cpu ]] && missing="there is no GPU"
             ;;
@@ -117,7 +123,7 @@ run() {
     [[ $name == build || $name == assert ]] && stopped="$name failed"
 }
 
-for name in build assert smoke stream kernels rsvd model tests sanitizer sweep descendant; do
+for name in build assert smoke tune stream kernels rsvd model tests sanitizer racecheck sweep descendant; do
     [[ " $steps " == *" $name "* ]] && run "$name"
 done
 rm -rf "$logs"

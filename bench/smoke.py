@@ -1,9 +1,11 @@
 """Every op of pkt once, small, on one device, against its formula in fp64 on the CPU; and which implementation each one has.
 
     python bench/smoke.py --device cuda                     # writes smoke_cuda.json
+    python bench/smoke.py --device cuda --only linear       # the ops whose names begin so
     python bench/smoke.py --device cuda --implementations   # runs nothing; fails if an op has no kernel of its own there
 
-Where an op leaves the device unusable, the ops after it run in a new process, so that one fault does not hide another.
+An op that several kernels can serve is run with each that the device can run, forced by PKT_KERNEL: today's as `op`, another as
+`op@kernel`. Where an op leaves the device unusable, the ops after it run in a new process, so that one fault does not hide another.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from measuring import RESULTS, Report, implementations
 from torch import Tensor
 
 from pkt import ops
+from pkt.ops import candidates
 
 # What may serve an op on a device: on a GPU torch's own operations would, unnoticed, if a build or an import went wrong.
 SERVES = {"cuda": ("CUDA", "Triton"), "cpu": ("C++", "torch")}
@@ -176,11 +179,20 @@ def unserved(device: torch.device) -> list[str]:
     return [f"{op} uses {used}: {why}" for op, (used, why) in found.items() if used not in SERVES[device.type]]
 
 
-def check(op: str, device: torch.device, report: Report) -> bool:
+def works(device: torch.device) -> list[str]:
+    """Every op, and those with several kernels once more for each other that runs there."""
+    others = [name for name in candidates.MODULES if name != candidates.STANDARD and device.type == "cuda"]
+    able = [name for name in others if candidates.obstacle(name, device) is None]
+    return [*CASES, *(f"{op}@{name}" for name in able for op in CASES if op.startswith("linear_sensitivity"))]
+
+
+def check(work: str, device: torch.device, report: Report) -> bool:
     """Run one op in both working types; whether the device is still usable afterwards."""
+    op, _, kernel = work.partition("@")
+    os.environ["PKT_KERNEL"] = kernel or candidates.STANDARD
     run, tolerance = CASES[op]
     for dtype in (torch.bfloat16, torch.float32):
-        name = f"{op} {str(dtype).removeprefix('torch.')}"
+        name = f"{work} {str(dtype).removeprefix('torch.')}"
         try:
             error = run(Inputs(device, dtype))
         except Exception as fault:
@@ -188,7 +200,7 @@ def check(op: str, device: torch.device, report: Report) -> bool:
         else:
             # NaN is not within any tolerance.
             good = error <= tolerance
-            report.add({"op": op, "dtype": str(dtype), "error": error, "tolerance": tolerance, "passed": good})
+            report.add({"op": work, "dtype": str(dtype), "error": error, "tolerance": tolerance, "passed": good})
             print(f"{name:36} error {error:.1e} of {tolerance:.0e} {'ok' if good else 'WRONG'}", flush=True)
             if not good:
                 report.fail(name, ValueError(f"error {error:.1e} where {tolerance:.0e} is allowed"))
@@ -207,6 +219,7 @@ def main() -> int:
     parser.add_argument(
         "--implementations", action="store_true", help="only say what serves each op, and whether it may"
     )
+    parser.add_argument("--only", default="", help="the beginning of the names of the ops to run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--after", help=argparse.SUPPRESS)  # the op at which the process before this one broke
     options = parser.parse_args()
@@ -217,11 +230,11 @@ def main() -> int:
         return int(bool(missing))
     path = options.out / f"smoke_{device.type}.json"
     report = Report.resumed(path) if options.after else Report(path, device)
-    left = list(CASES)
-    for op in left[left.index(options.after) + 1 if options.after else 0 :]:
-        if not check(op, device, report):
-            again = [sys.executable, __file__, "--device", options.device, "--out", str(options.out), "--after", op]
-            os.execv(sys.executable, again)
+    left = [work for work in works(device) if work.startswith(options.only)]
+    for work in left[left.index(options.after) + 1 if options.after else 0 :]:
+        if not check(work, device, report):
+            again = [sys.executable, __file__, "--device", options.device, "--out", str(options.out), "--only"]
+            os.execv(sys.executable, [*again, options.only, "--after", work])
     return report.finish()
 
 

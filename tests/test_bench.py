@@ -22,7 +22,7 @@ import torch
 from pkt import ops
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("build", "assert", "smoke", "stream", "kernels", "rsvd", "model", "tests", "sanitizer")
+STEPS = ("build", "assert", "smoke", "tune", "stream", "kernels", "rsvd", "model", "tests", "sanitizer", "racecheck")
 MEBIBYTE = 2**20
 
 
@@ -285,7 +285,7 @@ def test_every_step_runs_in_order_within_the_deadline(tmp_path: Path) -> None:
     assert list(untils(output)) == list(STEPS)
     # The shares add up to the deadline.
     assert list(untils(output).values()) == sorted(untils(output).values())
-    assert untils(output)["sanitizer"] == 530
+    assert untils(output)["racecheck"] == 530
     assert logs(tmp_path) == dict.fromkeys(STEPS, "done by a stand-in\n")
     assert output.splitlines()[-1].startswith("34B from host memory")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.tar.gz", "steps.jsonl"]
@@ -381,7 +381,7 @@ def test_a_rehearsal_of_the_gpu_s_slot(tmp_path: Path) -> None:
     assert status == 0, output[-6000:]
     found = said(out)
     assert list(found) == list(STEPS)
-    assert found.pop("sanitizer") == "not run: there is no GPU"
+    assert found.pop("sanitizer") == found.pop("racecheck") == "not run: there is no GPU"
     assert set(found.values()) == {"passed"}, output[-6000:]
     assert list((copy / "pkt").glob("_C*.so"))
 
@@ -389,7 +389,7 @@ def test_a_rehearsal_of_the_gpu_s_slot(tmp_path: Path) -> None:
     benches = ["kernels_tiny.json", "kernels_tiny_tiny.json", "rsvd_tiny.json", "smoke_cpu.json", "stream_tiny.json"]
     assert files == sorted([*benches, "logs.tar.gz", "steps.jsonl"])
     assert all(path.stat().st_size < 16 * MEBIBYTE for path in out.iterdir())
-    assert set(logs(out)) == set(STEPS) - {"sanitizer"}
+    assert set(logs(out)) == set(STEPS) - {"sanitizer", "racecheck"}
     for name in benches:
         report = json.loads((out / name).read_text())
         assert report["complete"], name

@@ -217,16 +217,19 @@ def choose_blocks(
     return min(fitting, key=cost)
 
 
-def _ragged_descriptor(rows: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """A descriptor whose bound moves with the sample, so that the hardware writes zeros past its end.
+def ragged(rows: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of a descriptor whose bound moves with the sample, so that the hardware writes zeros past its end.
 
     Two leading dimensions of strides 2**34 - s and s are walked 2**30 and (start + length) steps. With the row index
     counted down from the bound 2**30, the three offsets add up to start + t modulo 2**64, and rows past the sample's
     end are past the bound. (The idea is that of triton.tools.ragged_tma.)
     """
     stride = rows.stride(0)
-    shape = [0x7FFF0000, 0x7FFF0000, 1 << 30, rows.shape[1]]
-    return TensorDescriptor(rows, shape, [2**34 - stride, stride, stride, 1], [1, 1, block_rows, block_columns])
+    return [0x7FFF0000, 0x7FFF0000, 1 << 30, rows.shape[1]], [2**34 - stride, stride, stride, 1]
+
+
+def _ragged_descriptor(rows: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    return TensorDescriptor(rows, *ragged(rows), [1, 1, block_rows, block_columns])
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
@@ -238,6 +241,37 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     padded = rows.new_zeros(len(rows), width + -width % 16)
     padded[:, :width] = rows
     return padded
+
+
+class Problem(NamedTuple):
+    """The tensors as the kernels take them: out and w along their rows, x and dy of one type, aligned."""
+
+    out: torch.Tensor
+    w: torch.Tensor
+    x: torch.Tensor
+    dy: torch.Tensor
+    seq_starts: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        out: torch.Tensor,
+        w: torch.Tensor,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        seq_starts: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> Problem | None:
+        """None where there is nothing to add."""
+        if w.numel() == 0 or seq_starts.numel() == 0 or len(x) == 0:
+            return None
+        if w.stride(0) < w.stride(1):
+            # A transposed weight: the transposed problem reads and writes it along its rows.
+            out, w, x, dy = out.T, w.T, dy, x
+        dtype = torch.promote_types(x.dtype, dy.dtype)
+        x, dy = _aligned(x.to(dtype)), _aligned(dy.to(dtype))
+        return cls(out, w, x, dy, seq_starts.contiguous(), seq_lens.contiguous())
 
 
 def linear_sensitivity(
@@ -294,16 +328,13 @@ def _accumulate(
     power: int,
     weighted: bool,
 ) -> None:
-    if w.numel() == 0 or seq_starts.numel() == 0 or len(x) == 0:
+    problem = Problem.of(out, w, x, dy, seq_starts, seq_lens)
+    if problem is None:
         return
-    if w.stride(0) < w.stride(1):
-        # A transposed weight: the transposed problem reads and writes it along its rows.
-        out, w, x, dy = out.T, w.T, dy, x
-    dtype = torch.promote_types(x.dtype, dy.dtype)
-    x, dy = _aligned(x.to(dtype)), _aligned(dy.to(dtype))
+    out, w, x, dy, seq_starts, seq_lens = problem
     n, m = w.shape
     capability = launch.capability(x.device)
-    blocks = choose_blocks(n, m, dtype, capability, launch.multiprocessors(x.device), tile)
+    blocks = choose_blocks(n, m, x.dtype, capability, launch.multiprocessors(x.device), tile)
     descriptors = capability[0] in (9, 10) and len(x) <= 1 << 30
     grid = (triton.cdiv(n, blocks.n) * triton.cdiv(m, blocks.m),)
     with launch.on_device(x):
@@ -311,11 +342,11 @@ def _accumulate(
             out, w,
             _ragged_descriptor(x, blocks.t, blocks.m) if descriptors else x,
             _ragged_descriptor(dy, blocks.t, blocks.n) if descriptors else dy,
-            seq_starts.contiguous(), seq_lens.contiguous(),
+            seq_starts, seq_lens,
             len(x), n, m, x.shape[1], dy.shape[1], seq_starts.numel(),
             *out.stride(), *w.stride(), *x.stride(), *dy.stride(),
             TILE=tile, POWER=power, WEIGHTED=weighted, BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_T=blocks.t, BAND=BAND,
             STAGES=blocks.num_stages, DESCRIPTORS=descriptors,
-            PRECISION="tf32x3" if dtype == torch.float32 else "tf32", INTERPRETED=launch.INTERPRETED,
+            PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", INTERPRETED=launch.INTERPRETED,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages, **launch.OPTIONS,
         )  # fmt: skip

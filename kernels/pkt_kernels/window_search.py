@@ -6,8 +6,9 @@ and every device finds the same window, ties included (the first in row-major or
 
 best_window is separable and never stores a summed-area table. Pass 1 finds max(score). Pass 2 slides the window's
 width along every row: P[i, c] = Σ_k q[i, c + k], by a scan over q[i, c + cols - 1] - q[i, c - 1]. It writes P only for
-the rows that pass 3 adds or drops, and for the others their sums by chunks of rows. Pass 3 slides its height down P in
-the same way and keeps the largest sum of every piece; pass 4 takes the best of those.
+the rows that pass 3 adds or drops, and for the others their sums by chunks of rows, of which a scan down the columns makes
+running sums. Pass 3 slides its height down P in the same way and keeps the largest sum of every piece; pass 4 takes the
+best of those.
 Bytes: score twice, P of about 2(n - rows) rows and m - cols + 1 columns written and read once; 2.3 reads of score
 for 13824 × 5120 → 11008 × 4096. Limit: memory bandwidth.
 """
@@ -24,6 +25,8 @@ from pkt_kernels import launch
 CHUNK = 16
 BLOCK_C = 128
 AXIS_CHUNKS = 16
+# Rows and columns of a block of the scan: a row of it is a sector of memory or two.
+SCAN_R, SCAN_C = 256, 8
 
 LOWEST = tl.constexpr(-(2**63))
 HIGHEST = tl.constexpr(2**63 - 1)
@@ -93,6 +96,20 @@ def _row_windows_kernel(
         tl.store(sums_ptr + place[:, None] * NUM_C + slot[None, :], windows, mask=stored[:, None] & kept[None, :])
         chunk_sum = tl.sum(tl.where(mask_i[:, None], windows, 0), axis=0)
         tl.store(chunk_sums_ptr + (chunk + 1) * NUM_C + slot, chunk_sum, mask=kept)
+
+
+@triton.jit
+def _column_scan_kernel(sums_ptr, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Running sums down BLOCK_C columns, in place: BLOCK_R rows at a time, so that their loads are in flight together."""
+    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    before = tl.zeros((BLOCK_C,), dtype=tl.int64)
+    for first in range(0, rows, BLOCK_R):
+        offs_r = first + tl.arange(0, BLOCK_R)
+        mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
+        pointers = sums_ptr + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :]
+        values = tl.load(pointers, mask=mask, other=0)
+        tl.store(pointers, before[None, :] + tl.cumsum(values, axis=0), mask=mask)
+        before += tl.sum(values, axis=0)
 
 
 @triton.jit
@@ -228,10 +245,14 @@ def best_window(
             n, m, cols, col_step, num_c, low_end, high_start, *score.stride(), quantization_bits(rows * cols),
             CHUNK=CHUNK, BLOCK_C=BLOCK_C, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
+        # torch's cumsum(0) gives a column to one thread, whose loads follow one another.
+        _column_scan_kernel[(triton.cdiv(num_c, SCAN_C),)](
+            chunk_sums, chunks + 1, num_c, BLOCK_R=SCAN_R, BLOCK_C=SCAN_C, num_warps=8, **launch.OPTIONS
+        )
         best = score.new_empty(row_pieces * column_pieces, dtype=torch.int64)
         index = torch.empty_like(best)
         _column_windows_kernel[(row_pieces, column_pieces)](
-            sums, chunk_sums.cumsum(0), best, index,
+            sums, chunk_sums, best, index,
             n, rows, row_step, num_c, low_end, high_start,
             CHUNK=CHUNK, BLOCK_C=BLOCK_C, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip

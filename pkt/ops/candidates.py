@@ -11,7 +11,10 @@ from torch import Tensor
 
 STANDARD = "triton"
 # Name -> its module; the first is today's, against which the others are held.
-MODULES: dict[str, str] = {STANDARD: "pkt_kernels.linear_sensitivity"}
+MODULES: dict[str, str] = {
+    STANDARD: "pkt_kernels.linear_sensitivity",
+    "gluon": "pkt_kernels.linear_sensitivity_hopper",
+}
 
 
 class Kernel(Protocol):

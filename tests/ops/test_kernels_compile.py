@@ -21,7 +21,14 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process", allow_module_level=True)
 
-from pkt_kernels import abs_accumulate, embedding_sensitivity, launch, linear_sensitivity, window_search  # noqa: E402
+from pkt_kernels import (  # noqa: E402
+    abs_accumulate,
+    embedding_sensitivity,
+    launch,
+    linear_sensitivity,
+    linear_sensitivity_hopper,
+    window_search,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
@@ -185,6 +192,44 @@ def check_linear(
         # has not fallen back to waiting after every instruction.
         assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx) == ["1", "0", "0"]
         assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", disassembly(kernel, tmp_path))) == 2
+
+
+@pytest.mark.parametrize("capability", [90])
+@pytest.mark.parametrize(
+    ("dtype", "tile", "measure"),
+    [
+        pytest.param(BF16, 0, (1, True), id="bf16"),
+        *(
+            pytest.param(dtype, tile, measure, id=f"{dtype}-{tile}-{measure}", marks=pytest.mark.slow)
+            for dtype, tile, measure in [
+                (FP16, 0, (1, True)),
+                *((BF16, tile, (1, True)) for tile in (16, 32, 64)),
+                *((BF16, tile, measure) for tile in (0, 64) for measure in [(2, True), (1, False), (2, False)]),
+            ]
+        ),
+    ],
+)
+def test_linear_sensitivity_on_hopper(
+    compiled: list[Any], capability: int, dtype: torch.dtype, tile: int, measure: tuple[int, bool], tmp_path: Path
+) -> None:
+    size = 4096
+    out = torch.empty(size // (tile or 1), size // (tile or 1))
+    linear_sensitivity_hopper.linear_sensitivity_tiles(out, *linear_inputs(size, size, dtype), tile, *measure)
+    check_resources(compiled, capability, tmp_path)
+    (kernel,) = compiled
+    # One block a multiprocessor: two warpgroups of 232 registers and, with the one warp's, four of 24.
+    assert set(re.findall(r"setmaxnreg.inc.sync.aligned.u32\s+(\d+)", kernel.asm["ptx"])) >= {"232"}
+    assert "setmaxnreg.dec.sync.aligned.u32 \t24;" in kernel.asm["ptx"]
+    code = disassembly(kernel, tmp_path)
+    # A step of 64 rows is four products in each warpgroup and four copies (x is two of them) in the producer.
+    assert code.count("HGMMA.64x128x16") == 8
+    assert code.count("UTMALDG.4D") == 4
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    # In each warpgroup the product before this one is waited for, and all where a sample ends; a serialized one waits more.
+    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", code) == ["0x1", "0x0"] * 2
+    # |g| is a modifier of the addition: nothing else is done to an element where a sample ends.
+    if measure[0] == 1:
+        assert len(re.findall(r"FADD R\d+, \|R\d+\|, R\d+", code)) == 2 * 64
 
 
 def accumulate_flat(*measure: Any) -> None:

@@ -19,6 +19,8 @@ from pkt_kernels.abs_accumulate import abs_accumulate, abs_accumulate_many  # no
 from pkt_kernels.embedding_sensitivity import embedding_sensitivity  # noqa: E402
 from pkt_kernels.window_search import axis_sums, best_window, block_sums  # noqa: E402
 
+from pkt.ops import candidates  # noqa: E402
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Relative Frobenius error against fp64; the inputs are taken as they are, so 16-bit ones cost nothing.
 TOLERANCE = {FP32: 1e-5, BF16: 1e-5, FP16: 1e-5}
@@ -79,6 +81,36 @@ def test_linear_sensitivity(shape: tuple[int, int], dtype: torch.dtype) -> None:
     w = torch.randn(n, m, dtype=dtype)
     found = twice(lambda acc: linear_sensitivity.linear_sensitivity(acc, w, x, dy, starts, lengths), shape)
     assert relative(found, reference(w, x, dy, starts, lengths)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4099, 2055), (130, 72)], ids=str)
+@pytest.mark.parametrize("tile", [0, 16, 64])
+def test_candidates(shape: tuple[int, int], dtype: torch.dtype, tile: int) -> None:
+    """Each against fp64, whether or not it was chosen here."""
+    n, m = shape
+    names = [name for name in candidates.MODULES if name != candidates.STANDARD]
+    device = torch.device("cuda", torch.cuda.current_device())
+    able = [name for name in names if candidates.obstacle(name, device) is None]
+    able = [name for name in able if candidates.kernel(name).serves(dtype, tile)]
+    if not able:
+        pytest.skip("no candidate runs here")
+    starts, lengths, (x, dy) = packed([512] * 4 + [1, 0, 63, 64, 65, 300], 5, m, n, dtype=dtype)
+    w = torch.randn(n, m, dtype=dtype)
+    truth = reference(w, x, dy, starts, lengths)
+    if tile:
+        truth = torch.nn.functional.pad(truth, (0, -m % tile, 0, -n % tile))
+        truth = truth.view(-(-n // tile), tile, -(-m // tile), tile).sum((1, 3))
+    for name in able:
+        kind = candidates.Kind(tile, dtype, 1, True)
+        try:
+            found = twice(
+                lambda out, name=name, kind=kind: candidates.run(name, kind, out, w, x, dy, starts, lengths),
+                truth.shape,
+            )
+        except launch.NoFormError:
+            continue
+        assert relative(found, truth) <= TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
