@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 DELAY = 2.0
+_quiet = False
+
+
+def silence(wanted: bool = True) -> None:
+    """No bar and no word of what is going on from here on (`--quiet`); results, warnings and errors are said all the same."""
+    global _quiet
+    _quiet = wanted
+
+
+def is_silent() -> bool:
+    return _quiet
+
+
+def tell(*lines: str) -> None:
+    """Lines on stderr of what is going on."""
+    for text in () if _quiet else lines:
+        print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -37,7 +55,7 @@ def bar(what: str, total: int, *, unit: str = "", shown: bool = True) -> Iterato
 
     def advance(done: int) -> None:
         nonlocal started
-        if shown and not started and done < total and time.perf_counter() - begin > DELAY:
+        if shown and not _quiet and not started and done < total and time.perf_counter() - begin > DELAY:
             progress.start()
             started = True
         progress.update(task, completed=done)

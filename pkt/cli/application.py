@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import typer
 from rich.console import Console
 
 from pkt.errors import PktError
+from pkt.progress import is_silent, silence
 from pkt.version import __version__
 
 if TYPE_CHECKING:
@@ -21,7 +24,38 @@ if TYPE_CHECKING:
 # What several ranks do together, and what one of them does while the others wait.
 SHARED, ALONE = ("transfer", "sensitivity", "train"), ("transplant", "start")
 
-app = typer.Typer(
+
+class Application(typer.Typer):
+    """Every command has --quiet, whatever else it takes."""
+
+    def command(  # type: ignore[override]
+        self, *args: Any, **options: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        register = super().command(*args, **options)
+
+        def added(function: Callable[..., Any]) -> Callable[..., Any]:
+            own = [
+                p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(function, eval_str=True).parameters.values()
+            ]
+            flag = typer.Option("--quiet", help="Results, warnings and errors only.")
+            quiet = inspect.Parameter(
+                "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, flag]
+            )
+
+            @functools.wraps(function)
+            def run(*, quiet: bool, **given: Any) -> Any:
+                silence(quiet)
+                return function(**given)
+
+            run.__signature__ = inspect.Signature([*own, quiet])  # type: ignore[attr-defined]
+            run.__annotations__ = {}
+            register(run)
+            return function
+
+        return added
+
+
+app = Application(
     name="pkt",
     no_args_is_help=True,
     add_completion=False,
@@ -113,8 +147,9 @@ def say(text: str) -> None:
 
 
 def next_line(command: str) -> None:
-    """What to type next."""
-    say(f"next: {command}")
+    """What to type next; nothing with --quiet."""
+    if not is_silent():
+        say(f"next: {command}")
 
 
 def print_json(value: Any) -> None:

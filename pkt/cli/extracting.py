@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, state
+from pkt.cli.application import app, next_line, out_console, print_json, resumable, state
 from pkt.cli.flags import Force, JsonFlag, OutDir, Rescore, SeedFile, Student, Teacher, takes
 from pkt.errors import PktError
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
+from pkt.progress import tell
 
 
 @app.command(rich_help_panel="The main path")
@@ -83,7 +84,7 @@ def transfer(
         return
     for folder, ext in results.items():
         there = "" if shown else "the result of this command is there already: "
-        out_console.print(f"{folder}: {there}{ext}", highlight=False)
+        out_console.print(f"{folder}: {there}{ext.summary()[0]}", highlight=False)
         next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
 
 
@@ -97,18 +98,15 @@ def _tell_kin(teacher: str, student: str, seeds: Path | None) -> None:
         return  # the transfer says what is wrong
     if found is not None:
         file = "SEEDS.jsonl" if seeds is None else shlex.quote(str(seeds))
-        err_console.print(
+        tell(
             f"the student looks like a descendant of the teacher (its neurons match at {found.cosine:.2f}, by chance "
             f"{found.chance:.2f}); for such pairs transplant does better: pkt transplant {shlex.quote(teacher)} "
-            f"{shlex.quote(student)} {file} --base BASE --out DIR",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{shlex.quote(student)} {file} --base BASE --out DIR"
         )
 
 
 def _print_memory(memory: Any) -> None:
-    err_console.print(*memory.lines(), sep="\n", highlight=False)
+    tell(*memory.lines())
 
 
 def _as_row(folder: str, ext: Any) -> dict[str, Any]:
@@ -149,6 +147,7 @@ def sensitivity(
         str, typer.Option("--measure", help="theta_grad (what pkt plan takes), grad, fisher or theta_grad_squared.")
     ] = "theta_grad",
     rescore: Rescore = False,
+    json_: JsonFlag = False,
     **options: Any,
 ) -> None:
     """Score every parameter of the teacher on the seeds and save the scores.
@@ -159,7 +158,7 @@ def sensitivity(
     from pkt.transferring import Listeners, score_checkpoint
 
     with resumable(run_path(out).is_dir, force=False):
-        told = Listeners(on_memory=_print_memory)
+        told = Listeners() if json_ else Listeners(on_memory=_print_memory)
         sens = score_checkpoint(
             teacher,
             seeds,
@@ -173,7 +172,10 @@ def sensitivity(
         )
     if sens is None:  # another rank has it
         return
-    out_console.print(f"{out}: {sens}", highlight=False)
+    if json_:
+        print_json({"out": str(out), "measure": measure, "parameters": len(sens), "losses": sens.losses})
+        return
+    out_console.print(f"{out}: {sens.summary()[0]}", highlight=False)
     if measure == "theta_grad":
         next_line(f"pkt plan {shlex.quote(str(out))} {shlex.quote(teacher)} STUDENT --out PLAN.json")
 
@@ -214,6 +216,7 @@ def extract(
         typer.Option("--student", help="Check that the plan fits it; default: the plan's own, where it is here."),
     ] = None,
     force: Force = False,
+    json_: JsonFlag = False,
     **options: Any,
 ) -> None:
     """Cut a plan's regions out of the teacher and factorize them into a LoRA folder."""
@@ -227,7 +230,10 @@ def extract(
         student = named
     ext = pkt.extract(teacher, made, student=student, **options)
     ext.save(out, force=force)
-    out_console.print(f"{out}: {ext}", highlight=False)
+    if json_:
+        print_json(_as_row(str(out), ext))
+        return
+    out_console.print(f"{out}: {ext.summary()[0]}", highlight=False)
     next_line(f"pkt train {shlex.quote(ext.plan.student['name'])} {shlex.quote(str(out))} DATA.jsonl --out RUN")
 
 
@@ -247,11 +253,15 @@ def import_(
         ),
     ] = None,
     force: Force = False,
+    json_: JsonFlag = False,
 ) -> None:
     """Read what the method's authors' released code extracted, as a LoRA folder that pkt trains and finalizes."""
     from pkt.extraction import import_released
 
     start = import_released(folder, out, student=student, trained_from=trained_from, force=force)
-    out_console.print(f"{out}: {start}", highlight=False)
+    if json_:
+        print_json({"out": str(out), "pairs": len(start.pairs), "rank": start.rank, "student": start.student["name"]})
+        return
+    out_console.print(f"{out}: {start.summary()[0]}", highlight=False)
     name = shlex.quote(str(start.student["name"]))
     next_line(f"pkt train {name} {shlex.quote(str(out))} DATA.jsonl --out RUN")

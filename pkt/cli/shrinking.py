@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, say
+from pkt.cli.application import app, next_line, out_console, print_json, say
 from pkt.cli.flags import Force, JsonFlag, OutDir, Teacher, takes
 from pkt.options import Execution, Limits, Reading, Score
+from pkt.progress import tell
 
 
 @app.command(rich_help_panel="The main path")
@@ -49,7 +50,7 @@ def shrink(
     import pkt
 
     def show(memory: Any) -> None:
-        err_console.print(*memory.lines(), sep="\n", highlight=False)
+        tell(*memory.lines())
 
     made = pkt.shrink(
         teacher, seeds, like=like, params=params, out=out, score=score, seed=seed, force=force, progress=not json_,

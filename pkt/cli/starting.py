@@ -48,5 +48,5 @@ def start(
         return
     for name, value in made.provenance["told"].items():
         out_console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
-    say(f"{out}: {made}")
+    say(f"{out}: {made.summary()[0]}")
     next_line(f"pkt train {shlex.quote(student)} {shlex.quote(str(out))} DATA.jsonl --out RUN")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, state
+from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say, state
 from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype, takes
 from pkt.options import (
     AnswerRule,
@@ -57,6 +57,7 @@ def inject(
         typer.Option("--save-residual", help="Folder for the complete base of --mode residual; default: OUT/base."),
     ] = None,
     force: Force = False,
+    json_: JsonFlag = False,
 ) -> None:
     """Write the injected adapter as a folder that any trainer can start from (residual: its base too)."""
     from pkt.training import write_injected
@@ -72,6 +73,9 @@ def inject(
         save_residual=save_residual,
         force=force,
     )
+    if json_:
+        print_json({"out": str(out), "written": list(written)})
+        return
     for line in written:
         out_console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -191,9 +195,11 @@ def train(
     dropout: DropoutOption = None,
     max_length: MaxLength = 2048,
     force: Annotated[bool, typer.Option("--force", help="Start over; what pkt wrote in OUT is removed.")] = False,
+    json_: JsonFlag = False,
     **options: Any,
 ) -> None:
     """Start a LoRA in the student, from an extraction or plainly, and train it (or, with --full, all weights) with transformers."""
+    from pkt.manifest import read_manifest
     from pkt.training import train as run
 
     # One path after the student: the rows alone.
@@ -215,8 +221,12 @@ def train(
             group=state.ranks,
             **options,
         )
+    if json_:
+        found = read_manifest(out)
+        print_json({"out": str(out), "train_loss": found.get("train_loss"), "held_out": found.get("held_out")})
+        return
     logs = f"; logs for TensorBoard in {out / 'logs'}" if "tensorboard" in options["report_to"] else ""
-    out_console.print(f"{out}: trained{logs}", highlight=False)
+    say(f"{out}: trained{logs}")
     place = shlex.quote(str(out))
     next_line(f"pkt evaluate {place} TEST.jsonl" if full else f"pkt finalize {place} --out ADAPTER")
 
@@ -314,7 +324,7 @@ def evaluate(
     today = None if adapter is None else recorded_day(adapter / MANIFEST)
     rows = load_seeds(data, tokenizer, max_length=max_length, limit=limit, today=today)
     loaded = load_with_adapter(model, adapter, device=device)
-    result = run(loaded, rows, tokenizer=tokenizer, exact_match=exact_match, answer=answer)
+    result = run(loaded, rows, tokenizer=tokenizer, exact_match=exact_match, answer=answer, progress=not json_)
     if json_:
         found = {"rows": result.rows, "tokens": result.tokens, "nll": result.nll, "exact_match": result.exact_match}
         print_json(found if rows.today is None else {**found, "today": rows.today.isoformat()})

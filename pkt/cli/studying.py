@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
 from pkt.cli.flags import JsonFlag
+from pkt.progress import tell
 
 
 def _place(help_: str) -> Any:
@@ -57,14 +58,14 @@ def study(
         return
     begin = time.perf_counter()
 
-    def told(job: Any, error: str | None) -> None:
+    def show(job: Any, error: str | None) -> None:
         seconds = time.perf_counter() - begin
         line = f"{seconds:6.0f} s  {job}" + ("" if error is None else f": failed: {error}")
-        err_console.print(line, highlight=False, markup=False, soft_wrap=True)
+        tell(line)
 
     with resumable(lambda: (out / "cells").is_dir(), force=False):
         found = run_layout(
-            layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), told=told, only_report=report
+            layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), told=show, only_report=report
         )
     if json_:
         print_json(found)
@@ -86,6 +87,7 @@ def rows(
     out: Annotated[Path, typer.Option("--out", help="JSONL file to write.", show_default=False)],
     shots: Annotated[int, typer.Option(help="Examples before each question.", min=0)] = 0,
     examples: Annotated[Path | None, typer.Option(help="Where they are taken from.", show_default=False)] = None,
+    json_: JsonFlag = False,
 ) -> None:
     """Turn a published data set into rows, with the prompts of the paper's evaluation."""
     from pkt.files import check_output_file
@@ -93,7 +95,11 @@ def rows(
 
     # Rows bear no mark of pkt's, so a file that is there is never replaced.
     check_output_file(out, "pkt-rows")
-    say(f"{out}: {convert(source, data, out, shots=shots, examples=examples)} rows")
+    count = convert(source, data, out, shots=shots, examples=examples)
+    if json_:
+        print_json({"out": str(out), "rows": count})
+    else:
+        say(f"{out}: {count} rows")
 
 
 def _show_plan(layout: Any, out: Path, json_: bool) -> None:

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, print_json, resumable, say
+from pkt.cli.application import app, next_line, print_json, resumable, say
 from pkt.cli.flags import Force, JsonFlag, Teacher, takes
 from pkt.errors import PktError
 from pkt.options import Execution, Memory, RowTemplate, TrainingLoss
+from pkt.progress import tell
 
 
 @app.command(rich_help_panel="The main path")
@@ -74,7 +75,7 @@ def teach(
         found = pkt.teach(
             teacher, data, out=out, draws=draws, top=top, seed=seed, tokenizer=tokenizer, loss=loss, template=template,
             max_length=max_length, force=force, progress=not json_,
-            on_memory=None if json_ else lambda memory: err_console.print(*memory.lines(), sep="\n", highlight=False),
+            on_memory=None if json_ else lambda memory: tell(*memory.lines()),
             **options,
         )  # fmt: skip
     if json_:

@@ -153,5 +153,5 @@ def _tell(start: Any, out: Path | None, merge: Path | None, student: str) -> Non
     if out is None:
         next_line(f"pkt evaluate {shlex.quote(str(merge))} TEST.jsonl, or train it as it is")
         return
-    say(f"{out}: {start}")
+    say(f"{out}: {start.summary()[0]}")
     next_line(f"pkt train {shlex.quote(student)} {shlex.quote(str(out))} DATA.jsonl --out RUN, or serve it as it is")

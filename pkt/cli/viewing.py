@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from pkt.cli.application import app, out_console, print_json
@@ -34,11 +35,16 @@ def inspect(
 def report(
     folder: Annotated[Path, typer.Argument(help="An extraction, a transplant or a start.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file; default: report.html in the folder.")] = None,
+    json_: JsonFlag = False,
 ) -> None:
     """Write a page: regions and what they catch; or lineage, the loss at each α, energies and what was left out."""
     from pkt.reporting import write_report
 
-    out_console.print(str(write_report(folder, out)), highlight=False)
+    path = str(write_report(folder, out))
+    if json_:
+        print_json({"out": path})
+    else:
+        out_console.print(path, highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Look")
@@ -105,8 +111,12 @@ def demo(
         int, typer.Option("--seeds", help="Training seeds per method; the committed figures have 5.", min=2)
     ] = 3,
     force: Force = False,
+    json_: JsonFlag = False,
 ) -> None:
     """A few minutes: who descends from a tiny teacher, what it gives them, and every control beside it. Needs no network."""
     from pkt.demo import run_demo
 
-    run_demo(out, seeds=seeds, force=force, console=out_console)
+    if json_:
+        print_json(run_demo(out, seeds=seeds, force=force, console=Console(quiet=True)))
+    else:
+        run_demo(out, seeds=seeds, force=force, console=out_console)

@@ -17,6 +17,7 @@ from pkt.planning.options import ModuleMap, read_map, read_vocabulary
 from pkt.planning.pairing import Feed, Pairing, steps_of
 from pkt.planning.regions import Region, Wanted, select_experts, select_region
 from pkt.planning.transfer_plan import Entry, TransferPlan, spans
+from pkt.progress import bar
 from pkt.scoring import Sensitivity
 
 
@@ -109,10 +110,12 @@ class Chooser:
         choosers = {
             layer: self.expert_chooser(layer, lambda source: expert_sums(score_of(source))) for layer in [None, *chosen]
         }
-        for target in self.pairing.targets:
-            layer = None if target.layer is None else chosen[target.layer]
-            for feed in self.pairing.feeds(target, layer):
-                entries += self.entries(feed, score_of, choosers[layer], sens.tile)
+        with bar("choosing regions", len(self.pairing.targets), unit="matrices") as advance:
+            for done, target in enumerate(self.pairing.targets, 1):
+                layer = None if target.layer is None else chosen[target.layer]
+                for feed in self.pairing.feeds(target, layer):
+                    entries += self.entries(feed, score_of, choosers[layer], sens.tile)
+                advance(done)
         return self.finish(entries, chosen, [] if sens.layers is None else sens.layer_scores().tolist())
 
     def expert_chooser(self, layer: int | None, sums_of: Callable[[Target], Tensor]) -> Callable[[int], list[int]]:

@@ -76,7 +76,7 @@ def _of_start(start: Start) -> list[dict[str, Any]]:
     known = [(name, found[name]) for name in ("base", "adapter") if found.get(name)]
     options = [(name, value) for name, value in found.get("options", {}).items() if value is not None]
     sections = [
-        {"heading": "What was done", "head": ["", ""], "rows": [*facts, *known, *options], "text": [str(start)]}
+        {"heading": "What was done", "head": ["", ""], "rows": [*facts, *known, *options], "text": start.summary()}
     ]
     if "lineage" in found:
         sections.append(_lineage(found["lineage"]))

@@ -13,6 +13,7 @@ import torch
 from pkt.errors import PktError
 from pkt.models import decoder_layers, position_limit, rows_apart, unwrap
 from pkt.options import AnswerRule
+from pkt.progress import bar
 from pkt.scoring import per_sample_loss
 from pkt.seeds import IGNORE, Example, Seeds, collate
 from pkt.training.answers import Stops, expected_answers, final_answer
@@ -37,6 +38,7 @@ def evaluate(
     answer: AnswerRule = "mark",
     batch_size: int = 32,
     max_new_tokens: int = 128,
+    progress: bool = False,
 ) -> Evaluation:
     """Evaluate `model` on tokenized rows.
 
@@ -48,15 +50,15 @@ def evaluate(
     """
     matches = None
     if exact_match:
-        matches = row_matches(model, data, tokenizer, answer=answer, max_new_tokens=max_new_tokens)
-    losses = row_losses(model, data, batch_size=batch_size)
+        matches = row_matches(model, data, tokenizer, answer=answer, max_new_tokens=max_new_tokens, progress=progress)
+    losses = row_losses(model, data, batch_size=batch_size, progress=progress)
     loss, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     share = None if matches is None else sum(matches) / len(data)
     return Evaluation(len(data), tokens, loss / max(1, tokens), share)
 
 
 @torch.no_grad()
-def row_losses(model: Any, data: Seeds, *, batch_size: int = 32) -> list[tuple[float, int]]:
+def row_losses(model: Any, data: Seeds, *, batch_size: int = 32, progress: bool = False) -> list[tuple[float, int]]:
     """Of each row the negative log-likelihood of its answer's tokens, summed, in nats, and how many they are.
 
     Raises `PktError` for rows with tokens or positions that the model does not have, and for a loss that is not finite.
@@ -65,7 +67,11 @@ def row_losses(model: Any, data: Seeds, *, batch_size: int = 32) -> list[tuple[f
     device = next(model.parameters()).device
     found: dict[int, tuple[float, int]] = {}
     order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
-    with _measured(model), rows_apart(model):
+    with (
+        _measured(model),
+        rows_apart(model),
+        bar("measuring", len(order), unit="rows", shown=progress) as advance,
+    ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {k: v.to(device) for k, v in collate([data[i] for i in chosen], data.pad_id).items()}
@@ -73,6 +79,7 @@ def row_losses(model: Any, data: Seeds, *, batch_size: int = 32) -> list[tuple[f
             counts = (labels[:, 1:] != IGNORE).sum(1)
             losses = per_sample_loss(model(**batch, use_cache=False).logits, labels).double() * counts
             found |= dict(zip(chosen, zip(losses.tolist(), counts.tolist(), strict=True), strict=True))
+            advance(len(found))
     total = sum(loss for loss, _ in found.values())
     if not math.isfinite(total):
         raise PktError(
@@ -83,7 +90,13 @@ def row_losses(model: Any, data: Seeds, *, batch_size: int = 32) -> list[tuple[f
 
 @torch.no_grad()
 def row_matches(
-    model: Any, data: Seeds, tokenizer: Any, *, answer: AnswerRule = "mark", max_new_tokens: int = 128
+    model: Any,
+    data: Seeds,
+    tokenizer: Any,
+    *,
+    answer: AnswerRule = "mark",
+    max_new_tokens: int = 128,
+    progress: bool = False,
 ) -> list[bool]:
     """Whether each row's final answer (`evaluate` says what that is) is the one that greedy decoding ends with.
 
@@ -91,7 +104,7 @@ def row_matches(
     """
     wanted = _wanted(model, data, tokenizer, answer)
     with _measured(model):
-        texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens)
+        texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens, progress=progress)
     return [final_answer(text, answer) == right for text, right in zip(texts, wanted, strict=True)]
 
 
@@ -120,7 +133,15 @@ def _wanted(model: Any, data: Seeds, tokenizer: Any, answer: AnswerRule) -> list
     return expected_answers(data, Stops.of(model, tokenizer), tokenizer, answer)
 
 
-def generate(model: Any, tokenizer: Any, examples: list[Example], *, batch_size: int, max_new_tokens: int) -> list[str]:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool = False,
+) -> list[str]:
     """Greedy continuations of the examples' prompts, up to the end of the turn as `Stops.of` finds it."""
     device = next(model.parameters()).device
     stops = Stops.of(model, tokenizer)
@@ -129,27 +150,29 @@ def generate(model: Any, tokenizer: Any, examples: list[Example], *, batch_size:
     pad = pad if pad < rows else 0
     texts: dict[int, str] = {}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = max(len(examples[i].prompt_ids) for i in chosen)
-        ids = torch.full((len(chosen), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            prompt = examples[i].prompt_ids
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        with rows_apart(model):
-            out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - longest),
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=list(stops.ids) or None,
-                **({"stop_strings": [stops.text], "tokenizer": tokenizer} if stops.text else {}),
-            )
-        for i, row in zip(chosen, out[:, longest:].tolist(), strict=True):
-            texts[i] = stops.said(row, tokenizer)
+    with bar("answering", len(order), unit="rows", shown=progress) as advance:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            longest = max(len(examples[i].prompt_ids) for i in chosen)
+            ids = torch.full((len(chosen), longest), pad)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                prompt = examples[i].prompt_ids
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[row, longest - len(prompt) :] = 1
+            with rows_apart(model):
+                out = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - longest),
+                    do_sample=False,
+                    pad_token_id=pad,
+                    eos_token_id=list(stops.ids) or None,
+                    **({"stop_strings": [stops.text], "tokenizer": tokenizer} if stops.text else {}),
+                )
+            for i, row in zip(chosen, out[:, longest:].tolist(), strict=True):
+                texts[i] = stops.said(row, tokenizer)
+            advance(len(texts))
     return [texts[i] for i in range(len(examples))]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from pkt.files import LOCK, MANIFEST, atomic_file, os_errors, read_json, share_f
 from pkt.manifest import difference, manifest_of, name_kind, read_manifest, versions
 from pkt.models import Model, content_kind, save_model
 from pkt.models.adapter_files import INITIAL
+from pkt.progress import tell
 
 
 def start_run(out: Path, settings: dict[str, Any], *, force: bool = False, ranks: int = 1) -> str | None:
@@ -54,7 +54,7 @@ def start_run(out: Path, settings: dict[str, Any], *, force: bool = False, ranks
         fault = _checkpoint_fault(out / f"checkpoint-{number}", number, ranks, whole=whole)
         if fault is None:
             return str(out / f"checkpoint-{number}")
-        say(f"checkpoint-{number} is incomplete and left aside ({fault})")
+        tell(f"checkpoint-{number} is incomplete and left aside ({fault})")
     return None
 
 
@@ -132,7 +132,3 @@ def _origin(ext: Extraction | Start | None) -> dict[str, Any]:
 def write_initial(folder: Path, ext: Extraction | Start, student: str) -> None:
     (folder / INITIAL).mkdir(parents=True, exist_ok=True)
     Adapter(ext.pairs, student).write(folder / INITIAL)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)

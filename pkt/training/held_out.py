@@ -18,10 +18,10 @@ from transformers.trainer_callback import ExportableState
 
 from pkt.errors import PktError
 from pkt.files import atomic_file, read_json, write_tensors
+from pkt.progress import tell
 from pkt.ranks import ALONE, Ranks
 from pkt.seeds import Seeds
 from pkt.training.evaluation import evaluate
-from pkt.training.folder import say
 
 
 class HeldOut(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -91,7 +91,7 @@ class HeldOut(TrainerCallback, ExportableState):  # type: ignore[misc]
                 parameter.copy_(weights[name])
         self.ranks.copied(trained)
         if not self.quietly:
-            say(
+            tell(
                 f"held-out NLL {self.looks[0][1]:.4f} before training, {nll:.4f} at its best (step {step}), which is kept"
             )
 

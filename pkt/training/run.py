@@ -21,11 +21,12 @@ from pkt.manifest import difference, recorded_day
 from pkt.models import Model, ModelSpec, Target, load_model, load_tokenizer, spec_of
 from pkt.options import Lora, Precision, Recipe, RecipeName, RowTemplate, Training, TrainingLoss, TrainModules
 from pkt.planning import adapted
+from pkt.progress import tell
 from pkt.ranks import ALONE, Ranks
 from pkt.seeds import Seeds, load_seeds
 from pkt.targets import Targets
 from pkt.training.export import read_injected
-from pkt.training.folder import finish_run, say, start_run, write_run
+from pkt.training.folder import finish_run, start_run, write_run
 from pkt.training.targets import Distillation, check_mix, distillation
 from pkt.training.trainer import check_machine, check_reporters, fit
 
@@ -151,7 +152,7 @@ def train(
                 raise PktError(f"rank {ranks.rank} does not see {checkpoint}; train into a folder that all ranks see")
             quietly = quietly or not ranks.first
             if not quietly and job.targets and job.told.a_scale != 1:
-                say(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
+                tell(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
             begun, model = job.begin()
             if checkpoint is None and ranks.first:
                 write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})

@@ -19,9 +19,9 @@ from pkt.extras import needs
 from pkt.files import os_errors
 from pkt.models import quiet, rows_apart
 from pkt.options import Training
+from pkt.progress import tell
 from pkt.ranks import ALONE, LostRankError, Ranks
 from pkt.seeds import Seeds, collate
-from pkt.training.folder import say
 from pkt.training.sharing import micro_batches
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ def fit(
     from transformers import PrinterCallback
 
     from pkt.training.finite import FiniteTrainer
+    from pkt.training.shown import Shown
 
     at_once, quietly = largest_divisor(options.batch_size, options.micro_batch), quietly or not ranks.first
     if not ranks.alone:
         at_once = min(options.micro_batch, math.ceil(options.batch_size / ranks.world))
     elif at_once < min(options.micro_batch, options.batch_size) and not quietly:
-        say(
+        tell(
             f"{at_once} rows in memory at once: the most up to {options.micro_batch} that divide a batch of "
             f"{options.batch_size}"
         )
@@ -70,10 +71,16 @@ def fit(
     if taught is not None:
         rows = list(zip(examples, range(len(examples)), strict=True))
         given = {"data_collator": lambda rows: taught.collate(rows, examples.pad_id), "loss": taught.loss}
-    with _run_environment(out), rows_apart(model), _losing_ranks(ranks), os_errors(f"training in {out}"):
+    with (
+        _run_environment(out),
+        rows_apart(model),
+        _losing_ranks(ranks),
+        os_errors(f"training in {out}"),
+        contextlib.ExitStack() as stack,
+    ):
         trainer = FiniteTrainer(
             model=model,
-            args=_arguments(out, options, at_once, model, ranks, quietly=quietly),
+            args=_arguments(out, options, at_once, model, ranks),
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=[] if held_out is None else [held_out],
@@ -83,8 +90,9 @@ def fit(
             on_step=on_step,
             **given,
         )
-        if quietly:
-            trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrinterCallback)
+        if not quietly:
+            trainer.add_callback(Shown(stack))
         if held_out is None:
             return trainer.fit(resume_from)
         held_out.tell = trainer.log
@@ -125,7 +133,7 @@ def reporters(options: Training) -> list[str]:
     return [] if names == ["none"] or options.save_steps is None else names
 
 
-def _arguments(out: Path, options: Training, at_once: int, model: Any, ranks: Ranks, *, quietly: bool) -> Any:
+def _arguments(out: Path, options: Training, at_once: int, model: Any, ranks: Ranks) -> Any:
     from pkt.training.finite import Arguments
 
     kept, cuda = options.save_steps is not None, torch.cuda.is_available()
@@ -145,7 +153,7 @@ def _arguments(out: Path, options: Training, at_once: int, model: Any, ranks: Ra
         save_steps=options.save_steps or 500,
         save_total_limit=2,
         report_to=reporters(options),
-        disable_tqdm=quietly,
+        disable_tqdm=True,  # `Shown` has the bar
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         bf16=options.precision == "bf16" or (options.precision == "auto" and cuda and torch.cuda.is_bf16_supported()),
