@@ -9,6 +9,7 @@ from pkt.matching.matrices import Matrices as Matrices
 from pkt.matching.shrinking import Shape as Shape
 from pkt.matching.shrinking import UnitScores as UnitScores
 from pkt.matching.shrinking import choose_units as choose_units
+from pkt.matching.shrinking import cut_factors as cut_factors
 from pkt.matching.shrinking import shape_of as shape_of
 from pkt.matching.shrinking import shrink_to as shrink_to
 from pkt.matching.shrinking import shrunk_model as shrunk_model

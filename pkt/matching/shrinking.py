@@ -260,7 +260,7 @@ def shrink_to(model: Any, found: Lineage, *, rescale: bool = True) -> Any:
     )
     new = Matrices(shrunk_model(old, shape, found.layers))
     small: Any = new.model.hollow(old.parameter(old.index["embed", None][0].parameter).dtype, torch.device("cpu"))
-    cutter, factors = Cutter(found, old, new), _factors(old, new, rescale)
+    cutter, factors = Cutter(found, old, new), cut_factors(old, new, rescale)
     with torch.no_grad():
         for name, shape_ in new.shapes.items():
             value = _gathered(cutter, name)
@@ -279,7 +279,7 @@ def shrink_to(model: Any, found: Lineage, *, rescale: bool = True) -> Any:
     return small.eval()
 
 
-def _factors(old: Matrices, new: Matrices, rescale: bool) -> dict[str, tuple[float, float]]:
+def cut_factors(old: Matrices, new: Matrices, rescale: bool = True) -> dict[str, tuple[float, float]]:
     """(factor, what a stored gain lacks of the gain) of the parameters of the small model that are not as they were."""
     offset = unit_offset(old.spec.model_type)
     louder = math.sqrt(old.hidden / new.hidden) if rescale else 1.0

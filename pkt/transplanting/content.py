@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,7 +14,7 @@ from torch import Tensor
 from pkt.adapters import Pair, read_adapter, split_tied
 from pkt.errors import PktError
 from pkt.extraction.factorization import Factors, factorize_all
-from pkt.matching import Cutter, Matrices
+from pkt.matching import Cutter, Matrices, cut_factors
 from pkt.models import Kind, Target
 from pkt.options import Factorization
 
@@ -28,10 +30,11 @@ class Difference:
 
     def __init__(self, cutter: Cutter) -> None:
         self.cutter = cutter
+        self.root = cutter.old  # what the student was cut from, or the nearest to it that is known
 
     def whole(self, target: Target) -> Tensor:
         """The change [out, in] of one of the student's matrices, [experts, out, in] of its experts, fp32."""
-        cut = self.cutter.matrix(target, self.cutter.old.raw)
+        cut = self.factor(target.parameter)[0] * self.cutter.matrix(target, self.cutter.old.raw)
         mine = self.cutter.new.parameter(target.parameter).float()
         mine = mine.mT if target.kind == "conv1d" else mine
         # Units without a match stay the student's own, here and in vectors.
@@ -39,6 +42,38 @@ class Difference:
             target, lambda *where: torch.ones_like(self.cutter.old.raw(*where), dtype=torch.float32)
         )
         return torch.where(known > 0, cut - mine, torch.zeros_like(cut))
+
+    def factor(self, name: str) -> tuple[float, float]:
+        """(how much larger a parameter is in the student than in the teacher, what a stored gain lacks of the gain)."""
+        return self._factors.get(name, (1.0, 0.0))
+
+    @functools.cached_property
+    def _factors(self) -> dict[str, tuple[float, float]]:
+        """Of those that shrinking may take larger (norm gains, Gemma's table), what the student's are nearest to.
+
+        Others who cut models leave them as they are, and nothing is recorded of a student that is matched by its weights.
+        """
+        found = {}
+        ways = [cut_factors(self.cutter.old, self.cutter.new, rescale) for rescale in (True, False)]
+        for name in ways[0]:
+            offset, known = ways[0][name][1], {1.0, *(way[name][0] for way in ways if name in way)}
+            ratio = self._ratio(name, offset) if len(known) > 1 else 0.0
+            if ratio > 0:
+                apart = {abs(math.log(ratio / factor)): factor for factor in known}
+                found[name] = apart[min(apart)], offset
+        return found
+
+    def _ratio(self, name: str, offset: float) -> float:
+        """By what a parameter of the root's, on the student's units, comes nearest to the student's; 0 where it is none."""
+        old, new = self.root, self.cutter.new
+        table = new.index["embed", None][0]
+        if name == table.parameter:
+            cut: Tensor | None = self.cutter.matrix(table, old.raw)
+        else:
+            cut = self.cutter.vector(name, lambda n: old.parameter(n).float() + offset)
+        if cut is None or not bool((cut != 0).any()):
+            return 0.0
+        return float(((new.parameter(name).float() + offset) * cut).sum() / cut.square().sum())
 
     def holds(self, target: Target) -> bool:
         """Whether a LoRA of one of the student's matrices takes its change: it is matched, and an adapter reaches it."""
@@ -54,6 +89,8 @@ class Difference:
         known = self.cutter.vector(name, lambda n: torch.ones(self.cutter.old.shapes[n]))
         if cut is None or known is None:
             return None
+        factor, offset = self.factor(name)
+        cut = (cut + offset) * factor - offset
         return torch.where(known > 0, cut - self.cutter.new.parameter(name).float(), torch.zeros_like(cut))
 
 
@@ -66,16 +103,20 @@ class Delta(Difference):
 
     def __init__(self, cutter: Cutter, base: Matrices) -> None:
         super().__init__(cutter)
-        self.base = base
+        self.root = self.base = base
 
     def whole(self, target: Target) -> Tensor:
         def source(role: str, layer: int | None, expert: int | None) -> Tensor:
             return self.cutter.old.raw(role, layer, expert).float() - self.base.raw(role, layer, expert).float()
 
-        return self.cutter.matrix(target, source)
+        return self.factor(target.parameter)[0] * self.cutter.matrix(target, source)
 
     def vector(self, name: str) -> Tensor | None:
-        return self.cutter.vector(name, lambda n: self.cutter.old.parameter(n).float() - self.base.parameter(n).float())
+        def source(theirs: str) -> Tensor:
+            return self.cutter.old.parameter(theirs).float() - self.base.parameter(theirs).float()
+
+        change = self.cutter.vector(name, source)
+        return None if change is None else self.factor(name)[0] * change
 
 
 class OwnLora(Difference):
@@ -90,7 +131,7 @@ class OwnLora(Difference):
         self.pairs = pairs
 
     def whole(self, target: Target) -> Tensor:
-        return self.cutter.matrix(target, self._source)
+        return self.factor(target.parameter)[0] * self.cutter.matrix(target, self._source)
 
     def pair(self, target: Target) -> Pair | None:
         """Its factors, cut, without an SVD; None for a matrix that the adapter leaves alone or that several feed."""
@@ -105,7 +146,7 @@ class OwnLora(Difference):
         a, b = found.A.float(), found.B.float()
         if found.kind == "embedding":
             # (B A)ᵀ is the table [vocabulary, d]: its rows are A's columns.
-            table_in, table_out = self.cutter.factors(target, roles[0], b.t(), a.t())
+            table_in, table_out = self.cutter.factors(target, roles[0], self.factor(target.parameter)[0] * b.t(), a.t())
             return Pair(table_out.t().contiguous(), table_in.t().contiguous(), target.kind)
         if target.experts:
             theirs = self.cutter.found.experts[target.layer or 0]
