@@ -1,18 +1,20 @@
-"""By what a smaller model's units should be chosen: `pkt shrink`'s four scores, and layers alone, before and after healing.
+"""By what a smaller model's units should be chosen: `pkt shrink`'s four scores and what else is done, before and after healing.
 
     python bench/bench_shrink.py                  # writes bench/results/shrink_cpu.json; ten minutes of one core
     python bench/bench_shrink.py --tiny --out D   # shows whether it runs, and nothing else
 
-On the demo's base, a toy of 1.6 M parameters, cut to its descendant's shape; "layers only" has about as many parameters, all of the
-widest. Healing is the demo's own (examples/make_demo_models.py), of equal tokens for all, on general text that is in no
-file; the loss is measured on data/general.jsonl. "louder" is the loss once cut with norm gains times √(H/h), which is what zeros in
-place of the other units would give.
+On the demo's base, a toy of 1.6 M parameters, cut to its descendant's shape. Beside the scores: units at random, weight
+subcloning's rule (arXiv 2312.09299), and "depth only", which has about as many parameters in whole layers. All are made as
+`pkt shrink` makes a model, norm gains times √(H/h), but for the row that says otherwise. Healing is the demo's own
+(examples/make_demo_models.py), of equal tokens for all, on general text that is in no file; the loss is measured on
+data/general.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -28,18 +30,20 @@ from demo_text import stream  # noqa: E402
 from make_demo_models import CONTEXT, HALF, SEED, make_data, nll, train, write_jsonl  # noqa: E402
 
 import pkt  # noqa: E402
-from pkt.matching import Matrices, UnitScores, shape_of, shrink_to  # noqa: E402
+from pkt.matching import Matrices, Shape, UnitScores, shape_of, shrink_to, shrunk_model  # noqa: E402
 from pkt.models import load_model, load_tokenizer  # noqa: E402
 from pkt.pruning.activations import activation_scores  # noqa: E402
+from pkt.pruning.sizes import parameters  # noqa: E402
 from pkt.seeds import load_seeds  # noqa: E402
 
 ASSETS = ROOT / "pkt" / "demo" / "assets"
-SCORES = ("sensitivity", "activation", "magnitude", "random")
-LOUDER = "sensitivity, gains × √(H/h)"
+SCORES = ("sensitivity", "activation", "magnitude", "random", "subcloning")
+DEPTH, PLAIN = "depth only", "sensitivity, gains as they were"
 BATCH, RATE = 32, 2e-3
 
 
-def units_by(score: str, model: Any, seeds: Any, seed: int) -> UnitScores:
+def units_by(score: str, model: Any, seeds: Any, seed: int = 0) -> UnitScores:
+    """The units' scores by one of `SCORES`."""
     units = UnitScores(Matrices(model))
     if score == "random":
         units.draw(torch.Generator().manual_seed(seed))
@@ -47,23 +51,70 @@ def units_by(score: str, model: Any, seeds: Any, seed: int) -> UnitScores:
         units.add({name: p.detach().abs() for name, p in model.named_parameters()})
     elif score == "activation":
         units.add(activation_scores(model, units.old.spec, seeds, progress=False))
+    elif score == "subcloning":
+        _subcloning(units, model, seeds)
     else:
         units.add(pkt.sensitivity(model, seeds.batches(8), progress=False))
     return units
 
 
 @torch.no_grad()
-def scale_gains(small: Any, factor: float) -> None:
-    for gain in (p for p in small.parameters() if p.ndim == 1):
-        gain.mul_(factor)
+def _subcloning(units: UnitScores, model: Any, seeds: Any) -> None:
+    """Units by their mean absolute activation, blocks by how much they change what goes through them; the first and last stay.
+
+    Hidden units by that of the residual stream over all blocks; heads, of which the paper keeps all, by what they give to
+    the output projection.
+    """
+    index, layers = units.old.index, units.old.spec.layers
+    keep = torch.zeros(0)
+
+    def sums(rows: Any) -> torch.Tensor:
+        return rows[keep].abs().double().sum(0)
+
+    def block(layer: int) -> Any:
+        def see(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+            units.hidden += sums(after)
+            units.layers[layer] += float(((after - before)[keep].norm(dim=1) / after[keep].norm(dim=1)).double().sum())
+
+        return see
+
+    def feed(axis: str, layer: int) -> Any:
+        def see(module: Any, args: Any) -> None:
+            getattr(units, axis)[layer] += sums(args[0]).view(len(getattr(units, axis)[layer]), -1).sum(1)
+
+        return see
+
+    hooks = []
+    for layer in range(len(units.layers)):
+        one = model.get_submodule(f"{layers}.{layer}")
+        hooks.append(one.register_forward_hook(block(layer), with_kwargs=True))
+        for role, axis in (("down", "neurons"), ("o", "queries")):
+            module = model.get_submodule(index[role, layer][0].module)
+            hooks.append(module.register_forward_pre_hook(feed(axis, layer)))
+    for batch in seeds.batches(8):
+        keep = batch["attention_mask"].bool()
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for layer, queries in enumerate(units.queries):
+        units.groups[layer] = queries.view(len(units.groups[layer]), -1).sum(1)
+    units.layers[[0, -1]] = torch.inf
 
 
-def louder(small: Any, factor: float, tokenizer: Any, rows: Any) -> float:
-    """The loss with every gain times `factor`; they are put back."""
-    scale_gains(small, factor)
-    found = nll(small, tokenizer, rows)
-    scale_gains(small, 1 / factor)
-    return found
+def depth_near(whole: Shape, model: Any, wanted: int) -> Shape:
+    """Whole layers only: as many as have the parameters nearest to `wanted`."""
+    old = Matrices(model)
+    shapes = [dataclasses.replace(whole, layers=count) for count in range(1, whole.layers + 1)]
+    return min(shapes, key=lambda shape: abs(parameters(shrunk_model(old, shape)) - wanted))
+
+
+def resumed(path: Path, facts: dict[str, Any]) -> Report:
+    """The report that is there. Raises `PktError` where it is of other settings."""
+    report = Report.resumed(path)
+    if {name: report.content[name] for name in facts} != facts:
+        raise pkt.PktError(f"{path} is of other settings; measure all of it again")
+    return report
 
 
 def main() -> int:
@@ -96,27 +147,19 @@ def main() -> int:
         "batch": BATCH,
         "lr": RATE,
     }
-    if options.scores and path.is_file():
-        report = Report.resumed(path)
-        if {name: report.content[name] for name in facts} != facts:
-            raise pkt.PktError(f"{path} is of other settings; measure all of it again")
-    else:
-        report = Report(path, "cpu", **facts, healed_tokens=0)
-    # One layer, whole, is nearest to the descendant's parameters.
-    depth = type(whole)(whole.hidden, whole.neurons, whole.groups, 1)
-    shapes = {**dict.fromkeys(SCORES, HALF), LOUDER: HALF, "sensitivity, layers only": depth}
+    resuming = options.scores and path.is_file()
+    report = resumed(path, facts) if resuming else Report(path, "cpu", **facts, healed_tokens=0)
+    depth = depth_near(whole, base, parameters(shrunk_model(Matrices(base), HALF)))
+    shapes = {**dict.fromkeys(SCORES, HALF), DEPTH: depth, PLAIN: HALF}
     for score in options.scores or shapes:
         shape = shapes[score]
-        factor = (whole.hidden / shape.hidden) ** 0.5
-        row: dict[str, Any] = {"score": score, "healed": [], "cuts": []}
+        row: dict[str, Any] = {"score": score, "shape": str(shape), "healed": [], "cuts": []}
+        rule = "sensitivity" if score in (DEPTH, PLAIN) else score
         for seed in range(options.seeds):
-            units = units_by(score.split(",")[0], base, seeds, seed)
-            small = shrink_to(base, units.choose(shape), rescale=False)
-            if seed == 0:
-                row |= {"parameters": sum(p.numel() for p in small.parameters()), "shape": str(shape)}
-                row["louder"] = louder(small, factor, tokenizer, general)
-            if score == LOUDER:
-                scale_gains(small, factor)
+            if seed == 0 or rule == "random":
+                units = units_by(rule, base, seeds, seed)
+            small = shrink_to(base, units.choose(shape), rescale=score != PLAIN)
+            row["parameters"] = sum(p.numel() for p in small.parameters())
             row["cuts"].append(nll(small, tokenizer, general))
             counted = Counted(stream(SEED + 22 + 100 * seed, 0.0, taken), tokenizer)
             with contextlib.redirect_stdout(io.StringIO()):
