@@ -140,9 +140,9 @@ def measure(name: str, out: Path, seed: int, setting: Setting) -> dict[str, Any]
     found: dict[str, Any] = {}
     model = begin(method, out, seed, setting.a_scale)
     if seed == 0:
-        found["before"] = _measured(model)
+        found["before"] = measured(model)
     train_quietly(model, rows_head(rows_of(TRAIN), TRAIN_ROWS), setting.lr, seed, epochs=method.epochs)
-    found["after"] = _measured(model)
+    found["after"] = measured(model)
     if seed == 0 and name == OURS:
         found["finalize_gap"] = _finalize(model, out, rows_of(TEST))
     return found
@@ -151,10 +151,10 @@ def measure(name: str, out: Path, seed: int, setting: Setting) -> dict[str, Any]
 def untrained(name: str) -> dict[str, list[Any]]:
     """One of the shipped models as it is, in a process of its own and one thread."""
     torch.set_num_threads(1)
-    return _measured(load_model(ASSETS / name, dtype=torch.float32))
+    return measured(load_model(ASSETS / name, dtype=torch.float32))
 
 
-def _measured(model: Any) -> dict[str, list[Any]]:
+def measured(model: Any) -> dict[str, list[Any]]:
     """By row: losses (sum, tokens) of the task's answers and of the general text, and whether each answer is right."""
     test = rows_of(TEST)
     return {
