@@ -308,6 +308,24 @@ def shrink_table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def real_shrink_table(found: dict) -> str:
+    teacher = found["teacher"]
+    whole = f"{teacher['parameters']:,} parameters, {teacher['shape']}"
+    lines = [
+        f"`python bench/bench_shrink_real.py --text ROWS.jsonl`, {found['machine']['cpu']}, {found['threads']} thread(s): "
+        f"SmolLM2-135M-Instruct ({whole}; perplexity {math.exp(teacher['nll']):.1f} on {found['rows_measured']} paragraphs that "
+        f"heal nothing) cut to {found['shape']}, and healed on {found['rows_healed']} paragraphs of general text "
+        f"({found['rows'][0]['tokens']:,} tokens, {found['steps']} steps at {found['lr']:g}); one seed.",
+        "",
+        "| units chosen by | parameters | NLL once cut | perplexity | NLL healed | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        cells = [f"{x:.2f} | {math.exp(x):,.0f}" for x in (row["cut"], row["healed"])]
+        lines.append(f"| {row['score']} | {row['parameters']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # Page -> table -> the file its figures come from, and how they are laid out.
 PAGES = {
     "README.md": {
@@ -319,6 +337,7 @@ PAGES = {
     "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
     "docs/lineage.md": {
         "shrink table": ("shrink_cpu.json", shrink_table),
+        "real shrink table": ("shrink_real_cpu.json", real_shrink_table),
         "chain table": ("chain_cpu.json", chain_table),
         "descendant": ("descendant_cpu.json", descendant_text),
     },
