@@ -3,9 +3,9 @@
     python bench/bench_teach.py               # writes bench/results/teach_cpu.json
     python bench/bench_teach.py --rows 2      # a quick look, written nowhere
 
-The teacher has random bf16 weights on disk: 4 layers of 2048/5632 and a vocabulary of 16384, 273M parameters. 16 rows of 256
-tokens, all of them answers, 64 draws each. Correctness comes first: on a small teacher of the same architecture the probabilities
-must be the loaded model's own. Then, in one process of one thread, the whole of `pkt teach` (reading,
+The teacher has random bf16 weights on disk: 4 layers of 2048/5632 and a vocabulary of 16384, 273M parameters. 32 rows of 256
+tokens, a whole pass, all of them answers, 64 draws each. Correctness comes first: on a small teacher of the same architecture
+the probabilities must be the loaded model's own. Then, in one process of one thread, the whole of `pkt teach` (reading,
 hashing, drawing and writing too), its matrix products alone, and the loaded model's own forward pass over the same rows take
 turns. CPU seconds are counted rather than the clock's, so that neighbours on a shared machine do not decide the ratios. First in
 the type that the CPU multiplies a bf16 model in, then in fp32. Peak memory is of the first turn, which is not timed: it also makes
@@ -32,7 +32,7 @@ from measuring import RESULTS, Peak, machine
 from synthetic import VOCABULARY, seeds, write_teacher
 
 TEACHER = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 4}
-ROWS, TOKENS, MICRO_BATCH, TURNS = 16, 256, 8, 3
+ROWS, TOKENS, MICRO_BATCH, TURNS = 32, 256, 8, 3
 MEMORY, WIDE = "900MB", "1800MB"
 GOALS = {"time_ratio": 1.15, "bytes_a_token": 200}
 

@@ -20,4 +20,5 @@ from pkt.streaming.microbatches import samples_of as samples_of
 from pkt.streaming.parts import Key as Key
 from pkt.streaming.passes import draw_rows as draw_rows
 from pkt.streaming.passes import head_rows as head_rows
+from pkt.streaming.passes import micro_batches as micro_batches
 from pkt.streaming.passes import plan_forward as plan_forward

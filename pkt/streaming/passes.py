@@ -24,6 +24,8 @@ from pkt.streaming.memory import (
 # Tokens of one pass of a reading without a backward pass: reading the weights is then some percent of computing with them.
 PASS_TOKENS = {"cpu": 1 << 13}
 PASS_DEFAULT = 1 << 17
+# Tokens of a micro-batch, unless one row has more: in larger ones the work between the products waits for memory.
+MICRO_TOKENS = {"cpu": 1 << 10}
 # Elements of one block of logits in it, and of the part of them that is drawn from at once.
 HEAD, HEAD_DEFAULT = {"cpu": 1 << 23}, 1 << 26
 DRAW, DRAW_DEFAULT = {"cpu": 1 << 20}, 1 << 26
@@ -112,6 +114,18 @@ def _forward_need(sizes: Sizes, longest: int, micro: int, device: torch.device, 
     found = {"weights and work": max(layer, head), "libraries": libraries, "masks": widest * longest}
     if not on_cpu:
         found["activations under way"] = 3 * widest * sizes.hidden * item
+    return found
+
+
+def micro_batches(lengths: Sequence[int], most: int, device: torch.device) -> list[int]:
+    """Rows of each micro-batch of a pass, `most` at most. lengths: tokens of its rows, the longest first."""
+    tokens = MICRO_TOKENS.get(device.type)
+    found: list[int] = []
+    first = 0
+    while first < len(lengths):
+        size = most if tokens is None else max(1, min(most, tokens // lengths[first]))
+        found.append(min(size, len(lengths) - first))
+        first += found[-1]
     return found
 
 

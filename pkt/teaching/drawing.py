@@ -33,7 +33,8 @@ def drawn(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Within a token, ids ascend. The place of a draw is found among sums of `GROUP` ids first, then within one of them, in fp64.
     """
     n = u.shape[1]
-    groups = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    short = -probabilities.shape[1] % GROUP
+    groups = (nn.functional.pad(probabilities, (0, short)) if short else probabilities).unflatten(1, (-1, GROUP))
     sums = groups.sum(2).double()
     ends = sums.cumsum(1)
     at = (torch.arange(n, device=u.device) + u) / n * ends[:, -1:]

@@ -37,6 +37,7 @@ from pkt.streaming import (
     Tick,
     head_rows,
     measured_seconds,
+    micro_batches,
     open_teacher,
     parse_size,
     plan_forward,
@@ -335,17 +336,19 @@ class Passes:
     def _plan(self, teacher: Teacher, layers: str) -> tuple[MemoryPlan, list[list[int]]]:
         """The memory plan, and the micro-batches of each pass as they were recorded or are recorded now."""
         job = self.job
+        lengths = [len(row.input_ids) for row in job.rows]
         memory, passes = plan_forward(
             sizes_of(teacher, layers, job.spec.num_layers),
-            [len(row.input_ids) for row in job.rows],
+            lengths,
             device=job.device,
             batch_size=job.options.batch_size,
             in_memory=teacher.source is None,
             device_memory=self.memory[0],
             host_memory=self.memory[1],
         )
-        micro = memory.micro_batch
-        sizes = [[min(micro, count - first) for first in range(0, count, micro)] for count in passes]
+        ends = itertools.accumulate(passes, initial=0)
+        each = [sorted(lengths[a:b], reverse=True) for a, b in itertools.pairwise(ends)]
+        sizes = [micro_batches(part, memory.micro_batch, job.device) for part in each]
         if self.on_memory is not None:
             if memory.flops > _WORTH_MEASURING:
                 dtype = teacher.dtype or next(teacher.model.parameters()).dtype

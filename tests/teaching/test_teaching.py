@@ -335,6 +335,14 @@ def test_other_inputs_and_damaged_passes_are_refused(
     assert len(pkt.teach(case.folder / "teacher", seeds(9), **given, force=True)) == 9
 
 
+def test_micro_batches_have_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(passes.MICRO_TOKENS, "cpu", 100)
+    lengths = [250, 60, 50, 50, 20, 9, 9, 9, 9, 9, 9]
+    assert passes.micro_batches(lengths, 4, cpu) == [1, 1, 2, 4, 3]
+    assert passes.micro_batches(lengths, 4, torch.device("cuda")) == [4, 4, 3]
+
+
 def test_a_full_disk_in_the_middle_can_be_continued(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
