@@ -185,7 +185,7 @@ def test_a_transfer_by_ranks_is_that_of_one_process(group: Group, models: Path, 
         ("Mixtral", 2, nothing, {"batch_size": 1}),
         ("Llama", 5, mixing, {}),
         ("Llama", 5, nothing, {"select": "random"}),
-        ("Llama", 6, nothing, {"energy": 0.9, "layers": "first"}),
+        ("Llama", 6, nothing, {"energy": 0.9, "layers": "first", "keep_scores": "tiles"}),
     ],
     ids=["fewer seeds than ranks", "alone", "one by one", "factors that wait", "ranks by energy"],
 )
@@ -202,6 +202,25 @@ def test_so_it_is_where_work_is_shared_out_otherwise(
     one = transfer(None, models, kind, tmp_path / "one", count, during, **options)
     many, *_ = group(partial(transfer, **options), models, kind, tmp_path / "many", count, during)
     compare(one, many, tmp_path)
+
+
+def transfer_tasks(group: Any, models: Path, out: Path) -> list[str] | None:
+    tasks = {"a": seeds(4), "b": seeds(3, seed=1)}
+    names = (models / f"tied-{size}" for size in ("teacher", "student"))
+    found = pkt.transfer(*names, tasks, out=out, group=group, rank=4, progress=False, keep_scores="full")
+    return None if found is None else sorted(found)
+
+
+def test_several_tasks_are_read_once_by_all(two: Group, models: Path, tmp_path: Path) -> None:
+    assert transfer_tasks(None, models, tmp_path / "one") == ["a", "b"]
+    assert two(transfer_tasks, models, tmp_path / "many") == [["a", "b"], None]
+    for task in ("a", "b"):
+        one, many = (pkt.Extraction.load(tmp_path / out / task) for out in ("one", "many"))
+        plans = [{"plan": ext.plan.as_dict(), "losses": ext.provenance["losses"]} for ext in (one, many)]
+        (tmp_path / task).mkdir()
+        for out in ("one", "many"):
+            (tmp_path / task / out).symlink_to(tmp_path / out / task)
+        compare(*plans, tmp_path / task)
 
 
 def test_a_model_that_is_no_chain_is_scored_whole_by_all(two: Group, models: Path, tmp_path: Path) -> None:

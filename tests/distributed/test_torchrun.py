@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import processes
 import pytest
 from commands import empty_beside, run
+from conftest import ASSETS
 
 import pkt
 
@@ -64,8 +66,8 @@ def test_the_command_by_two_ranks_is_that_of_one(case: Case, tmp_path: Path) -> 
     assert empty_beside(case.calm.parent / "none")
 
 
-def start(case: Case, out: Path) -> subprocess.Popen[str]:
-    words = [*TORCHRUN, *case.words, "--out", out]
+def start(*words: Any) -> subprocess.Popen[str]:
+    words = (*TORCHRUN, *words)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, words)), start_new_session=True, env=ENVIRONMENT, **pipes)
 
@@ -96,8 +98,8 @@ def left(group: int) -> list[str]:
     return names
 
 
-def end(case: Case, process: subprocess.Popen[str], out: Path) -> list[str]:
-    """What was said until the end, which comes within 30 s; the same command then gives the bytes of the calm run."""
+def end(process: subprocess.Popen[str]) -> list[str]:
+    """What was said until the end, which comes within 30 s and leaves no process."""
     begin = time.monotonic()
     try:
         _, err = process.communicate(timeout=60)
@@ -107,25 +109,30 @@ def end(case: Case, process: subprocess.Popen[str], out: Path) -> list[str]:
     took = time.monotonic() - begin
     assert took < 30, (took, err)
     assert left(process.pid) == []
+    return said(err)
+
+
+def goes_on(case: Case, out: Path) -> None:
+    """The same command gives the bytes of the calm run."""
     again = torchrun(*case.words, "--out", out)
     assert again.returncode == 0, again.stderr
     assert case.bytes(out) == case.bytes(case.calm)
     assert empty_beside(out.parent / "none")
-    return said(err)
 
 
 ENDS = "error: another rank ended without a word|stopped"
 
 
 def killed(case: Case, out: Path, rank: int, wait: float) -> None:
-    process = start(case, out)
+    process = start(*case.words, "--out", out)
     pids = workers(process.pid)
     time.sleep(wait)
     os.kill(pids[rank], signal.SIGKILL)
-    lines = end(case, process, out)
+    lines = end(process)
     told = [line for line in lines if re.match(ENDS, line)]
     # Killed before there were two, or when all was done, nobody has anything to say.
     assert len(told) <= 1, lines
+    goes_on(case, out)
 
 
 @pytest.mark.slow
@@ -138,12 +145,13 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(case: Case, number:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_says_so_once(case: Case, number: int, tmp_path: Path) -> None:
-    process = start(case, tmp_path / "out")
+    process = start(*case.words, "--out", tmp_path / "out")
     workers(process.pid)
     time.sleep(5)
     # As a terminal does, to all of the group.
     os.killpg(process.pid, number)
-    assert sum(line.startswith("stopped") for line in end(case, process, tmp_path / "out")) <= 1
+    assert sum(line.startswith("stopped") for line in end(process)) <= 1
+    goes_on(case, tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -165,3 +173,25 @@ def test_what_one_rank_does_the_others_wait_for(student_dir: Path, tmp_path: Pat
     run("start", student_dir, "--out", tmp_path / "one", "--rank", "4")
     theirs, own = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("start", "one"))
     assert theirs == own
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_a_training_and_the_same_command_goes_on(
+    case: Case, student_dir: Path, tmp_path: Path
+) -> None:
+    rows, out = ASSETS / "data" / "train.jsonl", tmp_path / "run"
+    words = ["train", student_dir, case.calm, rows, "--out", out, "--batch-size", "5", "--report-to", "none"]
+    words += ["--save-steps", "20", "--max-steps"]
+    process = start(*words, "400")
+    pids = workers(process.pid)
+    begin = time.monotonic()
+    while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() - begin < 120:
+        time.sleep(0.1)
+    os.kill(pids[1], signal.SIGKILL)
+    lines = [line for line in end(process) if re.match(ENDS, line)]
+    assert len(lines) <= 1
+    other = torchrun(*words, "30")
+    assert "max_steps: 400 there, 30 here" in other.stderr.replace("\n", " ")
+    again = torchrun(*words, "400")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((out / "pkt.json").read_text())["finished"]
