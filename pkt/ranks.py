@@ -90,8 +90,8 @@ class Ranks:
             dist.all_gather_object(found, value, self.group)
         except RuntimeError as error:
             raise LostRankError(
-                "another rank ended without a word (killed, or out of memory); what is finished is kept where there is an output, "
-                f"and the same command continues ({str(error).splitlines()[0][:120]})"
+                "another rank ended without a word (killed, or its memory used up); where there is an output, what is finished is "
+                "kept, and the same command continues"
             ) from error
         failed = next((each for each in found if isinstance(each, _Failed)), None)
         if failed is not None and not isinstance(value, _Failed):

@@ -21,8 +21,10 @@ def main() -> None:
 
         run()
     finally:
+        # Of several ranks one has said what there was to say, and torchrun stops the others.
+        last = _leave if os.environ.get("WORLD_SIZE", "1") == "1" else _quit
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _leave)
+            signal.signal(number, last)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -40,6 +42,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     os.write(2, b"stopped\n")
+    _quit(number, frame)
+
+
+def _quit(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -40,9 +41,8 @@ def said(text: str) -> list[str]:
 class Case:
     """A transfer by two ranks, and the bytes of one that nothing disturbed."""
 
-    def __init__(self, teacher: Path, student: Path, rows: Path, folder: Path) -> None:
-        self.words = ["transfer", teacher, student, rows, "--rank", "4", "--batch-size", "2"]
-        self.calm = folder / "calm"
+    def __init__(self, folder: Path, *words: Any) -> None:
+        self.words, self.calm = ["transfer", *words, "--rank", "4"], folder / "calm"
         self.shown = torchrun(*self.words, "--out", self.calm)
         assert self.shown.returncode == 0, self.shown.stderr
 
@@ -52,7 +52,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(teacher_dir: Path, student_dir: Path, seed_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(teacher_dir, student_dir, seed_file, tmp_path_factory.mktemp("torchrun"))
+    return Case(tmp_path_factory.mktemp("torchrun"), teacher_dir, student_dir, seed_file, "--batch-size", "2")
 
 
 def test_the_command_by_two_ranks_is_that_of_one(case: Case, tmp_path: Path) -> None:
@@ -123,35 +123,51 @@ def goes_on(case: Case, out: Path) -> None:
 ENDS = "error: another rank ended without a word|stopped"
 
 
-def killed(case: Case, out: Path, rank: int, wait: float) -> None:
-    process = start(*case.words, "--out", out)
-    pids = workers(process.pid)
-    time.sleep(wait)
-    os.kill(pids[rank], signal.SIGKILL)
-    lines = end(process)
-    told = [line for line in lines if re.match(ENDS, line)]
-    # Killed before there were two, or when all was done, nobody has anything to say.
-    assert len(told) <= 1, lines
-    goes_on(case, out)
+def until(out: Path, part: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many parts of the transfer are finished, or it is."""
+    run_folder = out.parent / f".{out.name}.run"
+    file = run_folder / ("run.json" if part == 0 else f"step-{part - 1:04d}.safetensors")
+    while not file.exists() and not out.exists() and process.poll() is None:
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def long(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """One of some seconds: sixty samples, one at a time."""
+    folder = tmp_path_factory.mktemp("long")
+    lines = (ASSETS / "data" / "train.jsonl").read_text().splitlines()[:60]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return Case(folder, teacher_dir, student_dir, folder / "rows.jsonl", "--batch-size", "1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(10))
-def test_a_killed_rank_ends_all_and_the_same_command_goes_on(case: Case, number: int, tmp_path: Path) -> None:
-    moment = random.Random(number)
-    killed(case, tmp_path / "out", moment.randrange(2), moment.uniform(0.5, 8))
+def test_a_killed_rank_ends_all_and_the_same_command_goes_on(long: Case, number: int, tmp_path: Path) -> None:
+    moment, out = random.Random(number), tmp_path / "out"
+    process = start(*long.words, "--out", out)
+    pids = workers(process.pid)
+    if number:
+        until(out, moment.randrange(6), process)
+        time.sleep(moment.uniform(0, 0.5))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pids[number % 2], signal.SIGKILL)
+    told = [line for line in end(process) if re.match(ENDS, line)]
+    # Killed before there were two, or when all was done, nobody has anything to say.
+    assert len(told) <= 1, told
+    goes_on(long, out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_says_so_once(case: Case, number: int, tmp_path: Path) -> None:
-    process = start(*case.words, "--out", tmp_path / "out")
+def test_stopped_it_says_so_once(long: Case, number: int, tmp_path: Path) -> None:
+    process = start(*long.words, "--out", tmp_path / "out")
     workers(process.pid)
-    time.sleep(5)
+    until(tmp_path / "out", 2, process)
     # As a terminal does, to all of the group.
     os.killpg(process.pid, number)
-    assert sum(line.startswith("stopped") for line in end(process)) <= 1
-    goes_on(case, tmp_path / "out")
+    lines = [line for line in end(process) if line.startswith("stopped")]
+    assert lines == ["stopped; the same command continues"]
+    goes_on(long, tmp_path / "out")
 
 
 @pytest.mark.slow
