@@ -77,6 +77,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench_kernels.py --device cpu
 	$(BIN)/python bench/bench_rsvd.py --device cpu --full --quality --student --layers 2
 	$(BIN)/python bench/bench_ranks.py
+	$(BIN)/python bench/bench_distributed.py
 	$(BIN)/python bench/bench_lineage.py
 	$(BIN)/python bench/bench_teach.py
 	$(BIN)/python bench/bench_distil.py

@@ -212,6 +212,14 @@ def stream_on_cpu(files: Files) -> Iterator[Line]:
         yield at_most(f"streamed transfer of a 1.3B teacher, {name}", found[name], limit, "{:.2f}")
 
 
+def ranks_on_cpu(files: Files) -> Iterator[Line]:
+    found, what = files.load("distributed"), "a transfer by two ranks, of two cores"
+    if "efficiency" not in found:
+        yield files.missing("distributed", what, "≥ 0.85")
+        return
+    yield at_least(what, found["efficiency"], found["goal"]["efficiency"], "{:.2f}")
+
+
 def lineage_on_cpu(files: Files) -> Iterator[Line]:
     rows = files.rows("lineage")
     for row in rows:
@@ -264,7 +272,17 @@ def cut_short(files: Files) -> Iterator[Line]:
 
 GOALS: dict[str, tuple[Callable[[Files], Iterator[Line]], ...]] = {
     "cuda": (linear_sensitivity, memory_bound, rsvd, stream, cut_short),
-    "cpu": (end_to_end, experts, compiled, rsvd_on_cpu, stream_on_cpu, lineage_on_cpu, demo_on_cpu, cut_short),
+    "cpu": (
+        end_to_end,
+        experts,
+        compiled,
+        rsvd_on_cpu,
+        stream_on_cpu,
+        ranks_on_cpu,
+        lineage_on_cpu,
+        demo_on_cpu,
+        cut_short,
+    ),
 }
 
 
