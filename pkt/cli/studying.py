@@ -71,7 +71,7 @@ def study(
         print_json(found)
     else:
         _show(found)
-        say(f"{out}: stats.json, results.csv, rows.csv.gz")
+        say(f"{out}: report.html, stats.json, results.csv, rows.csv.gz, figures, tables")
     if found["failures"]:
         err_console.print(
             f"{len(found['failures'])} jobs failed, first: {found['failures'][0]['cell']}: {found['failures'][0]['error']}",
@@ -123,47 +123,19 @@ def _show_plan(layout: Any, out: Path, json_: bool) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
+    from pkt.studying import summing
+
     for task, value in found["tasks"].items():
-        test, _, metric = value["decides"].rpartition(".")
-        table = Table(
-            task,
-            "lr, A ×",
-            f"{value['decides']} before",
-            "after",
-            "general text",
-            "against it",
-            box=None,
-            header_style="bold",
-        )
+        decides = value["decides"]
+        metric = summing.split(decides)[1]
+        head = (task, "lr, A ×", f"{decides} before", "after", "general text", "against it")
+        table = Table(*head, box=None, header_style="bold")
         for name, start in value["starts"].items():
-            table.add_row(*_row(found, task, name, start, test, metric))
+            c = summing.comparison(found, "deciding", task, name)
+            table.add_row(
+                name, summing.setting_text(start), summing.text(metric, summing.before(start, decides)),
+                *(summing.mean_text(found, start, n, spread=False) for n in (decides, "general.nll")),
+                "" if c is None else f"{c['word']} {summing.interval_text(c)}",
+            )  # fmt: skip
         out_console.print(table)
     say(found["verdict"])
-
-
-def _row(found: dict[str, Any], task: str, name: str, start: dict[str, Any], test: str, metric: str) -> list[str]:
-    chosen, after = start.get("chosen"), start.get("after") or []
-
-    def mean(of: str, what: str) -> str:
-        if len(after) < len(found["seeds"]):
-            return f"{len(after)} of {len(found['seeds'])} seeds"
-        values = [run[of][what] for run in after if what in run.get(of, {})]
-        return f"{sum(values) / len(values):.3f}" if values else ""
-
-    before = start.get("before", {}).get(test, {}).get(metric)
-    word = next(
-        (
-            f"{c['word']} {c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
-            for c in found["comparisons"]
-            if (c["family"], c["task"], c["control"]) == ("deciding", task, name)
-        ),
-        "",
-    )
-    return [
-        name,
-        "" if chosen is None else f"{chosen['lr']:g}, {chosen['a_scale']:g}" + ("*" if start["at_the_end"] else ""),
-        "" if before is None else f"{before:.3f}",
-        mean(test, metric),
-        mean("general", "nll"),
-        word,
-    ]

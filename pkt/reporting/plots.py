@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt.extras import needs
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from pkt.planning import TransferPlan
 
 TAKEN, LEFT = "#0b7a75", "#c9d1d3"
+
+# What figures on a page are drawn in: the page has its own value of each, in light and in dark (templates/report.html).
+FOCUS, WORSE, INK, MUTED, LINE, PAPER = TAKEN, "#b3261e", "#1c2426", "#6b7375", "#dde3e4", "#fefefe"
+_COLORS = {FOCUS: "focus", WORSE: "worse", INK: "ink", MUTED: "muted", LINE: "line", PAPER: "page"}
+PALETTE = ("#c2410c", "#2f6fd0", "#7a5cc4", "#b8860b", "#c2478f", "#5b8c2a", "#8a6d5b")
 
 
 def check_packages() -> None:
@@ -30,6 +37,57 @@ def new_figure(width: float, height: float, columns: int) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+
+
+def canvas(height: float, columns: int = 1) -> Any:
+    """A figure for a page [inches], of the one width that reads on a phone and on a desk, and its axes."""
+    figure, all_axes = new_figure(5.4, height, columns)
+    for axes in all_axes:
+        axes.set_facecolor("none")
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=9, color=MUTED, labelcolor=INK)
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set(color=MUTED, size=9)
+        for name, spine in axes.spines.items():
+            spine.set(color=MUTED, visible=name == "bottom")
+    return figure, all_axes
+
+
+def legend_below(figure: Any, axes: Any, columns: int = 3) -> None:
+    """The names of the axes' lines under the figure, each once; nothing where they have none."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        style = {"frameon": False, "labelcolor": INK, "fontsize": 9}
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+
+
+def save_figure(figure: Any, file: Path, kind: str) -> None:
+    """As svg, without a background, or png, on white; the same bytes each time."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "pkt"}):
+        if kind == "svg":
+            figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
+        else:
+            figure.savefig(file, format=kind, dpi=160, facecolor="white", metadata={"Software": None})
+
+
+def svg_text(file: Path, title: str) -> str:
+    """An SVG file as an element of a page: it is as wide as its place, has ids of its own, and takes the page's colours."""
+    text = file.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.S)
+    prefix = re.sub(r"[^A-Za-z0-9]+", "-", file.stem)
+    text = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{prefix}-", text)
+    for color, name in _COLORS.items():
+        text = text.replace(color, f"var(--{name})")
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+        rf'<svg role="img" aria-label="{label}" \1 xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">',
+        text,
+        count=1,
+    )
 
 
 def plot_layers(axes: Any, plan: TransferPlan) -> None:

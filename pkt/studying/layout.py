@@ -291,7 +291,16 @@ class Layout:
         return found
 
     def jobs(self, store: Store) -> Iterator[Job]:
-        """What is missing and can be made from what is there."""
+        """What is missing and can be made from what is there; each cell once, whatever asks for it (a start that is made of another
+        task's seeds is that task's own)."""
+        claimed: set[str] = set()
+        for job in self._jobs(store):
+            cells = tuple(cell for cell in job.cells if cell.key not in claimed)
+            claimed.update(cell.key for cell in cells)
+            if cells:
+                yield dataclasses.replace(job, cells=cells)
+
+    def _jobs(self, store: Store) -> Iterator[Job]:
         for task in self.study.tasks:
             for model in self.untrained():
                 missing = [c for c in self.tests(model, task).values() if not store.has(c)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from pkt.files import atomic_file, write_json
 from pkt.statistics import compare, holm, word_for
+from pkt.studying.details import costs_of, crossed, item_counts, most_different, panels_of
 from pkt.studying.layout import Layout
 from pkt.studying.metrics import LOWER, figure, groups_of
 from pkt.studying.schema import FolderStart, OwnStart, PlainLora, StartOptions, Transfer, Transplant
@@ -21,16 +22,20 @@ from pkt.studying.store import Cell, Store
 
 
 def stats_of(layout: Layout, store: Store) -> dict[str, Any]:
-    """stats.json: of a task the untrained models, each start before and after, the grid and what was chosen; comparisons."""
+    """stats.json: of a task the untrained models, each start before and after, the grid and what was chosen; comparisons; costs."""
     study = layout.study
     tasks = {task: _task(layout, store, task) for task in study.tasks}
     found: dict[str, Any] = {
         "study": study.study,
         "of": study.compare.of,
+        "level": study.compare.level,
         "seeds": list(study.training_seeds),
         "tuning": {"lr": list(study.rates.lr), "a_scale": list(study.rates.a_scale), "seeds": list(study.rates.seeds)},
         "tasks": tasks,
-        "comparisons": _comparisons(layout, store, tasks),
+        "panels": panels_of(layout),
+        "comparisons": _comparisons(layout, store),
+        "crossed": crossed(layout, lambda task, name: _deciding_items(layout, store, task, name)),
+        "costs": costs_of(store),
         "failures": store.failures(),
     }
     found["verdict"] = headline(layout, found["comparisons"])
@@ -115,13 +120,18 @@ def items_of(layout: Layout, store: Store, task: str, name: str, test: str, metr
     return losses * losses.shape[1] / counts.sum(1, keepdims=True)
 
 
+def _deciding_items(layout: Layout, store: Store, task: str, name: str) -> Any:
+    test, _, metric = layout.study.tasks[task].decides.rpartition(".")
+    return items_of(layout, store, task, name, test, metric)
+
+
 def controls_of(layout: Layout) -> list[str]:
     """Those that `compare.of` is held against; a panel's variants are compared too, as a family of their own."""
     study = layout.study
     return list(study.compare.controls) or [name for name in study.starts if name != study.compare.of]
 
 
-def _comparisons(layout: Layout, store: Store, tasks: dict[str, Any]) -> list[dict[str, Any]]:
+def _comparisons(layout: Layout, store: Store) -> list[dict[str, Any]]:
     """compare.of minus each control, by task and figure; p values of one family are adjusted together (Holm).
 
     Families: the controls × tasks on the deciding metrics; on every other figure; and of each panel.
@@ -148,12 +158,16 @@ def _comparisons(layout: Layout, store: Store, tasks: dict[str, Any]) -> list[di
         made = [
             compare(a, b, level=study.compare.level, groups=g) for (_, a, b), g in zip(ready, clusters, strict=True)
         ]
-        for ((task, test, metric, control), a, _), c, q in zip(ready, made, holm([c.p for c in made]), strict=True):
+        for ((task, test, metric, control), a, b), c, q in zip(ready, made, holm([c.p for c in made]), strict=True):
+            won = item_counts(a, b, metric)
+            if family == "deciding":
+                won["flipped"] = most_different(layout, layout.measurements(task)[test], a, b, metric)
             margin = study.compare.margin.get(metric, 0.0)
             word = word_for(c, q, margin=margin, lower=LOWER[metric], seeds=len(a), planned=len(study.training_seeds))
             found.append(
                 {
                     "family": family, "task": task, "test": test, "metric": metric, "of": ours, "control": control,
+                    "role": role_of(layout, control), "items": won,
                     "mean": c.mean, "low": c.low, "high": c.high, "p": c.p, "adjusted": q, "word": word,
                     "margin": margin, "detectable": c.detectable, "seeds_for_margin": c.seeds_for(margin) if margin else None,
                 }

@@ -93,11 +93,6 @@ class Store:
             write_json(scratch / CELL, record)
         self._failure(cell).unlink(missing_ok=True)
 
-    def cost(self, cell: Cell) -> dict[str, Any]:
-        """kind, seconds, versions, device and peak of a cell, as its record says."""
-        record = read_json(self.path(cell) / CELL)
-        return {name: record.get(name) for name in ("kind", "seconds", "versions", "device", "peak_bytes")}
-
     def record(self, cell: Cell) -> dict[str, Any]:
         """cell.json. Raises `PktError` for a file of the cell's that is not as it was written."""
         found: dict[str, Any] = read_json(self.path(cell) / CELL)

@@ -82,6 +82,7 @@ def scan(layout: Layout, jobs: Sequence[Job], store: Store) -> None:
             layout.study.student,
             tasks,
             recipes,
+            only=set(wanted),
             tokenizer=layout.tokenizer,
             map_vocabulary=some.map_vocabulary,
             execution=Execution(dtype=torch.float32),

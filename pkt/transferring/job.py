@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -187,6 +187,7 @@ class TransferJob(ScoringJob):
         execution: Execution,
         limits: Limits,
         keep_scores: KeepScores,
+        only: Collection[Result] | None = None,
         today: datetime.date | None = None,
     ) -> None:
         if keep_scores not in get_args(KeepScores):
@@ -199,7 +200,9 @@ class TransferJob(ScoringJob):
         wanted = any(recipe.options.map_vocabulary for recipe in self.recipes.values())
         self.vocabulary = read_vocabulary(map_vocabulary if wanted else False, teacher, student)
         self.pairings = {name: self._pairing(recipe) for name, recipe in self.recipes.items()}
-        self.results: list[Result] = [(task, recipe) for task in self.seeds for recipe in self.recipes]
+        every = [(task, recipe) for task in self.seeds for recipe in self.recipes]
+        self.results: list[Result] = [result for result in every if only is None or result in only]
+        self.partial = len(self.results) < len(every)
         self.keep_scores, self.keeps = keep_scores, keep_scores != "none"
         self.tile = _tile(self.pairings.values()) if keep_scores == "tiles" else None
         self._note_other_ids(student, tokenizer)
@@ -233,7 +236,8 @@ class TransferJob(ScoringJob):
             pairing.teacher = dataclasses.replace(pairing.teacher, content=self.teacher.content)
 
     def made_of(self) -> dict[str, Any]:
-        return {**self._made_of(self.seeds, self.recipes), "option keep_scores": self.keep_scores}
+        only = {"option only": [list(result) for result in self.results]} if self.partial else {}
+        return {**self._made_of(self.seeds, self.recipes), "option keep_scores": self.keep_scores, **only}
 
     def _made_of(self, seeds: Mapping[str, Seeds], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ the inputs. The same command continues there after any interruption and ends wit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def transfer_recipes(
     seeds: Mapping[str, SeedsLike],
     recipes: Mapping[str, Recipe],
     *,
+    only: Collection[Result] | None = None,
     out: str | Path | None = None,
     resume: bool = True,
     force: bool = False,
@@ -149,8 +150,9 @@ def transfer_recipes(
     """`transfer` of several tasks by several recipes, all from one reading of the teacher: the extraction of each (task, recipe).
 
     Each has the bytes it has alone. They are written to `out`/task/recipe; one task or one recipe alone may be named "" and then
-    has no folder of its own. Scores that are kept lie in `out`/task. map_vocabulary: True, or both tokenizers, for the
-    recipes whose options say so. On all ranks of a group but the first there are none.
+    has no folder of its own. Scores that are kept lie in `out`/task. only: the pairs that are wanted; default: all of them.
+    map_vocabulary: True, or both tokenizers, for the recipes whose options say so. On all ranks of a group but the
+    first there are none.
     """
     ranks, out = Ranks.of(group), None if out is None else Path(out)
     if not ranks.first:
@@ -169,6 +171,7 @@ def transfer_recipes(
             execution=execution,
             limits=limits,
             keep_scores=keep_scores,
+            only=only,
             today=today,
         )
         identify(job, ranks, progress=listeners.progress)
@@ -243,6 +246,8 @@ def _from_whole(
         if not ranks.first:
             continue
         for recipe, how in job.recipes.items():
+            if (task, recipe) not in job.results:
+                continue
             made = Chooser(job.pairings[recipe]).plan(sens)
             if listeners.on_plan is not None:
                 listeners.on_plan(made)

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ def done(small: Path) -> Path:
 def timeless(value: Any) -> Any:
     """Without what a clock says."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if not k.startswith("seconds_to")}
+        return {k: timeless(v) for k, v in value.items() if not k.startswith("seconds_to") and k != "costs"}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
@@ -124,7 +125,13 @@ def test_a_study_says_what_it_found(done: Path, small: Path) -> None:
         assert c["word"] in ("better", "worse", "the same", "cannot tell")
     assert len({start["trainable"] for start in task["starts"].values() if start is not task["starts"]["lora"]}) == 1
     page = (done / "report.html").read_text()
-    assert page.count("data:image/png") == 1 + 3 + 1
+    # Three families of comparisons, the scores, items, losses, norms and rates.
+    assert page.count("<svg ") == 3 + 5
+    assert all(c["items"]["won"] + c["items"]["lost"] <= 1 + 1e-9 for c in found["comparisons"])
+    flipped = deciding[0]["items"]["flipped"]
+    assert len(flipped) == 6
+    assert all(row["question"] and row["answer"] for row in flipped)
+    assert {kind: v["cells"] for kind, v in found["costs"]["kinds"].items()}["train"] == 9
     assert all(f"<td>{name}</td>" in page for name in ("pissa", "spectral", "lora", "untrained student"))
     assert html.escape(found["verdict"]).replace("&#x27;", "&#39;") in page
     assert {c["family"] for c in found["comparisons"]} == {"deciding", "problems.exact_match", "general.nll"}
@@ -170,6 +177,22 @@ def test_what_a_cell_is_known_by(small: Path) -> None:
     assert keys(moved) == plain
     rows.write_text("".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
     assert [a == b for a, b in zip(keys(moved), plain, strict=True)] == [True, False, False]
+
+
+def test_what_two_starts_share_is_made_once(small: Path) -> None:
+    """A start made of another task's seeds is that task's own, and the general text of two tasks is one test."""
+    text = (small / "small.yaml").read_text()
+    head, task, rest = re.split(r"(  sums:\n.*?decides: problems.nll\n)", text, flags=re.S)
+    panel = "panels: {cross: {of: spectral, vary: seeds_of, over: [sums, again]}}\ntraining:"
+    both = head + task + task.replace("sums:", "again:") + rest.replace("training:", panel)
+    (small / "crossed.yaml").write_text(both, encoding="utf-8")
+    layout = Layout(open_study(small / "crossed.yaml"))
+    jobs = list(layout.jobs(Store(small / "nothing")))
+    keys = [cell.key for job in jobs for cell in job.cells]
+    assert len(keys) == len(set(keys))
+    # Both tasks have the same seeds: one spectral start, one of PiSSA; one student tested.
+    assert sum(job.kind == "start" for job in jobs) == 2
+    assert sum(job.kind == "untrained" for job in jobs) == 1
 
 
 def test_half_a_study_says_so(done: Path, small: Path, tmp_path: Path) -> None:

@@ -173,3 +173,22 @@ def test_the_plan_says_what_the_run_folder_takes(folder: Path, monkeypatch: pyte
     with pytest.raises(pkt.PktError, match=r"will need up to [0-9.]+ MB more and its disk has 1 MB free"):
         transfer()
     assert not (folder / ".out.run").exists()
+
+
+def test_only_what_is_wanted_is_made(folder: Path) -> None:
+    """Of two tasks and two recipes, two pairs: each as it is when all four are made; the whole model's way too."""
+    only = {("a", "window"), ("b", "random")}
+    recipes = {"window": recipe(**ONE), "random": recipe(**OTHER)}
+    models = folder / "teacher", folder / "student"
+    quiet = {"listeners": Listeners(progress=False), **SETTINGS}
+    every = several(folder, out=None)
+    some = transfer_recipes(*models, tasks(), recipes, only=only, **quiet)
+    assert set(some) == only
+    for result, extraction in some.items():
+        assert extraction.plan == every[result].plan
+        for name, pair in extraction.pairs.items():
+            assert torch.equal(pair.A, every[result].pairs[name].A)
+    transfer_recipes(*models, tasks(), recipes, only=only, out=folder / "some", **quiet)
+    assert sorted(str(f.parent.relative_to(folder / "some")) for f in (folder / "some").rglob("pkt.json")) == [
+        str(Path("a") / "window"), str(Path("b") / "random"),
+    ]  # fmt: skip
