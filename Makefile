@@ -81,6 +81,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench_lineage.py
 	$(BIN)/python bench/bench_teach.py
 	$(BIN)/python bench/bench_distil.py
+	$(BIN)/python bench/bench_study.py
 	$(BIN)/python bench/readme_tables.py
 	$(BIN)/python bench/goals.py
 

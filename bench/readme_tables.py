@@ -23,6 +23,29 @@ def demo_sentences(found: dict) -> str:
     return "\n".join(f"{i}. {line}" for i, line in enumerate(sentences(found), 1))
 
 
+def study_text(found: dict) -> str:
+    """The demo study's verdict, what a gain is made of, and every start before and after."""
+    from pkt.studying import summing, tables
+
+    (task,) = found["tasks"]
+    made, scores = tables.made_of(found), tables.task_scores(found, task, costs=False)
+    assert made is not None
+    trained = {name: start["trainable"] for name, start in found["tasks"][task]["starts"].items()}
+    ours = trained[found["of"]]
+    more = [f"{name} {count / ours:.1f} times" for name, count in trained.items() if count != ours]
+    lines = [
+        f"`pkt study demo` ({len(found['seeds'])} training seeds, {found['tasks'][task]['rows']} rows; "
+        f"{found['made_on']['machine']['cpu']}): **{found['verdict']}**",
+        *summing.warnings(found),
+        "",
+        tables.markdown(made),
+        "",
+        tables.markdown(scores),
+        *([f"All train as many numbers, but for {', '.join(more)} as many."] if more else []),
+    ]
+    return "\n".join(lines)
+
+
 def demo_table(found: dict) -> str:
     from pkt.demo.showing import ROWS, table_of
 
@@ -329,13 +352,14 @@ def real_shrink_table(found: dict) -> str:
 # Page -> table -> the file its figures come from, and how they are laid out.
 PAGES = {
     "README.md": {
+        "study": ("study_demo.json", study_text),
         "demo sentences": ("demo_cpu.json", demo_sentences),
-        "demo table": ("demo_cpu.json", demo_table),
         "bench table": ("end_to_end_cpu.json", bench_table),
         "families": ("families.json", families_table),
     },
     "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
     "docs/lineage.md": {
+        "demo table": ("demo_cpu.json", demo_table),
         "shrink table": ("shrink_cpu.json", shrink_table),
         "real shrink table": ("shrink_real_cpu.json", real_shrink_table),
         "chain table": ("chain_cpu.json", chain_table),

@@ -10,7 +10,7 @@ from pkt.files import atomic_file, os_errors
 from pkt.reporting import page, save_figure, svg_text
 from pkt.studying import tables
 from pkt.studying.figures import Drawn, figures
-from pkt.studying.summing import is_variant, sentence
+from pkt.studying.summing import sentence, warnings
 
 Section = dict[str, Any]
 
@@ -49,11 +49,11 @@ class _Report:
         deciding = [c for c in found["comparisons"] if c["family"] == "deciding"]
         words = [sentence(found, c) for c in deciding]
         sections = [
-            {"heading": "Verdict", "lead": [found["verdict"]], "text": _warnings(found)},
+            {"heading": "Verdict", "lead": [found["verdict"]], "text": warnings(found)},
             self.section(tables.made_of(found)),
             self.section(tables.comparisons(found, "deciding"), "forest_deciding"),
             {"heading": "Each comparison in words", "text": words, "folded": True} if words else None,
-            self.section(tables.scores(found)),
+            self.section(tables.scores(found)) if len(tasks) > 1 else None,
             *(self.section(tables.task_scores(found, task), f"scores_{task}") for task in tasks),
         ]
         for panel in found["panels"]:
@@ -95,21 +95,6 @@ class _Report:
         file = self.out / folder / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', name)}.{kind}"
         self.written.add(file)
         return file
-
-
-def _warnings(found: dict[str, Any]) -> list[str]:
-    ends = []
-    for task, value in found["tasks"].items():
-        names = [name for name, start in value["starts"].items() if start["at_the_end"]]
-        variants = sum(is_variant(found, name) for name in names)
-        more = [f"{variants} variants of panels"] if variants else []
-        if names:
-            ends.append(f"{task} ({', '.join([n for n in names if not is_variant(found, n)] + more)})")
-    return (
-        [f"The best rate is still an end of the grid on {'; '.join(ends)}: a wider grid may change what is said."]
-        if ends
-        else []
-    )
 
 
 def _how(found: dict[str, Any]) -> list[str]:

@@ -88,6 +88,7 @@ def _start(layout: Layout, store: Store, task: str, name: str) -> dict[str, Any]
         "trainable": values[0]["trainable"] if values else None,
         "norm": values[0]["norm"] if values else None,
         "losses": [[round(loss, 5) for loss in v["losses"]] for v in values],
+        "steps": len(values[0]["losses"]) if values else None,
         "clipped": sum(v["clipped"] for v in values) / len(values) if values else None,
         "seconds_to_train": sum(v["seconds"] for v in values) / len(values) if values else None,
         "before": _figures_of(layout.tests(trained[0], task, before=True), store),

@@ -102,11 +102,9 @@ def setting_text(start: dict[str, Any]) -> str:
 
 
 def steps_to_make(start: dict[str, Any]) -> float | None:
-    """What making a start costs, as training steps of the same start."""
-    seconds, trained, losses = (start.get(n) for n in ("seconds_to_make", "seconds_to_train", "losses"))
-    if seconds is None or not trained or not losses or not losses[0]:
-        return None
-    return float(seconds / (trained / len(losses[0])))
+    """What making a start costs by the clock, as training steps of the same start."""
+    seconds, trained, steps = (start.get(n) for n in ("seconds_to_make", "seconds_to_train", "steps"))
+    return float(seconds / (trained / steps)) if seconds is not None and trained and steps else None
 
 
 def sentence(found: dict[str, Any], c: dict[str, Any]) -> str:
@@ -125,4 +123,20 @@ def sentence(found: dict[str, Any], c: dict[str, Any]) -> str:
         f"{c['task']}, {name}, {len(found['seeds'])} training seeds, {c['items']['count']} items: {c['of']} {ours}, "
         f"{c['control']} {theirs}, each at its own rate: {interval_text(c)}, adjusted p {c['adjusted']:.2g}: {c['word']}. "
         f"This study would have seen {would} {unit}{more}."
+    )
+
+
+def warnings(found: dict[str, Any]) -> list[str]:
+    """What a verdict is to be read with."""
+    ends = []
+    for task, value in found["tasks"].items():
+        names = [name for name, start in value["starts"].items() if start["at_the_end"]]
+        variants = sum(is_variant(found, name) for name in names)
+        more = [f"{variants} variants of panels"] if variants else []
+        if names:
+            ends.append(f"{task} ({', '.join([n for n in names if not is_variant(found, n)] + more)})")
+    return (
+        [f"The best rate is still an end of the grid on {'; '.join(ends)}: a wider grid may change what is said."]
+        if ends
+        else []
     )

@@ -33,6 +33,9 @@ EXPLANATIONS = {
 }
 
 
+COSTS = ["trainable", "made in", "as steps", "trained in"]
+
+
 @dataclass(frozen=True)
 class Table:
     """name: of its file."""
@@ -57,7 +60,7 @@ def made_of(found: dict[str, Any]) -> Table | None:
         other = list(dict.fromkeys(word for word in words if word != "better"))
         rows.append(
             [
-                EXPLANATIONS.get(role, "something of this start's"), control, *(interval_text(c) if c else "" for c in some),
+                EXPLANATIONS.get(role, "what this start gives as well"), control, *(interval_text(c) if c else "" for c in some),
                 "ruled out" if better else f"not ruled out: {', '.join(other)}",
             ]
         )  # fmt: skip
@@ -113,34 +116,47 @@ def _untrained(task: dict[str, Any], model: str, name: str) -> str:
     return text(split(name)[1], untrained_value(task, model, name))
 
 
-def task_scores(found: dict[str, Any], task: str) -> Table:
+def task_scores(found: dict[str, Any], task: str, *, costs: bool = True) -> Table:
     """One task: before and after training, general text and how much of it is forgotten, and what each start costs."""
     value = found["tasks"][task]
     decides, general = value["decides"], "general.nll"
     metric = split(decides)[1]
     forgets = general in measured_in(value)
     base = untrained_value(value, "student", general)
-    head = ["", f"{decides} before", "after", *(["general NLL before", "after", "forgotten"] if forgets else [])]
-    head += ["trainable", "made in", "as steps", "trained in"]
+    others = [name for name in measured_in(value) if name not in (decides, general)]
+    head = ["", f"{decides} before", "after", *(f"{name} after" for name in others)]
+    head += [*(["general NLL before", "after", "forgotten"] if forgets else [])]
+    head += COSTS if costs else []
     rows = [
-        [f"untrained {m}", _untrained(value, m, decides), "", *([_untrained(value, m, general), "", ""] * forgets), *[""] * 4]
+        [
+            f"untrained {m}", _untrained(value, m, decides), "", *(_untrained(value, m, name) for name in others),
+            *([_untrained(value, m, general), "", ""] * forgets), *([""] * len(COSTS) * costs),
+        ]
         for m in value["untrained"]
     ]  # fmt: skip
     for name, start in value["starts"].items():
         if is_variant(found, name):
             continue
         kept: list[str] = []
+        more = [mean_text(found, start, other) for other in others]
         if forgets:
             after = _mean(found, start, general)
             lost = "" if after is None or base is None else difference_text("nll", after - base)
             kept = [text("nll", before(start, general)), mean_text(found, start, general), lost]
         rows.append(
-            [name, text(metric, before(start, decides)), mean_text(found, start, decides), *kept, *_cost(start)]
+            [
+                name,
+                text(metric, before(start, decides)),
+                mean_text(found, start, decides),
+                *more,
+                *kept,
+                *(_cost(start) if costs else []),
+            ]
         )
     notes = [
         f"{value['rows']} rows learnt from, {value['held_out']} held out to choose rates.",
         *(["Forgotten: the loss on general text after training minus the untrained student's."] if forgets else []),
-        "As steps: the seconds that making the start took, in training steps of this start.",
+        *(["As steps: the seconds that making the start took, in training steps of this start."] if costs else []),
     ]
     return Table(f"scores_{task}", f"{task}: before, after and what it costs", head, rows, notes)
 
@@ -267,6 +283,11 @@ def costs(found: dict[str, Any]) -> Table:
 
 def _bytes(kind: dict[str, Any]) -> str:
     return f"{kind['peak_bytes'] / 1e9:.2f} GB" if kind["peak_bytes"] else ""
+
+
+def markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (table.head, ["---"] * len(table.head), *table.rows)]
+    return "\n".join([*lines, "", *(note for note in table.notes)])
 
 
 _TEX = {

@@ -84,7 +84,7 @@ def _start(draw: Any, metric: str, each: Any, name: str) -> dict[str, Any]:
     curve = [{"lr": lr, "a_scale": 1.0, "nll": float(1 + draw.random())} for lr in (1e-4, 3e-4, 9e-4)]
     return {
         "seeds_of": "gsm", "extra_steps": 0.0, "curve": curve, "chosen": {"lr": 3e-4, "a_scale": 1.0}, "at_the_end": name == "lora",
-        "seconds_to_make": 12.5, "trained": SEEDS, "diverged": 0, "trainable": 1_234_567, "seconds_to_train": 90.0,
+        "seconds_to_make": 12.5, "trained": SEEDS, "diverged": 0, "trainable": 1_234_567, "seconds_to_train": 90.0, "steps": 47,
         "norm": float(draw.random()), "clipped": 0.25, "before": {"zero": {metric: 0.9}, "general": {"nll": 2.1}}, "after": after,
         "losses": [[2 / (step + 1) + float(draw.random()) / 9 for step in range(47)] for _ in range(SEEDS)],
     }  # fmt: skip
