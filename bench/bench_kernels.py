@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from measuring import RESULTS, Report, Run, kind_of  # noqa: E402
 from measuring import Bench as Harness  # noqa: E402
 
-import pkt.ops  # noqa: E402
+from pkt import ops  # noqa: E402
 from pkt.ops import candidates  # noqa: E402
 from pkt.ops.candidates import Kind  # noqa: E402
 
@@ -254,7 +254,7 @@ def prefix_window(score: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """`pkt::best_window` by a summed-area table of the quantized scores; the table's wrap-around cancels."""
     exponent = torch.frexp(score.max().double()).exponent
     unit = torch.ones((), dtype=torch.float64, device=score.device)
-    scale = torch.ldexp(unit, pkt.ops.window_bits(rows, cols) - exponent)
+    scale = torch.ldexp(unit, ops.window_bits(rows, cols) - exponent)
     whole = (score.double() * scale + 0.5).floor().long().cumsum(0).cumsum(1)
     table = torch.nn.functional.pad(whole, (1, 0, 1, 0))
     sums = table[rows:, cols:] - table[:-rows, cols:] - table[rows:, :-cols] + table[:-rows, :-cols]
@@ -263,6 +263,11 @@ def prefix_window(score: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     # The first of those that share the largest sum.
     first = torch.where(flat == total, torch.arange(len(flat), device=flat.device), len(flat)).min()
     return torch.stack([first // sums.shape[1], first % sums.shape[1]]), total
+
+
+def best_lines(line: Tensor, count: int) -> Tensor:
+    """`pkt::best_blocks` of one axis in blocks of 4, by the axis's sums."""
+    return line.view(-1, 4).sum(1).sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def bench_window(bench: Bench) -> None:
@@ -282,6 +287,17 @@ def bench_window(bench: Bench) -> None:
             "prefix sums in torch": lambda: prefix_window(score, rows, cols),
         }
         | bench.compiled("torch.compile", prefix_window, (score, rows, cols), lambda made: made(score, rows, cols)),
+        bytes_moved=score.numel() * 4,
+    )
+    bench.group(
+        f"best_blocks {n}x{m} -> {rows}x{cols}",
+        {
+            "pkt": lambda: pkt_ops.best_blocks(score, rows // 4, cols // 4, 4, 4),
+            "one read (amax)": lambda: score.amax(),
+            "two sums in fp64": lambda: [
+                best_lines(ops.double_sum(score, 1 - a), (rows, cols)[a] // 4) for a in (0, 1)
+            ],
+        },
         bytes_moved=score.numel() * 4,
     )
     if not bench.cuda:

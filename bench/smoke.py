@@ -136,6 +136,15 @@ def best_window(inputs: Inputs) -> float:
     return float(offset.tolist() != [first // sums.shape[1], first % sums.shape[1]])
 
 
+def best_blocks(inputs: Inputs) -> float:
+    """Whether other blocks are chosen: sums of small integers are exact, ties included."""
+    score = torch.randint(0, 3, (N, M), generator=inputs.generator).float()
+    found = ops.best_blocks(score.to(inputs.device), 9, 5, 8, 4)
+    sums = score.view(-1, 8, M).sum((1, 2)), score.view(N, -1, 4).sum((0, 2))
+    wanted = [s.sort(descending=True, stable=True).indices[:k].sort().values for s, k in zip(sums, (9, 5), strict=True)]
+    return float([f.tolist() for f in found] != [w.tolist() for w in wanted])
+
+
 def excess(a: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> float:
     """How much ‖a − U S Vᵀ‖² is above the optimum."""
     U, S, V = map(fp64, found)
@@ -164,6 +173,7 @@ CASES: dict[str, tuple[Case, float]] = {
     "linear_sensitivity_tiles_": (of_measures(linear_sensitivity_tiles), 1e-5),
     "embedding_sensitivity_": (of_measures(embedding_sensitivity), 1e-5),
     "best_window": (best_window, 0.0),
+    "best_blocks": (best_blocks, 0.0),
     "rsvd": (rsvd, 0.01),
     "rsvd_batch": (rsvd_batch, 0.01),
 }

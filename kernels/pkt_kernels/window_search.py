@@ -1,4 +1,5 @@
-"""The contiguous window of a score matrix with the largest sum, and row, column and block sums, in exact integers.
+"""The contiguous window of a score matrix with the largest sum, its best rows and columns, and row, column and block sums, in
+exact integers.
 
 score [n, m], non-negative, is read as integers q = ⌊score · 2^(bits - e) + ½⌋ with max(score) = f · 2^e, ½ ≤ f < 1
 (docs/method.md §3). bits is 36 or as many as keep a window's sum below 2^62, so that sums are exact in int64 in any order,
@@ -263,10 +264,9 @@ def best_window(
     return offset, total
 
 
-def axis_sums(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row sums [n] and column sums [m] in fp64, from one pass; exact integers scaled back, the same on every device."""
+def _axis_totals(score: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Integer row sums [n] and column sums [m] from one pass, and the largest score, which took another."""
     n, m = score.shape
-    bits = quantization_bits(max(n, m))
     pieces = triton.cdiv(n, CHUNK * AXIS_CHUNKS), triton.cdiv(m, BLOCK_C)
     with launch.on_device(score):
         largest = score.amax()
@@ -277,7 +277,33 @@ def axis_sums(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             n, m, *score.stride(), bits,
             CHUNK=CHUNK, BLOCK_C=BLOCK_C, CHUNKS=AXIS_CHUNKS, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
-    return _scale_back(row_sums.sum(0), largest, bits), _scale_back(column_sums.sum(0), largest, bits)
+    return row_sums.sum(0), column_sums.sum(0), largest
+
+
+def axis_sums(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row sums [n] and column sums [m] in fp64, from one pass; exact integers scaled back, the same on every device."""
+    bits = quantization_bits(max(score.shape))
+    row_sums, column_sums, largest = _axis_totals(score, bits)
+    return _scale_back(row_sums, largest, bits), _scale_back(column_sums, largest, bits)
+
+
+def block_bits(n: int, m: int, row_block: int, col_block: int) -> int:
+    """Bits of the largest score that leave a block's sum below 2^53, so that doubles hold it exactly too."""
+    return min(36, 53 - (max(row_block * m, col_block * n) - 1).bit_length())
+
+
+def best_blocks(
+    score: torch.Tensor, rows: int, cols: int, row_block: int = 1, col_block: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `rows` blocks of row_block rows and the `cols` blocks of columns with the largest sums, each ascending, int64."""
+    n, m = score.shape
+    row_sums, column_sums, _ = _axis_totals(score, block_bits(n, m, row_block, col_block))
+    return _best(row_sums, rows, row_block), _best(column_sums, cols, col_block)
+
+
+def _best(sums: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    whole = sums[: len(sums) // block * block].view(-1, block).sum(1)
+    return whole.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def block_sums(score: torch.Tensor, block: int) -> torch.Tensor:

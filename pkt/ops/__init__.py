@@ -4,6 +4,7 @@ from pkt.ops import choosing
 from pkt.ops.checked import (
     abs_accumulate_,
     abs_accumulate_many_,
+    best_blocks,
     best_window,
     embedding_sensitivity_,
     linear_sensitivity_,
@@ -40,6 +41,7 @@ __all__ = [
     "abs_accumulate_",
     "abs_accumulate_many_",
     "add_rows_",
+    "best_blocks",
     "best_window",
     "block_width",
     "choosing",

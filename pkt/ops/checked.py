@@ -185,6 +185,24 @@ def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step
     return offset, total
 
 
+def best_blocks(score: Tensor, rows: int, cols: int, row_block: int = 1, col_block: int = 1) -> tuple[Tensor, Tensor]:
+    """The `rows` blocks of row_block rows and the `cols` blocks of col_block columns of `score` with the largest sums.
+
+    Returns their numbers, ascending, int64 [rows] and [cols]. Of a ragged last block nothing is chosen; the first wins a tie.
+    S is quantized so that sums are exact: every device chooses the same.
+    """
+    op = "best_blocks"
+    _require(
+        score.ndim == 2 and score.dtype in _FLOATS, op, f"the scores must be a floating-point matrix: {_shape(score)}"
+    )
+    n, m = score.shape
+    _require(row_block > 0 and col_block > 0, op, f"blocks must be positive, not {row_block} and {col_block}")
+    fits = 0 < rows <= n // row_block and 0 < cols <= m // col_block
+    _require(fits, op, f"{rows} x {cols} blocks of {row_block} x {col_block} do not fit in {n} x {m}")
+    chosen_rows, chosen_cols = torch.ops.pkt.best_blocks(score.float(), rows, cols, row_block, col_block)
+    return chosen_rows, chosen_cols
+
+
 def _check_rsvd(op: str, name: str, a: Tensor, rank: int, oversample: int, iters: int) -> None:
     _require(a.ndim == 2, op, f"{name} must be a matrix, not {_shape(a)}")
     _require(a.dtype in _FLOATS[:3], op, f"{name} must be bf16, fp16 or fp32, not {_shape(a)}")

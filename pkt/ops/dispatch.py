@@ -32,6 +32,7 @@ _lib.define(
 )
 _lib.define(f"embedding_sensitivity_(Tensor(a!) acc, Tensor w, Tensor ids, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()")
 _lib.define("best_window(Tensor score, int rows, int cols, int row_step=1, int col_step=1) -> (Tensor, Tensor)")
+_lib.define("best_blocks(Tensor score, int rows, int cols, int row_block=1, int col_block=1) -> (Tensor, Tensor)")
 _lib.define("rsvd(Tensor a, int rank, int oversample=16, int iters=4, int seed=0) -> (Tensor, Tensor, Tensor, Tensor)")
 _lib.define(
     "rsvd_batch(Tensor[] a, int rank, int oversample=16, int iters=4, int seed=0) -> "
@@ -83,6 +84,7 @@ _TRITON: dict[str, tuple[str, str]] = {
     "linear_sensitivity_tiles_": ("linear_sensitivity", "linear_sensitivity_tiles"),
     "embedding_sensitivity_": ("embedding_sensitivity", "embedding_sensitivity"),
     "best_window": ("window_search", "best_window"),
+    "best_blocks": ("window_search", "best_blocks"),
 }
 
 
@@ -120,6 +122,7 @@ _TORCH: dict[str, Callable[..., Any]] = {
     "linear_sensitivity_tiles_": reference.linear_sensitivity_tiles_,
     "embedding_sensitivity_": reference.embedding_sensitivity_,
     "best_window": reference.best_window,
+    "best_blocks": reference.best_blocks,
 }
 
 
@@ -220,6 +223,12 @@ def _fake_best_window(
     return score.new_empty(2, dtype=torch.int64), score.new_empty((), dtype=torch.int64)
 
 
+def _fake_best_blocks(
+    score: Tensor, rows: int, cols: int, row_block: int = 1, col_block: int = 1
+) -> tuple[Tensor, Tensor]:
+    return score.new_empty(rows, dtype=torch.int64), score.new_empty(cols, dtype=torch.int64)
+
+
 def _fake_rsvd(
     a: Tensor, rank: int, oversample: int = 16, iters: int = 4, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,5 +245,6 @@ def _fake_rsvd_batch(
 
 
 torch.library.register_fake("pkt::best_window", _fake_best_window, lib=_lib)
+torch.library.register_fake("pkt::best_blocks", _fake_best_blocks, lib=_lib)
 torch.library.register_fake("pkt::rsvd", _fake_rsvd, lib=_lib)
 torch.library.register_fake("pkt::rsvd_batch", _fake_rsvd_batch, lib=_lib)

@@ -243,6 +243,29 @@ def best_window(score: Tensor, rows: int, cols: int, row_step: int = 1, col_step
     return best[found][1], best[found][0]
 
 
+def best_blocks(score: Tensor, rows: int, cols: int, row_block: int = 1, col_block: int = 1) -> tuple[Tensor, Tensor]:
+    """Sums of integers that doubles hold exactly, so that their order does not matter."""
+    n, m = score.shape
+    bits = min(36, 53 - (max(row_block * m, col_block * n) - 1).bit_length())
+    exponent = torch.frexp(score.max().double()).exponent
+    scale = torch.ldexp(torch.ones((), dtype=torch.float64, device=score.device), bits - exponent)
+    height = max(1, (2 if score.device.type == "cpu" else 1024) * _SUM_ELEMENTS // m)
+    row_sums, column_sums = (torch.zeros(size, dtype=torch.float64, device=score.device) for size in (n, m))
+    quantized = torch.empty(min(height, n), m, dtype=torch.float64, device=score.device)
+    for top in range(0, n, height):
+        part = quantized[: min(height, n - top)]
+        part.copy_(score[top : top + height]).mul_(scale).add_(0.5).floor_()
+        torch.sum(part, 1, out=row_sums[top : top + height])
+        column_sums += part.sum(0)
+    return _best(row_sums, rows, row_block), _best(column_sums, cols, col_block)
+
+
+def _best(sums: Tensor, count: int, block: int) -> Tensor:
+    """The `count` blocks with the largest sums, ascending; the first wins a tie, and a ragged last one is none."""
+    whole = sums[: len(sums) // block * block].view(-1, block).sum(1)
+    return whole.sort(descending=True, stable=True).indices[:count].sort().values
+
+
 def _sliding(values: Tensor, width: int) -> Tensor:
     """Sums of `width` neighbours in each row."""
     prefix = values.cumsum(1)

@@ -263,6 +263,10 @@ def axes() -> None:
     window_search.axis_sums(torch.zeros(256, 512))
 
 
+def best_blocks() -> None:
+    window_search.best_blocks(torch.zeros(256, 512), 3, 4, 16, 32)
+
+
 def blocks() -> None:
     window_search.block_sums(torch.zeros(256, 512), 64)
 
@@ -288,7 +292,7 @@ def test_accumulating(
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("launch_kernels", [window, axes, blocks], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("launch_kernels", [window, axes, best_blocks, blocks], ids=lambda function: function.__name__)
 def test_windows(compiled: list[Any], capability: int, launch_kernels: Callable[[], None], tmp_path: Path) -> None:
     launch_kernels()
     check_resources(compiled, capability, tmp_path)

@@ -386,11 +386,7 @@ WINDOWS = [
 ]
 
 
-@cases(*itertools.product(WINDOWS, ["uniform", "ties", "zeros", "tiny", "huge", "spikes"]))
-def window(shapes: tuple[tuple[int, int], ...], values: str) -> None:
-    from pkt_kernels.window_search import best_window
-
-    shape, size, steps = shapes
+def scores(shape: tuple[int, int], values: str) -> Tensor:
     score = torch.rand(shape)
     if values == "ties":
         score = (score > 0.5).float()
@@ -402,6 +398,15 @@ def window(shapes: tuple[tuple[int, int], ...], values: str) -> None:
         score *= 3e38
     elif values == "spikes":
         score = score**40
+    return score
+
+
+@cases(*itertools.product(WINDOWS, ["uniform", "ties", "zeros", "tiny", "huge", "spikes"]))
+def window(shapes: tuple[tuple[int, int], ...], values: str) -> None:
+    from pkt_kernels.window_search import best_window
+
+    shape, size, steps = shapes
+    score = scores(shape, values)
     offset, total = best_window(score, *size, *steps)
     assert (*offset.tolist(), int(total)) == brute_force(score, *size, *steps)
     assert offset.dtype == total.dtype == torch.int64
@@ -433,6 +438,22 @@ def window_views(layout: str) -> None:
         score = whole[2:92, 5:75]
     offset, total = best_window(score, 20, 30, 1, 1)
     assert (*offset.tolist(), int(total)) == brute_force(score, 20, 30, 1, 1)
+
+
+@cases(*itertools.product([((1, 1), (1, 1), (1, 1)), ((300, 190), (40, 17), (5, 8)), ((257, 129), (100, 129), (2, 1))],
+                          ["uniform", "ties", "zeros", "tiny", "huge", "spikes"]))  # fmt: skip
+def best_blocks(shapes: tuple[tuple[int, int], ...], values: str) -> None:
+    """What the op in torch chooses, ties included."""
+    from pkt_kernels import window_search
+
+    from pkt.ops import reference
+
+    shape, counts, blocks = shapes
+    score = scores(shape, values)
+    found = window_search.best_blocks(score, *counts, *blocks)
+    wanted = reference.best_blocks(score, *counts, *blocks)
+    assert [f.tolist() for f in found] == [w.tolist() for w in wanted]
+    assert [len(f) for f in found] == list(counts)
 
 
 @cases((1, 1), (300, 190), (257, 129))
@@ -488,6 +509,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     results = tmp_path_factory.mktemp("interpreter") / "results.jsonl"
     path = [
         str(Path(__file__).parents[1]),
+        str(Path(__file__).parents[2]),
         str(Path(__file__).parents[2] / "kernels"),
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]

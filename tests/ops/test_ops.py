@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from typing import Any
@@ -212,6 +213,7 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
         (torch.zeros(6, 5), w, torch.zeros(7, dtype=torch.int64), x, starts, lens),
     )
     check(torch.ops.pkt.best_window.default, (torch.rand(6, 5), 3, 2))
+    check(torch.ops.pkt.best_blocks.default, (torch.rand(6, 5), 2, 2, 2, 1))
     check(torch.ops.pkt.rsvd.default, (torch.randn(12, 9), 3))
     check(torch.ops.pkt.rsvd_batch.default, ([torch.randn(12, 9), torch.randn(4, 7).bfloat16()], 3))
 
@@ -299,6 +301,10 @@ def test_powers_other_than_1_and_2_are_refused() -> None:
 def test_other_ops_refuse_bad_arguments() -> None:
     with pytest.raises(pkt.PktError, match="shapes differ"):
         ops.abs_accumulate_(torch.zeros(3), torch.zeros(3), torch.zeros(4))
+    with pytest.raises(pkt.PktError, match="4 x 1 blocks of 2 x 3 do not fit in 7 x 4"):
+        ops.best_blocks(torch.rand(7, 4), 4, 1, 2, 3)
+    with pytest.raises(pkt.PktError, match="blocks must be positive"):
+        ops.best_blocks(torch.rand(7, 4), 4, 1, 0, 3)
     with pytest.raises(pkt.PktError, match="does not fit in"):
         ops.best_window(torch.rand(3, 4), 4, 4)
     with pytest.raises(pkt.PktError, match="steps"):
@@ -343,6 +349,32 @@ def test_rsvd_refuses_bad_options_and_mixed_devices() -> None:
     with pytest.raises(pkt.PktError, match=r"a\[1\] is on meta, a\[0\] on cpu"):
         ops.rsvd_batch([torch.zeros(3, 5), torch.zeros(3, 5, device="meta")], 1)
     assert [len(x) for x in ops.rsvd_batch([], 1)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "counts", "blocks"),
+    [((1, 1), (1, 1), (1, 1)), ((70, 33), (5, 3), (8, 5)), ((300, 90), (300, 11), (1, 4))],
+)
+@pytest.mark.parametrize("values", ["any", "ties", "zeros", "wide"])
+def test_the_best_blocks(
+    shape: tuple[int, int], counts: tuple[int, int], blocks: tuple[int, int], values: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    score = torch.rand(shape)
+    score = {"any": score, "ties": (score > 0.5).float(), "zeros": torch.zeros(shape), "wide": score**20}[values].to(
+        dtype
+    )
+    found = ops.best_blocks(score, *counts, *blocks)
+    # In Python's own integers.
+    exponent = math.frexp(float(score.max()))[1]
+    bits = min(36, 53 - (max(blocks[0] * shape[1], blocks[1] * shape[0]) - 1).bit_length())
+    whole = [[math.floor(math.ldexp(v, bits - exponent) + 0.5) for v in row] for row in score.tolist()]
+    for axis, lines in enumerate((whole, list(zip(*whole, strict=True)))):
+        block = blocks[axis]
+        sums = [sum(sum(line) for line in lines[i : i + block]) for i in range(0, len(lines) - block + 1, block)]
+        wanted = sorted(sorted(range(len(sums)), key=lambda i: (-sums[i], i))[: counts[axis]])
+        assert found[axis].tolist() == wanted
 
 
 @pytest.fixture

@@ -110,6 +110,22 @@ def test_blocks_take_the_best_row_and_column_blocks() -> None:
     assert torch.equal(region.cut(score), score[rows][:, cols])
 
 
+@pytest.mark.parametrize(("select", "size", "sides"), [("rows_cols", (7, 5), (1, 1)), ("blocks", (8, 3), (8, 3))])
+@pytest.mark.parametrize("values", [3, 1000])
+def test_the_op_that_chooses_on_a_gpu_chooses_what_the_cpu_does(
+    select: Any, size: tuple[int, int], sides: tuple[int, int], values: int
+) -> None:
+    rng = np.random.default_rng(values)
+    for _ in range(20):
+        score = torch.from_numpy(rng.integers(0, values, (24, 12))).float()
+        region = select_region(score, select, Wanted((24, 12), size))
+        picked = ops.best_blocks(score, size[0] // sides[0], size[1] // sides[1], *sides)
+        for axis, blocks, side in zip((region.rows, region.cols), picked, sides, strict=True):
+            assert [p for a, b in axis for p in range(a, b)] == [
+                p for i in blocks.tolist() for p in range(i * side, (i + 1) * side)
+            ]
+
+
 def test_a_window_is_a_view_and_equal_shapes_are_the_identity() -> None:
     matrix = torch.rand(10, 12)
     part = window(2, 3, 4, 5).cut(matrix)
