@@ -84,8 +84,9 @@ def extension(with_cuda: bool) -> Any:
     sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     if with_cuda:
         sources += sorted(map(str, Path("csrc").glob("*.cu")))
+        # 9.0a: the clustered kernel's instructions, which 9.0 does not have; it runs on what 9.0 runs on, and no later.
         blackwell = tuple(map(int, (torch.version.cuda or "0").split(".")[:2])) >= (12, 8)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX" if blackwell else "8.0;9.0a;9.0+PTX")
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     return (CUDAExtension if with_cuda else CppExtension)(
         "pkt._C",

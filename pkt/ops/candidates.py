@@ -14,6 +14,7 @@ STANDARD = "triton"
 MODULES: dict[str, str] = {
     STANDARD: "pkt_kernels.linear_sensitivity",
     "gluon": "pkt_kernels.linear_sensitivity_hopper",
+    "clustered": "pkt.ops.clustered",
 }
 
 

@@ -27,6 +27,10 @@ _SAMPLES = "Tensor seq_starts, Tensor seq_lens"
 _lib.define(f"abs_accumulate_(Tensor(a!) acc, Tensor theta, Tensor grad, {_MEASURE}) -> ()")
 _lib.define(f"abs_accumulate_many_(Tensor(a!)[] acc, Tensor[] theta, Tensor[] grad, {_MEASURE}) -> ()")
 _lib.define(f"linear_sensitivity_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()")
+# One of the kernels that `choosing` can give the op above; of pkt._C, on CUDA alone.
+_lib.define(
+    f"linear_sensitivity_clustered_(Tensor(a!) acc, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, {_MEASURE}) -> ()"
+)
 _lib.define(
     f"linear_sensitivity_tiles_(Tensor(a!) tiles, Tensor w, Tensor x, Tensor dy, {_SAMPLES}, int tile, {_MEASURE}) -> ()"
 )

@@ -186,13 +186,15 @@ def test_the_cuda_kernels_compile_for_every_target_without_a_spill(tmp_path: Pat
 
 @pytest.mark.slow
 @needs_nvcc
-def test_the_cuda_extension_compiles_against_torch_s_stable_abi(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.cu")))
+def test_the_cuda_extension_compiles_against_torch_s_stable_abi(source: str, tmp_path: Path) -> None:
     include = Path(torch.__file__).parent / "include"
-    flags = ["-O1", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90"]
-    command = [str(NVCC), *flags, f"-I{include}", "-Xcompiler=-fPIC", "-c", str(CSRC / "rsvd_cuda.cu")]
-    run = subprocess.run([*command, "-o", str(tmp_path / "rsvd_cuda.o")], capture_output=True, text=True)
+    flags = ["-O1", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a"]
+    command = [str(NVCC), *flags, f"-I{include}", "-Xcompiler=-fPIC", "-c", str(CSRC / source)]
+    run = subprocess.run([*command, "-o", str(tmp_path / "cuda.o")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    symbols = subprocess.run(["nm", "-u", str(tmp_path / "rsvd_cuda.o")], capture_output=True, text=True).stdout
+    symbols = subprocess.run(["nm", "-u", str(tmp_path / "cuda.o")], capture_output=True, text=True).stdout
+    assert " cu" not in re.sub(r" cuda\w+| __cuda\w+", "", symbols), "nothing of the driver may be linked with"
     assert not re.search(r"_ZN(3c10|2at)", symbols), "only the stable ABI's C functions may be needed"
 
 

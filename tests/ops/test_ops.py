@@ -220,7 +220,8 @@ def test_schemas_fakes_and_mutations_pass_opcheck() -> None:
 
 def test_every_op_says_what_it_uses_and_why() -> None:
     declared = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("pkt::")}
-    assert {f"pkt::{op}" for op in ops.names()} == declared
+    # One of the kernels of another op.
+    assert {f"pkt::{op}" for op in ops.names()} == declared - {"pkt::linear_sensitivity_clustered_"}
     for op in ops.names():
         used, why = ops.implementation(op, "cpu")
         assert used in ("torch", "C++")
