@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from pkt.errors import PktError
 
 LayerChoice: TypeAlias = Literal["sensitivity", "first", "last", "random"]
-Select: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random"]
+Select: TypeAlias = Literal["window", "rows_cols", "weights", "blocks", "random", "random_weights"]
 Split: TypeAlias = Literal["b", "sqrt"]
 Svd: TypeAlias = Literal["fast", "adaptive", "exact"]
 Loss: TypeAlias = Literal["answer", "all"]

@@ -86,7 +86,7 @@ _FLAGS: dict[str, Any] = {
         typer.Option(
             "--select",
             help="The part of each matrix with the most sensitivity: a contiguous window, rows and columns, the best "
-            "single weights in their order, blocks; or a random window.",
+            "single weights in their order, blocks; or at random a window, or single weights.",
         ),
     ],
     "modules": Annotated[

@@ -9,6 +9,7 @@ from pkt.lora.injection import initialize_lora_weights as initialize_lora_weight
 from pkt.lora.injection import inject as inject
 from pkt.lora.pissa import initialize_pissa_weights as initialize_pissa_weights
 from pkt.lora.plain import DRAWN as DRAWN
+from pkt.lora.plain import ROWS as ROWS
 from pkt.lora.plain import check_init as check_init
 from pkt.lora.plain import draw_pairs as draw_pairs
 from pkt.lora.plain import mode_of as mode_of

@@ -263,7 +263,7 @@ class RandomWindow(Window):
     def choose(self, score: Tensor, wanted: Wanted) -> Region:
         pairs = zip(wanted.source_shape, wanted.shape, wanted.steps, strict=True)
         choices = [((length - size) // step + 1, step) for length, size, step in pairs]
-        rng = np.random.default_rng(int(sha256(str(wanted.seed), wanted.name)[:16], 16))
+        rng = _drawing(wanted)
         row, col = (int(rng.integers(count)) * step for count, step in choices)
         return window(row, col, *wanted.shape)
 
@@ -330,13 +330,30 @@ class Weights(Strategy):
         return 32 * elements  # they are sorted
 
 
+class RandomWeights(Weights):
+    """Single weights drawn from the seed and the name of what they feed, laid out in their order: the paper's lowest bar."""
+
+    takes_tiles = per_place = True
+
+    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+        keep = np.zeros(math.prod(wanted.source_shape), np.bool_)
+        keep[: math.prod(wanted.shape)] = True
+        _drawing(wanted).shuffle(keep)
+        return Region(wanted.shape, mask=_packed_bits(keep), source_shape=wanted.source_shape)
+
+
 STRATEGIES: dict[str, Strategy] = {
     "window": Window(),
     "rows_cols": RowsCols(),
     "weights": Weights(),
     "blocks": Blocks(),
     "random": RandomWindow(),
+    "random_weights": RandomWeights(),
 }
+
+
+def _drawing(wanted: Wanted) -> np.random.Generator:
+    return np.random.default_rng(int(sha256(str(wanted.seed), wanted.name)[:16], 16))
 
 
 def select_region(score: Tensor, select: Select, wanted: Wanted) -> Region:

@@ -16,10 +16,12 @@ from typing import Any
 
 from pkt.errors import PktError
 from pkt.files import sha256
+from pkt.lora import ROWS
 from pkt.matching import Lineage, lineage
 from pkt.models import Model, load_tokenizer
 from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
+from pkt.studying import costs
 from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Transfer
 from pkt.studying.store import Cell, Store
 from pkt.targets import Targets
@@ -107,7 +109,7 @@ class Layout:
 
     def seeds(self, task: str, start: StartOptions) -> Seeds:
         """The rows that a start is made of."""
-        file = self.study.tasks[start.seeds_of or task].seeds
+        file = self.study.tasks[self.study.seeds_of(task, start)].seeds
         assert file is not None
         rows = self.rows(file)
         if start.seeds is not None and not 0 < start.seeds <= len(rows):
@@ -170,11 +172,29 @@ class Layout:
                 found["mode"] = start.mode
         else:
             found = {"start": self._options(start), "student": self.model(self.study.student)}
-        if start.extra_steps:
-            found["extra_steps"] = start.extra_steps
+        extra = self.extra(task, name)
+        if extra:
+            found["extra_steps"] = extra
         if start.teacher_targets is not None:
             found |= {"teacher_targets": self.targets(start.teacher_targets).told["sha256"], "mix": start.mix}
         return found
+
+    @functools.cache  # noqa: B019
+    def cost(self, task: str, name: str) -> float:
+        """What making a start costs, as a share of its training."""
+        start, learnt = self.starts[name], self.learnt(task)
+        if isinstance(start, PlainLora):
+            tokens = head(learnt, min(ROWS, len(learnt))).tokens
+        else:
+            tokens = self.seeds(task, start).tokens if start.needs_seeds else 0
+        teacher = Model.of(start.teacher).spec if isinstance(start, Transfer) else None
+        trained = learnt.tokens * self.study.training.epochs
+        return costs.share(start, Model.of(self.study.student).spec, teacher, seeds=tokens, learnt=trained)
+
+    def extra(self, task: str, name: str) -> float:
+        """The share of further steps that a start is trained for."""
+        asked = self.starts[name].extra_steps
+        return self.cost(task, self.study.compare.of) if isinstance(asked, str) else asked
 
     @functools.cache  # noqa: B019
     def targets(self, folder: str) -> Targets:

@@ -65,8 +65,9 @@ def _start(layout: Layout, store: Store, task: str, name: str) -> dict[str, Any]
     curve, chosen = layout.curve(task, name, grid, store), layout.chosen(task, name, store)
     lrs = sorted({s.lr for s in grid})
     found: dict[str, Any] = {
-        "seeds_of": layout.starts[name].seeds_of or task,
-        "extra_steps": layout.starts[name].extra_steps,
+        "seeds_of": layout.study.seeds_of(task, layout.starts[name]),
+        "cost": layout.cost(task, name),
+        "extra_steps": layout.extra(task, name),
         "curve": [
             {"lr": s.lr, "a_scale": s.a_scale, "nll": None if math.isinf(nll) else nll}
             for s, nll in (curve or {}).items()

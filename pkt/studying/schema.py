@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from pkt.errors import PktError
-from pkt.options import AnswerRule, How, LayerChoice, Mode, Select
+from pkt.lora import check_init
+from pkt.options import AnswerRule, How, LayerChoice, Lora, Mode, Select
 from pkt.studying.metrics import Metric
 from pkt.studying.yaml_files import Placed, read_yaml
 
@@ -43,14 +44,15 @@ class Task:
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Of every kind of start. seeds_of: the task whose seeds it is made of, when not its own; seeds: how many of them;
-    extra_steps: the share of further training steps, by which a start that costs nothing is charged for what the others cost;
-    teacher_targets: what `pkt teach` made of the training rows, and mix its share of the loss: the distillation arm."""
+    """Of every kind of start. seeds_of: the task whose seeds it is made of, when not its own, or "next": of each task the one
+    after it; seeds: how many of them; extra_steps: the share of further training steps, by which a start that costs nothing is
+    charged for what others cost, or "cost": what `compare.of` costs (`pkt.studying.costs`); teacher_targets: what `pkt teach`
+    made of the training rows, and mix its share of the loss: the distillation arm."""
 
     kind: ClassVar[str]
     seeds_of: str | None = None
     seeds: int | None = None
-    extra_steps: float = 0.0
+    extra_steps: float | Literal["cost"] = 0.0
     teacher_targets: str | None = None
     mix: float = 0.5
 
@@ -104,7 +106,7 @@ class Transfer(StartOptions):
 
     @property
     def drawn(self) -> bool:
-        return self.layers == "random" or self.select == "random"
+        return self.layers == "random" or self.select in ("random", "random_weights")
 
     @property
     def needs_seeds(self) -> bool:
@@ -140,6 +142,9 @@ class FolderStart(StartOptions):
     mode: Mode | None = None
 
 
+NEXT = "next"
+COST: Literal["cost"] = "cost"
+CHARGED = "lora, charged"
 KINDS: dict[str, type[StartOptions]] = {
     each.kind: each for each in (PlainLora, OwnStart, Transfer, Transplant, FolderStart)
 }
@@ -221,6 +226,25 @@ class Study:
                 found[f"{name}={value}"] = dataclasses.replace(self.starts[panel.of], **{panel.vary: value})  # type: ignore[arg-type]
         return found
 
+    def seeds_of(self, task: str, start: StartOptions) -> str:
+        """The task whose seeds a start is made of."""
+        names = list(self.tasks)
+        return names[(names.index(task) + 1) % len(names)] if start.seeds_of == NEXT else start.seeds_of or task
+
+    def charged(self) -> Study:
+        """With a plain LoRA that trains as much longer as `compare.of` costs, where nothing of the kind is there."""
+        of = self.starts[self.compare.of]
+        plain = [s for s in self.starts.values() if isinstance(s, PlainLora) and s.init == "default"]
+        if (
+            CHARGED in self.starts
+            or isinstance(of, FolderStart)
+            or any(s.extra_steps or not of.needs_seeds for s in plain)
+        ):
+            return self
+        controls = self.compare.controls and (*self.compare.controls, CHARGED)
+        starts = {**self.starts, CHARGED: PlainLora(extra_steps=COST)}
+        return dataclasses.replace(self, starts=starts, compare=dataclasses.replace(self.compare, controls=controls))
+
 
 def read_study(file: Path, given: Mapping[str, Any] | None = None, source: str | None = None) -> Study:
     """The study in a YAML file; `given` fills its ${NAME} places. Raises `PktError`, with file, line and the nearest key."""
@@ -235,7 +259,7 @@ def read_study(file: Path, given: Mapping[str, Any] | None = None, source: str |
     if "study" not in raw.value:
         study = dataclasses.replace(study, study=file.stem)
     _check(study, source, raw)
-    return home.resolved(study)
+    return home.resolved(study).charged()
 
 
 def _with_likes(starts: dict[str, Placed], source: str) -> dict[str, Placed]:
@@ -421,7 +445,9 @@ def _check(study: Study, source: str, raw: Placed) -> None:
         at = line("starts", name)
         if start.needs_seeds and start.seeds_of is None and any(t.seeds is None for t in study.tasks.values()):
             raise PktError(f"{at}: starts.{name} is made of the tasks' seeds; give each task seeds")
-        if start.seeds_of is not None and start.seeds_of not in study.tasks:
+        if start.seeds_of == NEXT and len(study.tasks) < 2:
+            raise PktError(f"{at}: seeds_of: {NEXT} needs another task, and there is one")
+        if start.seeds_of not in (None, NEXT) and start.seeds_of not in study.tasks:
             raise PktError(f"{at}: seeds_of: {start.seeds_of} is no task{_near(start.seeds_of, study.tasks)}")
         if isinstance(start, (Transfer, Transplant)) and start.teacher not in study.teachers:
             raise PktError(
@@ -431,6 +457,11 @@ def _check(study: Study, source: str, raw: Placed) -> None:
             raise PktError(
                 f"{at}: starts.{name}.mix={start.mix} must be from 0 (the rows alone) to 1 (the teacher alone)"
             )
+        if isinstance(start, PlainLora):
+            try:
+                check_init(Lora(start.init, study.training.rank))
+            except PktError as error:
+                raise PktError(f"{at}: starts.{name}: {error}") from None
         if isinstance(start, FolderStart) and not start.path:
             raise PktError(f"{at}: starts.{name} needs the path of a folder")
     for name, panel in study.panels.items():

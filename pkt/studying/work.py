@@ -232,8 +232,9 @@ def _learn(
 ) -> float:
     """Train; `steps` gets the loss and the gradient's norm of each step."""
     given, start = layout.study.training, layout.starts[job.start]
+    longer = 1.0 + layout.extra(job.task, job.start)
     options = Training(
-        epochs * (1.0 + start.extra_steps), given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler,
+        epochs * longer, given.batch_size, given.micro_batch, setting.lr, given.warmup, given.scheduler,
         save_steps=None, seed=job.seed, precision=given.precision,
     )  # fmt: skip
     rows, taught = layout.learnt(job.task), layout.taught(job.task, start)

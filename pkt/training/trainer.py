@@ -137,6 +137,8 @@ def _arguments(out: Path, options: Training, at_once: int, model: Any, ranks: Ra
     from pkt.training.finite import Arguments
 
     kept, cuda = options.save_steps is not None, torch.cuda.is_available()
+    # Ranks without a GPU, and bf16 where there is no accelerator, which transformers refuses unless it is told.
+    on_cpu = not (cuda or ranks.alone) or (options.precision == "bf16" and not torch.accelerator.is_available())
     return Arguments(
         output_dir=str(out),
         num_train_epochs=options.epochs,
@@ -163,7 +165,7 @@ def _arguments(out: Path, options: Training, at_once: int, model: Any, ranks: Ra
         label_names=["labels"],
         seed=options.seed,
         # Without a GPU accelerate trains in several processes only where it is told to use the CPU.
-        use_cpu=not (cuda or ranks.alone),
+        use_cpu=on_cpu,
         # Tokens need not reach every expert.
         ddp_find_unused_parameters=any("expert" in n for n, p in model.named_parameters() if p.requires_grad),
     )

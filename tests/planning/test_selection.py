@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -186,7 +187,7 @@ def cut(plan: pkt.TransferPlan, teacher: Any, target: str) -> Tensor:
     return entry.region.cut(weight)
 
 
-@pytest.mark.parametrize("select", ["window", "rows_cols", "weights", "blocks", "random"])
+@pytest.mark.parametrize("select", ["window", "rows_cols", "weights", "blocks", "random", "random_weights"])
 @pytest.mark.parametrize("layers", ["sensitivity", "first", "last", "random", [3, 1]])
 def test_plans_fit_print_and_round_trip(pair: Any, select: Any, layers: Any, tmp_path: Path) -> None:
     teacher, student, sens = pair
@@ -208,6 +209,23 @@ def test_the_window_catches_more_than_any_other_window(pair: Any) -> None:
     teacher, student, sens = pair
     best, other = (pkt.plan(sens, teacher, student, select=s) for s in ("window", "random"))
     assert all(a.share >= b.share - 1e-9 for a, b in zip(best.entries, other.entries, strict=True))
+
+
+def test_random_weights_are_drawn_by_seed_and_place(pair: Any) -> None:
+    """As many single weights as the student has, in their order, alike for a seed and others for another seed or matrix."""
+    teacher, student, sens = pair
+    plans = [pkt.plan(sens, teacher, student, select="random_weights", seed=seed) for seed in (0, 0, 1)]
+    first, again, other = ([e.region for e in plan.entries] for plan in plans)
+    assert first == again
+    up = [e for e in plans[0].entries if e.target.endswith("up_proj")]
+    assert up[0].region != up[1].region
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    weight = torch.arange(float(math.prod(up[0].region.source_shape or ()))).view(up[0].region.source_shape or ())
+    drawn = up[0].region.cut(weight).flatten()
+    assert len(set(drawn.tolist())) == drawn.numel()
+    assert drawn.tolist() == sorted(drawn.tolist())
+    best = pkt.plan(sens, teacher, student, select="weights")
+    assert all(a.share > b.share for a, b in zip(best.entries, plans[0].entries, strict=True))
 
 
 def test_modules_choose_the_matrices(pair: Any) -> None:

@@ -96,6 +96,17 @@ def test_a_study_is_read_as_it_is_meant(tmp_path: Path) -> None:
         ("student: demo:student", "<<: {student: x}", "merge keys"),
         ("student: demo:student", "student: [a", "not YAML"),
         ("student: demo:student", "student: ${student}", "needs --student"),
+        ("layers: random, select: random", "seeds_of: next", "study.yaml:14: seeds_of: next needs another task"),
+        (
+            "extra_steps: 0.25",
+            "extra_steps: costs",
+            "study.yaml:15: starts.lora.extra_steps must be a number or one of cost",
+        ),
+        (
+            "extra_steps: 0.25",
+            "init: pisa",
+            "study.yaml:15: starts.lora: init='pisa' is none of PEFT's initialisations",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(old: str, new: str, said: str, tmp_path: Path) -> None:
@@ -103,6 +114,30 @@ def test_a_mistake_is_one_line(old: str, new: str, said: str, tmp_path: Path) ->
     with pytest.raises(PktError, match=said) as caught:
         read(tmp_path, GOOD.replace(old, new, 1))
     assert "\n" not in str(caught.value)
+
+
+def test_a_plain_lora_is_charged_for_what_the_start_costs(tmp_path: Path) -> None:
+    """One is added where there is none, as a control; one that costs nothing needs none."""
+    for there in ("  lora: {kind: lora}", "  eva: {kind: lora, init: eva}"):
+        study = read(tmp_path, GOOD.replace("  lora: {kind: lora, extra_steps: 0.25}", there))
+        assert study.starts["lora, charged"] == PlainLora(extra_steps="cost")
+    text = GOOD.replace("lora: {kind: lora, extra_steps: 0.25}", "pissa: {kind: start, how: pissa}")
+    study = read(tmp_path, text.replace("compare: {of: pkt}", "compare: {of: pkt, controls: [random]}"))
+    assert study.compare.controls == ("random", "lora, charged")
+    assert "lora, charged" not in read(tmp_path, GOOD).starts
+    free = GOOD.replace("extra_steps: 0.25", "extra_steps: 0")
+    free = free.replace("  pkt:", "  pissa: {kind: start, how: pissa}\n  pkt:")
+    assert "lora, charged" not in read(tmp_path, free.replace("compare: {of: pkt}", "compare: {of: pissa}")).starts
+
+
+def test_the_next_task_is_the_one_after_and_the_last_ones_is_the_first(tmp_path: Path) -> None:
+    lines = GOOD.splitlines(keepends=True)
+    task = "".join(lines[3:11])
+    assert task.startswith("  sums:")
+    text = GOOD.replace(task, task + task.replace("sums", "other"))
+    study = read(tmp_path, text.replace("layers: random, select: random", "seeds_of: next"))
+    assert [study.seeds_of(name, study.starts["random"]) for name in study.tasks] == ["other", "sums"]
+    assert [study.seeds_of(name, study.starts["pkt"]) for name in study.tasks] == ["sums", "other"]
 
 
 def test_scalars_are_yaml_1_2s() -> None:

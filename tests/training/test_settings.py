@@ -269,6 +269,18 @@ def test_where_it_reports_to(student_dir: Path, extraction_dir: Path, rows: Seed
     assert list((tmp_path / "logs" / "logs").rglob("events.*"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU does")
+def test_a_cpu_trains_in_bf16(student_dir: Path, extraction_dir: Path, rows: Seeds, tmp_path: Path) -> None:
+    """With other weights than in fp32, near them."""
+    found = []
+    for precision in ("bf16", "fp32"):
+        model = pkt.train(student_dir, extraction_dir, rows, tmp_path / precision, **FEW, precision=precision)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    assert found[0].dtype == torch.float32
+    assert not torch.equal(*found)
+    assert torch.allclose(*found, atol=1e-2)
+
+
 def test_impossible_settings_are_refused_before_the_model(
     student_dir: Path, extraction_dir: Path, rows: Seeds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
