@@ -22,6 +22,8 @@ from pkt.models import Model, load_tokenizer
 from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
 from pkt.studying import costs
+from pkt.studying.judging import TEMPLATE, Judge
+from pkt.studying.metrics import DECODED
 from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Transfer
 from pkt.studying.store import Cell, Store
 from pkt.targets import Targets
@@ -248,10 +250,18 @@ class Layout:
         }
         if "exact_match" in spec.metrics:
             inputs["answer"] = spec.answer
-        if {"exact_match", "rouge_l"} & set(spec.metrics):
+        if DECODED & set(spec.metrics):
             inputs["max_new_tokens"] = spec.max_new_tokens
+        if spec.judge is not None:
+            inputs["judge"] = self.judge(spec.judge)
         labels = {"model": of} if isinstance(of, str) else dict(of.labels)
         return Cell("test", inputs, {**labels, "task": task, "test": test, **({"when": "before"} if before else {})})
+
+    @functools.cache  # noqa: B019
+    def judge(self, judge: Judge) -> dict[str, Any]:
+        """What an opinion depends on: which model is asked, and how; not where it is served."""
+        here = judge.endpoint is None
+        return {"model": self.model(judge.model) if here else judge.model, "template": TEMPLATE}
 
     @functools.cache  # noqa: B019
     def measured_on(self, file: str, limit: int | None) -> Seeds:

@@ -12,28 +12,38 @@ from pkt.extras import needs
 from pkt.models import rows_apart
 from pkt.options import AnswerRule
 from pkt.seeds import IGNORE, Seeds, collate, read_rows
-from pkt.training import generate, row_losses, row_matches
+from pkt.studying.judging import longest_wins
+from pkt.training import Stops, answers_of, expected_answers, final_answer, row_losses
 
-Metric = Literal["nll", "exact_match", "choice", "rouge_l"]
-LOWER = {"nll": True, "exact_match": False, "choice": False, "rouge_l": False}
+Metric = Literal["nll", "exact_match", "choice", "rouge_l", "win_rate", "longest_wins"]
+LOWER = {"nll": True, **dict.fromkeys(("exact_match", "choice", "rouge_l", "win_rate", "longest_wins"), False)}
+DECODED = frozenset(("exact_match", "rouge_l", "win_rate", "longest_wins"))  # made of what the model writes
 
 
 def measured(
     model: Any, tokenizer: Any, rows: Seeds, metrics: tuple[Metric, ...], *, answer: AnswerRule, max_new_tokens: int
-) -> dict[str, list[Any]]:
-    """By item: nll, [loss in nats, tokens]; exact_match, whether the final answer is right; choice, whether the row's answer is the
-    likeliest of all answers in the file (by its first token); rouge_l, ROUGE-L's F with a stemmer (`rouge_score`)."""
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """By item, and what the model wrote where that is asked for: nll, [loss in nats, tokens]; exact_match, whether the final answer
+    is right; choice, whether the row's answer is the likeliest of all answers in the file (by its first token); rouge_l, ROUGE-L's
+    F with a stemmer (`rouge_score`); longest_wins, whether it is longer than the row's. What a judge says is not asked here.
+    """
     found: dict[str, list[Any]] = {}
+    texts: list[str] = []
     if "nll" in metrics:
         found["nll"] = [list(row) for row in row_losses(model, rows)]
-    if "exact_match" in metrics:
-        found["exact_match"] = row_matches(model, rows, tokenizer, answer=answer, max_new_tokens=max_new_tokens)
     if "choice" in metrics:
         found["choice"] = choices(model, rows)
+    if "exact_match" in metrics:
+        wanted = expected_answers(rows, Stops.of(model, tokenizer), tokenizer, answer)
+    if DECODED & set(metrics):
+        texts = answers_of(model, rows, tokenizer, max_new_tokens=max_new_tokens)
+    if "exact_match" in metrics:
+        found["exact_match"] = [final_answer(text, answer) == right for text, right in zip(texts, wanted, strict=True)]
     if "rouge_l" in metrics:
-        texts = generate(model, tokenizer, list(rows), batch_size=32, max_new_tokens=max_new_tokens)
         found["rouge_l"] = [rouge_l(text, row.answer) for text, row in zip(texts, rows, strict=True)]
-    return found
+    if "longest_wins" in metrics:
+        found["longest_wins"] = longest_wins(texts, [row.answer.strip() for row in rows])
+    return found, texts
 
 
 def figure(metric: str, values: list[Any]) -> float:

@@ -9,24 +9,34 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pkt.errors import PktError
 from pkt.lora import check_init
-from pkt.options import AnswerRule, How, LayerChoice, Lora, Mode, Select
+from pkt.options import AnswerRule, Lora
+from pkt.studying.judging import Judge
+from pkt.studying.kinds import KINDS
+from pkt.studying.kinds import FolderStart as FolderStart
+from pkt.studying.kinds import OwnStart as OwnStart
+from pkt.studying.kinds import PlainLora as PlainLora
+from pkt.studying.kinds import StartOptions as StartOptions
+from pkt.studying.kinds import Transfer as Transfer
+from pkt.studying.kinds import Transplant as Transplant
 from pkt.studying.metrics import Metric
 from pkt.studying.yaml_files import Placed, read_yaml
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rows in pkt's form that a trained model is measured on. answer: how an answer is taken from a text (`pkt evaluate`)."""
+    """Rows in pkt's form that a trained model is measured on. answer: how an answer is taken from a text (`pkt evaluate`);
+    judge: who says whether an answer is better than the row's (win_rate)."""
 
     data: str
     metrics: tuple[Metric, ...] = ("nll",)
     answer: AnswerRule = "mark"
     max_new_tokens: int = 128
     limit: int | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -42,112 +52,9 @@ class Task:
     rows: int | None = None
 
 
-@dataclass(frozen=True)
-class StartOptions:
-    """Of every kind of start. seeds_of: the task whose seeds it is made of, when not its own, or "next": of each task the one
-    after it; seeds: how many of them; extra_steps: the share of further training steps, by which a start that costs nothing is
-    charged for what others cost, or "cost": what `compare.of` costs (`pkt.studying.costs`); teacher_targets: what `pkt teach`
-    made of the training rows, and mix its share of the loss: the distillation arm."""
-
-    kind: ClassVar[str]
-    seeds_of: str | None = None
-    seeds: int | None = None
-    extra_steps: float | Literal["cost"] = 0.0
-    teacher_targets: str | None = None
-    mix: float = 0.5
-
-    @property
-    def drawn(self) -> bool:
-        """Whether it is drawn anew for each training seed."""
-        return False
-
-    @property
-    def needs_seeds(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class PlainLora(StartOptions):
-    """PEFT's LoRA, or another of its `init_lora_weights`."""
-
-    kind: ClassVar[str] = "lora"
-    init: str = "default"
-    modules: str = "all"
-
-
-@dataclass(frozen=True)
-class OwnStart(StartOptions):
-    """`pkt start`."""
-
-    kind: ClassVar[str] = "start"
-    how: How = "spectral"
-
-    @property
-    def drawn(self) -> bool:
-        return self.how in ("lora", "eva")
-
-    @property
-    def needs_seeds(self) -> bool:
-        return self.how in ("lora-ga", "eva", "spectral")
-
-
-@dataclass(frozen=True)
-class Transfer(StartOptions):
-    """`pkt transfer`: the paper's method, its panels and its lowest bars."""
-
-    kind: ClassVar[str] = "transfer"
-    teacher: str = ""
-    layers: LayerChoice = "sensitivity"
-    select: Select = "window"
-    modules: str = "all"
-    align_heads: bool = False
-    map_vocabulary: bool = False
-    mode: Mode = "paired"
-
-    @property
-    def drawn(self) -> bool:
-        return self.layers == "random" or self.select in ("random", "random_weights")
-
-    @property
-    def needs_seeds(self) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class Transplant(StartOptions):
-    """`pkt transplant` and its controls. base, adapter: a model or a LoRA's folder."""
-
-    kind: ClassVar[str] = "transplant"
-    teacher: str = ""
-    base: str | None = None
-    adapter: str | None = None
-    control: Literal["wrong-units", "noise", "neutral", "repruned"] | None = None
-    anyway: bool = False
-
-    @property
-    def drawn(self) -> bool:
-        return self.control in ("wrong-units", "noise")
-
-    @property
-    def needs_seeds(self) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class FolderStart(StartOptions):
-    """An extraction, transplant or start that is there already."""
-
-    kind: ClassVar[str] = "folder"
-    path: str = ""
-    mode: Mode | None = None
-
-
 NEXT = "next"
 COST: Literal["cost"] = "cost"
 CHARGED = "lora, charged"
-KINDS: dict[str, type[StartOptions]] = {
-    each.kind: each for each in (PlainLora, OwnStart, Transfer, Transplant, FolderStart)
-}
 
 
 @dataclass(frozen=True)
@@ -194,7 +101,7 @@ class Compare:
     controls: tuple[str, ...] = ()
     level: float = 0.95
     margin: dict[str, float] = field(
-        default_factory=lambda: {"nll": 0.02, "exact_match": 0.01, "choice": 0.01, "rouge_l": 0.01}
+        default_factory=lambda: {"nll": 0.02, "exact_match": 0.01, "choice": 0.01, "rouge_l": 0.01, "win_rate": 0.02}
     )
 
 
@@ -336,8 +243,8 @@ def _fits(kind: Any, value: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in parts and not isinstance(value, bool)
-    if origin in (dict, tuple):
-        return isinstance(value, dict if origin is dict else list)
+    if origin in (dict, tuple) or dataclasses.is_dataclass(kind):
+        return isinstance(value, list if origin is tuple else dict)
     if kind is type(None):
         return value is None
     if kind is float:
@@ -390,7 +297,7 @@ class _Home:
                 seeds=None if task.seeds is None else self.file(task.seeds),
                 train=self.file(task.train),
                 held_out=task.held_out if isinstance(task.held_out, int) else self.file(task.held_out),
-                tests={n: dataclasses.replace(t, data=self.file(t.data)) for n, t in task.tests.items()},
+                tests={n: self._test(t) for n, t in task.tests.items()},
             )
             for name, task in study.tasks.items()
         }
@@ -403,6 +310,15 @@ class _Home:
             starts=starts,
             general=None if study.general is None else self.file(study.general),
         )
+
+    def _test(self, test: Measurement) -> Measurement:
+        """A win rate has its control beside it: the judge that prefers the longer answer."""
+        metrics, judge = test.metrics, test.judge
+        if "win_rate" in metrics and "longest_wins" not in metrics:
+            metrics = (*metrics, "longest_wins")
+        if judge is not None and judge.endpoint is None:
+            judge = dataclasses.replace(judge, model=self.place(judge.model))
+        return dataclasses.replace(test, data=self.file(test.data), metrics=metrics, judge=judge)
 
     def _start(self, start: StartOptions, study: Study) -> StartOptions:
         changes: dict[str, Any] = {}
@@ -493,6 +409,14 @@ def _check_task(name: str, task: Task, at: str) -> None:
         raise PktError(
             f"{at}: tasks.{name}.decides: {task.decides} is measured by no test{_near(task.decides, metrics)}"
         )
+    for test, spec in task.tests.items():
+        if ("win_rate" in spec.metrics) != (spec.judge is not None):
+            raise PktError(f"{at}: tasks.{name}.tests.{test}: win_rate and judge belong together; give both or neither")
+        endpoint = None if spec.judge is None else spec.judge.endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise PktError(
+                f"{at}: tasks.{name}.tests.{test}: the endpoint {endpoint} must begin with http:// or https://"
+            )
     if isinstance(task.held_out, int) and task.held_out < 1:
         raise PktError(
             f"{at}: tasks.{name}.held_out must be at least one row: rates are chosen by rows not learnt from"

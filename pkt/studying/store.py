@@ -1,6 +1,7 @@
 """Cells: artefacts addressed by the hash of their inputs, in a folder where each is whole or not there.
 
 OUT/cells/4f/4f1c…/     cell.json (kind, inputs, versions, seconds, hashes of the files) and what the cell made
+OUT/answers, OUT/judged  what models wrote, and what judges said of it, item by item
 OUT/failed/4f1c….json   what went wrong; gone when the cell is there
 """
 
@@ -110,6 +111,10 @@ class Store:
             self.record(cell)
             self._values[cell.key] = read_json(self.path(cell) / "result.json")
         return self._values[cell.key]
+
+    def kept(self, cell: Cell, kind: str, suffix: str = "json") -> Path:
+        """A file beside the cells, of what is costly to make again before one is whole. kind: answers, or judged."""
+        return self.folder / kind / cell.key[:2] / f"{cell.key}.{suffix}"
 
     def put(self, cell: Cell, make: Callable[[], Any]) -> Any:
         """The value of a cell of one JSON file: the stored one, or made and stored now."""

@@ -15,13 +15,14 @@ import torch
 
 from pkt.errors import DivergedError, PktError
 from pkt.extraction import Extraction, Start, open_start
-from pkt.files import write_json
+from pkt.files import atomic_file, read_json, write_json
 from pkt.lora import draw_pairs, inject, mode_of, scale_a
 from pkt.models import Model, load_model, spec_of_model
 from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
 from pkt.planning import adapted
 from pkt.seeds import Seeds
 from pkt.starting import start as own_start
+from pkt.studying.judging import instructions, win_rates
 from pkt.studying.layout import Job, Layout, Setting
 from pkt.studying.metrics import measured
 from pkt.studying.schema import FolderStart, Measurement, OwnStart, PlainLora, StartOptions, Transfer, Transplant
@@ -182,44 +183,100 @@ def _tune(layout: Layout, job: Job, store: Store) -> None:
 
 
 def _train(layout: Layout, job: Job, store: Store) -> None:
-    """A training and its tests, the model in memory; each test is stored by itself, the training last."""
+    """A training and its tests, the model in memory; each test is stored by itself, the training last.
+
+    Where a judge is asked, all that needs the model is done and kept before: a judge that goes away costs no training.
+    """
     setting = job.setting
     assert setting is not None
     *tests, train = job.cells
-    before = [c for c in tests if c.inputs.get("before")]
-    model, learning = begin(layout, job.task, job.start, setting, job.seed, store)
-    for cell in before:
-        store.put(cell, functools.partial(_measured, layout, model, cell, job.task))
+    kept = store.kept(train, "answers")
+    there = all(store.has(cell) or store.kept(unjudged(cell), "answers").is_file() for cell in tests)
+    model: Any = None
+    if there and (store.has(train) or kept.is_file()):
+        told = store.value(train) if store.has(train) else read_json(kept)
+    else:
+        model, told = _trained(layout, job, store)
+        if any("judge" in cell.inputs for cell in tests):
+            for cell in tests:
+                if not (told["diverged"] or cell.inputs.get("before")):
+                    _items(layout, model, cell, job.task, store)
+            _keep(kept, told)
+    for cell in tests:
+        gone = told["diverged"] and not cell.inputs.get("before")
+        store.put(cell, dict if gone else functools.partial(_measured, layout, model, cell, job.task, store))
+    store.put(train, lambda: told)
+    kept.unlink(missing_ok=True)
+
+
+def _trained(layout: Layout, job: Job, store: Store) -> tuple[Any, dict[str, Any]]:
+    """The model, tested before, and what is told of its training."""
+    assert job.setting is not None
+    model, learning = begin(layout, job.task, job.start, job.setting, job.seed, store)
+    for cell in job.cells:
+        if cell.inputs.get("before"):
+            store.put(cell, functools.partial(_measured, layout, model, cell, job.task, store))
     started = time.perf_counter()
     steps: list[tuple[float, float]] = []
     told: dict[str, Any] = dict(learning)
     try:
-        loss = _learn(layout, model, job, setting, layout.study.training.epochs, steps)
+        loss = _learn(layout, model, job, job.setting, layout.study.training.epochs, steps)
         told |= {"diverged": False, "loss": loss}
     except DivergedError as error:
         told |= {"diverged": True, "why": str(error)}
-    told["seconds"] = time.perf_counter() - started
     told |= {
+        "seconds": time.perf_counter() - started,
         "losses": [loss for loss, _ in steps],
         "clipped": sum(norm > CLIP for _, norm in steps) / max(1, len(steps)),
     }
-    for cell in tests:
-        if cell not in before:
-            store.put(cell, dict if told["diverged"] else functools.partial(_measured, layout, model, cell, job.task))
-    store.put(train, lambda: told)
+    return model, told
 
 
 def _untrained(layout: Layout, job: Job, store: Store) -> None:
     model = load_model(job.start, dtype=torch.float32)
     for cell in job.cells:
-        store.put(cell, functools.partial(_measured, layout, model, cell, job.task))
+        store.put(cell, functools.partial(_measured, layout, model, cell, job.task, store))
 
 
-def _measured(layout: Layout, model: Any, cell: Cell, task: str) -> dict[str, Any]:
-    """The items of a test."""
+def unjudged(cell: Cell) -> Cell:
+    """The test as it would be without a judge, whose key its answers are kept under: another judge reads the same."""
+    return Cell(cell.kind, {name: value for name, value in cell.inputs.items() if name != "judge"}, cell.labels)
+
+
+def _items(layout: Layout, model: Any, cell: Cell, task: str, store: Store) -> dict[str, Any]:
+    """The items of a test that need the model, and what it wrote, which is kept."""
+    file = store.kept(unjudged(cell), "answers")
+    if file.is_file():
+        found: dict[str, Any] = read_json(file)
+        return found
     spec: Measurement = layout.measurements(task)[cell.labels["test"]]
     rows = layout.measured_on(spec.data, spec.limit)
-    return measured(model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens)
+    items, texts = measured(
+        model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens
+    )
+    found = {"items": items, "answers": texts}
+    if texts:
+        _keep(file, found)
+    return found
+
+
+def _keep(file: Path, value: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as scratch:
+        write_json(scratch, value)
+
+
+def _measured(layout: Layout, model: Any, cell: Cell, task: str, store: Store) -> dict[str, Any]:
+    """The items of a test."""
+    found = _items(layout, model, cell, task, store)
+    items: dict[str, Any] = found["items"]
+    spec: Measurement = layout.measurements(task)[cell.labels["test"]]
+    if spec.judge is None:
+        return items
+    rows = layout.measured_on(spec.data, spec.limit)
+    references, kept = [row.answer.strip() for row in rows], store.kept(cell, "judged", "jsonl")
+    asked = instructions(rows, layout.tokenizer)
+    return items | {"win_rate": win_rates(spec.judge, asked, found["answers"], references, kept)}
 
 
 def _learn(

@@ -102,10 +102,33 @@ def row_matches(
 
     Needs the tokenizer, and rows with a prompt.
     """
-    wanted = _wanted(model, data, tokenizer, answer)
-    with _measured(model):
-        texts = generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens, progress=progress)
+    check_answerable(model, data, tokenizer)
+    wanted = expected_answers(data, Stops.of(model, tokenizer), tokenizer, answer)
+    texts = answers_of(model, data, tokenizer, max_new_tokens=max_new_tokens, progress=progress)
     return [final_answer(text, answer) == right for text, right in zip(texts, wanted, strict=True)]
+
+
+@torch.no_grad()
+def answers_of(
+    model: Any, data: Seeds, tokenizer: Any, *, max_new_tokens: int = 128, progress: bool = False
+) -> list[str]:
+    """Each row's answer by greedy decoding. Raises `PktError` for rows that cannot be answered."""
+    check_answerable(model, data, tokenizer)
+    with _measured(model):
+        return generate(model, tokenizer, list(data), batch_size=256, max_new_tokens=max_new_tokens, progress=progress)
+
+
+def check_answerable(model: Any, data: Seeds, tokenizer: Any) -> None:
+    """Raises `PktError` for rows without a prompt, and prompts that leave no position to answer in."""
+    limit = _positions(model)
+    if tokenizer is None or not all(e.prompt_ids for e in data):
+        raise PktError("exact match, like all that decodes, needs the tokenizer and rows with a prompt")
+    for index, example in enumerate(data):
+        if limit is not None and len(example.prompt_ids) >= limit:
+            raise PktError(
+                f"{data.where(index)}: the prompt of {len(example.prompt_ids)} tokens leaves none of the model's {limit} positions "
+                "to answer in; shorten it"
+            )
 
 
 @contextlib.contextmanager
@@ -117,20 +140,6 @@ def _measured(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _wanted(model: Any, data: Seeds, tokenizer: Any, answer: AnswerRule) -> list[str]:
-    """What each row's final answer should be. Raises `PktError` for rows that cannot be answered."""
-    limit = _positions(model)
-    if tokenizer is None or not all(e.prompt_ids for e in data):
-        raise PktError("exact match needs the tokenizer and rows with a prompt")
-    for index, example in enumerate(data):
-        if limit is not None and len(example.prompt_ids) >= limit:
-            raise PktError(
-                f"{data.where(index)}: the prompt of {len(example.prompt_ids)} tokens leaves none of the model's {limit} positions "
-                "to answer in; shorten it"
-            )
-    return expected_answers(data, Stops.of(model, tokenizer), tokenizer, answer)
 
 
 def generate(

@@ -47,7 +47,8 @@ def test_the_likeliest_choice_is_that_of_plain_transformers(student: tuple[Any, 
         best = max(letters, key=lambda letter: float(logits[letters[letter]].detach()))
         expected.append(best == example.answer.strip()[0])
     assert choices(model, seeds, batch_size=2) == expected
-    found = measured(model, tokenizer, seeds, ("nll", "choice"), answer="mark", max_new_tokens=4)
+    found, texts = measured(model, tokenizer, seeds, ("nll", "choice"), answer="mark", max_new_tokens=4)
+    assert not texts
     assert figure("choice", found["choice"]) == sum(expected) / 5
     assert figure("nll", found["nll"]) == pytest.approx(
         sum(s for s, _ in found["nll"]) / sum(n for _, n in found["nll"])
