@@ -29,7 +29,7 @@ RowTemplate: TypeAlias = Literal["chat", "paper"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 How: TypeAlias = Literal["lora", "pissa", "lora-ga", "eva", "spectral"]
 Score: TypeAlias = Literal["sensitivity", "activation", "magnitude", "random"]
-AnswerRule: TypeAlias = Literal["mark", "number"]
+AnswerRule: TypeAlias = Literal["mark", "number", "words", "paper"]
 
 
 @dataclass(frozen=True)

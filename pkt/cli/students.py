@@ -299,7 +299,8 @@ def evaluate(
         AnswerRule,
         typer.Option(
             "--answer",
-            help="What --exact-match compares: what follows #### (else the whole answer), or the last number.",
+            help="What --exact-match compares: what follows #### (else the whole answer), the last number, words without case "
+            "and punctuation, or the last number as the paper took it.",
         ),
     ] = "mark",
     max_length: MaxLength = 2048,

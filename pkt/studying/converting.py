@@ -20,8 +20,9 @@ def convert(source: Source, data: Path, out: Path, *, shots: int = 0, examples: 
     """Write rows {"messages", "group"} made of a data set's JSONL file; returns how many.
 
     gsm8k: {"question", "answer"} or {"messages"}, answers that end in "#### N". mmlu: {"subject", "question", "choices",
-    "answer"}, the answer a letter or its number. super_ni: {"definition", "input", "output",
-    "task"}. shots: examples put before each question, the first of the file `examples` (of mmlu, of the same subject).
+    "answer"}, the answer a letter or its number. super_ni: {"definition", "input", "output", "task"}, the output a text
+    or several that are right, which become "references". shots: examples put before each question, the first of the file `examples`
+    (of mmlu, of the same subject).
     """
     if shots < 0 or (shots and examples is None):
         raise PktError(f"shots={shots} needs a file of examples to take them from (--examples)")
@@ -111,7 +112,8 @@ def _super_ni(
         where = f"{data}:{number}"
         output = row.get("output")
         answer = output[0] if isinstance(output, list) and output else output
-        if not isinstance(answer, str):
+        if not isinstance(answer, str) or (isinstance(output, list) and not all(isinstance(o, str) for o in output)):
             raise PktError(f"{where}: no text under 'output'")
         question = f"{_text(row, 'definition', where)}\n\nInput: {_text(row, 'input', where)}\n\nOutput:"
-        yield _chat(question, answer, _text(row, "task", where))
+        row_ = _chat(question, answer, _text(row, "task", where))
+        yield row_ | {"references": output} if isinstance(output, list) and len(output) > 1 else row_

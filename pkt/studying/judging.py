@@ -50,7 +50,8 @@ class Judge:
 
 def longest_wins(answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """Of each item 1 where the answer is longer than the reference, ½ where it is as long."""
-    return [0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(answers, references, strict=True)]
+    lengths = [(len(a.strip()), len(b.strip())) for a, b in zip(answers, references, strict=True)]
+    return [0.5 if a == b else float(a > b) for a, b in lengths]
 
 
 def instructions(rows: Seeds, tokenizer: Any) -> list[str]:

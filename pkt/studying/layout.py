@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from pkt.models import Model, load_tokenizer
 from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
 from pkt.studying import costs
+from pkt.studying.harness import needs_harness
 from pkt.studying.judging import TEMPLATE, Judge
-from pkt.studying.metrics import DECODED
+from pkt.studying.metrics import DECODED, references_of
 from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Study, Transfer
 from pkt.studying.store import Cell, Store
 from pkt.targets import Targets
@@ -124,7 +126,10 @@ class Layout:
             self.learnt(task)
             self.held_out(task)
             for measured in self.measurements(task).values():
-                self.measured_on(measured.data, measured.limit)
+                if measured.lm_eval is not None:
+                    needs_harness()
+                else:
+                    self.measured_on(measured.data, measured.limit)
             for name, start in self.starts.items():
                 self.tune(task, name, Setting(1.0, 1.0), 0)
                 self.taught(task, start)
@@ -243,8 +248,7 @@ class Layout:
         """The test of a training, before it or after; or of a model that was not trained."""
         spec = self.measurements(task)[test]
         inputs: dict[str, Any] = {
-            "rows": self.measured_on(spec.data, spec.limit).fingerprint,
-            "metrics": list(spec.metrics),
+            **self._asked(spec),
             **({"model": self.model(of)} if isinstance(of, str) else {"train": of.key}),
             **({"before": True} if before else {}),
         }
@@ -252,10 +256,21 @@ class Layout:
             inputs["answer"] = spec.answer
         if DECODED & set(spec.metrics):
             inputs["max_new_tokens"] = spec.max_new_tokens
+            if spec.stop:
+                inputs["stop"] = list(spec.stop)
+        if {"exact_match", "rouge_l"} & set(spec.metrics):
+            several = references_of(self.measured_on(spec.data, spec.limit))
+            if any(len(each) > 1 for each in several):
+                inputs["references"] = sha256(json.dumps(several))
         if spec.judge is not None:
             inputs["judge"] = self.judge(spec.judge)
         labels = {"model": of} if isinstance(of, str) else dict(of.labels)
         return Cell("test", inputs, {**labels, "task": task, "test": test, **({"when": "before"} if before else {})})
+
+    def _asked(self, spec: Measurement) -> dict[str, Any]:
+        if spec.lm_eval is not None:
+            return {"lm_eval": spec.lm_eval.inputs()}
+        return {"rows": self.measured_on(spec.data, spec.limit).fingerprint, "metrics": list(spec.metrics)}
 
     @functools.cache  # noqa: B019
     def judge(self, judge: Judge) -> dict[str, Any]:

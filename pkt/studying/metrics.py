@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,17 +16,29 @@ from pkt.seeds import IGNORE, Seeds, collate, read_rows
 from pkt.studying.judging import longest_wins
 from pkt.training import Stops, answers_of, expected_answers, final_answer, row_losses
 
-Metric = Literal["nll", "exact_match", "choice", "rouge_l", "win_rate", "longest_wins"]
-LOWER = {"nll": True, **dict.fromkeys(("exact_match", "choice", "rouge_l", "win_rate", "longest_wins"), False)}
+Metric = Literal["nll", "exact_match", "choice", "rouge_l", "win_rate", "longest_wins", "lm_eval"]
+LOWER = {
+    "nll": True,
+    **dict.fromkeys(("exact_match", "choice", "rouge_l", "win_rate", "longest_wins", "lm_eval"), False),
+}
 DECODED = frozenset(("exact_match", "rouge_l", "win_rate", "longest_wins"))  # made of what the model writes
 
 
 def measured(
-    model: Any, tokenizer: Any, rows: Seeds, metrics: tuple[Metric, ...], *, answer: AnswerRule, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    rows: Seeds,
+    metrics: tuple[Metric, ...],
+    *,
+    answer: AnswerRule,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """By item, and what the model wrote where that is asked for: nll, [loss in nats, tokens]; exact_match, whether the final answer
-    is right; choice, whether the row's answer is the likeliest of all answers in the file (by its first token); rouge_l, ROUGE-L's
-    F with a stemmer (`rouge_score`); longest_wins, whether it is longer than the row's. What a judge says is not asked here.
+    """By item, and what the model wrote where that is asked for.
+
+    nll: [loss in nats, tokens]. exact_match: whether the final answer is one of the row's. choice: whether the row's answer is the
+    likeliest of all answers in the file, by its first token. rouge_l: ROUGE-L's F with a stemmer (`rouge_score`), of several
+    answers that are right the best. longest_wins: whether it is longer than the row's. What a judge says is not asked here.
     """
     found: dict[str, list[Any]] = {}
     texts: list[str] = []
@@ -36,14 +49,42 @@ def measured(
     if "exact_match" in metrics:
         wanted = expected_answers(rows, Stops.of(model, tokenizer), tokenizer, answer)
     if DECODED & set(metrics):
-        texts = answers_of(model, rows, tokenizer, max_new_tokens=max_new_tokens)
+        texts = [cut(t, stop) for t in answers_of(model, rows, tokenizer, max_new_tokens=max_new_tokens)]
+        known = references_of(rows)
     if "exact_match" in metrics:
-        found["exact_match"] = [final_answer(text, answer) == right for text, right in zip(texts, wanted, strict=True)]
+        each = zip(texts, wanted, known, strict=True)
+        found["exact_match"] = [matches(text, [right, *others[1:]], answer) for text, right, others in each]
     if "rouge_l" in metrics:
-        found["rouge_l"] = [rouge_l(text, row.answer) for text, row in zip(texts, rows, strict=True)]
+        found["rouge_l"] = [max(rouge_l(text, r) for r in others) for text, others in zip(texts, known, strict=True)]
     if "longest_wins" in metrics:
-        found["longest_wins"] = longest_wins(texts, [row.answer.strip() for row in rows])
+        found["longest_wins"] = longest_wins(texts, [others[0].strip() for others in known])
     return found, texts
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first of the strings that end an answer."""
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def matches(text: str, references: Sequence[str], answer: AnswerRule) -> bool:
+    """Whether a text's final answer is that of any of the references."""
+    return final_answer(text, answer) in {final_answer(reference, answer) for reference in references}
+
+
+def references_of(rows: Seeds) -> list[list[str]]:
+    """The answers that are right for each row: its "references", or its answer alone, without what a template puts after it.
+
+    Raises `PktError` for what is no text.
+    """
+    found = []
+    for example, (number, row) in zip(rows, read_rows(rows.source), strict=False):
+        messages = row.get("messages") or [{"content": row.get("completion")}]
+        plain = messages[-1].get("content")
+        given = row.get("references", [plain if isinstance(plain, str) else example.answer])
+        if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
+            raise PktError(f"{rows.source}:{number}: references must be a list of texts, the row's answer first")
+        found.append(given)
+    return found
 
 
 def figure(metric: str, values: list[Any]) -> float:

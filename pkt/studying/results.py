@@ -156,7 +156,8 @@ def _comparisons(layout: Layout, store: Store) -> list[dict[str, Any]]:
     for family, rows in families.items():
         each = [(row, *(items_of(layout, store, row[0], n, row[1], row[2]) for n in (ours, row[3]))) for row in rows]
         ready = [(row, a, b) for row, a, b in each if a is not None and b is not None and min(a.shape) > 1]
-        clusters = [groups_of(layout.measurements(r[0])[r[1]].data, a.shape[1]) for r, a, _ in ready]
+        files = [layout.measurements(row[0])[row[1]].data for row, *_ in ready]
+        clusters = [groups_of(file, a.shape[1]) if file else None for file, (_, a, _) in zip(files, ready, strict=True)]
         made = [
             compare(a, b, level=study.compare.level, groups=g) for (_, a, b), g in zip(ready, clusters, strict=True)
         ]

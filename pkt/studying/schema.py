@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pkt.errors import PktError
 from pkt.lora import check_init
 from pkt.options import AnswerRule, Lora
+from pkt.studying.harness import Harness
 from pkt.studying.judging import Judge
 from pkt.studying.kinds import KINDS
 from pkt.studying.kinds import FolderStart as FolderStart
@@ -28,15 +29,18 @@ from pkt.studying.yaml_files import Placed, read_yaml
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rows in pkt's form that a trained model is measured on. answer: how an answer is taken from a text (`pkt evaluate`);
-    judge: who says whether an answer is better than the row's (win_rate)."""
+    """Rows in pkt's form that a trained model is measured on, or a task of the harness. answer: how an answer is taken from a text
+    (`pkt evaluate`); stop: texts that end an answer, where a model runs on into a next question; judge: who says whether an answer
+    is better than the row's (win_rate)."""
 
-    data: str
+    data: str = ""
     metrics: tuple[Metric, ...] = ("nll",)
     answer: AnswerRule = "mark"
     max_new_tokens: int = 128
     limit: int | None = None
+    stop: tuple[str, ...] = ()
     judge: Judge | None = None
+    lm_eval: Harness | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Task:
 
 
 NEXT = "next"
+HARNESS: Metric = "lm_eval"
 COST: Literal["cost"] = "cost"
 CHARGED = "lora, charged"
 
@@ -313,7 +318,10 @@ class _Home:
 
     def _test(self, test: Measurement) -> Measurement:
         """A win rate has its control beside it: the judge that prefers the longer answer."""
-        metrics, judge = test.metrics, test.judge
+        metrics, judge, harness = test.metrics, test.judge, test.lm_eval
+        if harness is not None:
+            include = harness.include and self.place(harness.include)
+            return dataclasses.replace(test, metrics=(HARNESS,), lm_eval=dataclasses.replace(harness, include=include))
         if "win_rate" in metrics and "longest_wins" not in metrics:
             metrics = (*metrics, "longest_wins")
         if judge is not None and judge.endpoint is None:
@@ -404,12 +412,14 @@ def _check(study: Study, source: str, raw: Placed) -> None:
 
 
 def _check_task(name: str, task: Task, at: str) -> None:
-    metrics = [f"{test}.{metric}" for test, spec in task.tests.items() for metric in spec.metrics]
+    metrics = [f"{n}.{metric}" for n, t in task.tests.items() for metric in ((HARNESS,) if t.lm_eval else t.metrics)]
     if task.decides not in metrics:
         raise PktError(
             f"{at}: tasks.{name}.decides: {task.decides} is measured by no test{_near(task.decides, metrics)}"
         )
     for test, spec in task.tests.items():
+        if bool(spec.data) == (spec.lm_eval is not None):
+            raise PktError(f"{at}: tasks.{name}.tests.{test} needs data, or a task of lm_eval, and not both")
         if ("win_rate" in spec.metrics) != (spec.judge is not None):
             raise PktError(f"{at}: tasks.{name}.tests.{test}: win_rate and judge belong together; give both or neither")
         endpoint = None if spec.judge is None else spec.judge.endpoint

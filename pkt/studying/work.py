@@ -22,9 +22,10 @@ from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
 from pkt.planning import adapted
 from pkt.seeds import Seeds
 from pkt.starting import start as own_start
+from pkt.studying.harness import harness_items
 from pkt.studying.judging import instructions, win_rates
 from pkt.studying.layout import Job, Layout, Setting
-from pkt.studying.metrics import measured
+from pkt.studying.metrics import measured, references_of
 from pkt.studying.schema import FolderStart, Measurement, OwnStart, PlainLora, StartOptions, Transfer, Transplant
 from pkt.studying.store import Cell, Store
 from pkt.training import fit, row_losses, silently
@@ -250,9 +251,17 @@ def _items(layout: Layout, model: Any, cell: Cell, task: str, store: Store) -> d
         found: dict[str, Any] = read_json(file)
         return found
     spec: Measurement = layout.measurements(task)[cell.labels["test"]]
+    if spec.lm_eval is not None:
+        return {"items": {"lm_eval": harness_items(model, layout.tokenizer, spec.lm_eval)}}
     rows = layout.measured_on(spec.data, spec.limit)
     items, texts = measured(
-        model, layout.tokenizer, rows, spec.metrics, answer=spec.answer, max_new_tokens=spec.max_new_tokens
+        model,
+        layout.tokenizer,
+        rows,
+        spec.metrics,
+        answer=spec.answer,
+        max_new_tokens=spec.max_new_tokens,
+        stop=spec.stop,
     )
     found = {"items": items, "answers": texts}
     if texts:
@@ -274,7 +283,7 @@ def _measured(layout: Layout, model: Any, cell: Cell, task: str, store: Store) -
     if spec.judge is None:
         return items
     rows = layout.measured_on(spec.data, spec.limit)
-    references, kept = [row.answer.strip() for row in rows], store.kept(cell, "judged", "jsonl")
+    references, kept = [each[0].strip() for each in references_of(rows)], store.kept(cell, "judged", "jsonl")
     asked = instructions(rows, layout.tokenizer)
     return items | {"win_rate": win_rates(spec.judge, asked, found["answers"], references, kept)}
 

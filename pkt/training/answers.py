@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -15,6 +16,9 @@ from pkt.templates import turn_end
 MARK = "####"
 # A minus belongs to a number only where nothing stands before it that it could be subtracted from.
 _NUMBER = re.compile(r"((?<![\w)])[-\N{MINUS SIGN}])?[$€£¥]?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)")
+
+_PAPERS = re.compile(r"[-+]?\d*\.\d+|\d+")  # open-instruct's eval/gsm/run_eval.py, 2023
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,27 @@ def final_answer(text: str, rule: AnswerRule = "mark") -> str:
     """The part of an answer that exact match compares.
 
     "mark": what follows the last "####" in its line, or the whole text where there is none. "number": the last number
-    of that, in one spelling: 1,000.50 is 1000.5, "the answer is -3." is -3; "" where there is none.
+    of that, in one spelling: 1,000.50 is 1000.5, "the answer is -3." is -3; "" where there is none. "words": the whole text in
+    lower case without punctuation, its words a space apart (Super-NI's exact match). "paper": the last number as the paper's
+    evaluation of GSM8K took it, which loses a whole number's minus and a decimal's point.
     """
     if rule not in get_args(AnswerRule):
         raise PktError(f"answer={rule!r} is unknown; choose one of {', '.join(get_args(AnswerRule))}")
+    if rule == "words":
+        return _plain(text)
+    if rule == "paper":
+        found = _PAPERS.findall(text.replace(",", ""))
+        return _plain(found[-1] if found else text)
     if MARK in text:
         text = text.rsplit(MARK, 1)[1].strip().partition("\n")[0].strip().rstrip(".")
     if rule == "mark":
         return text.strip()
     numbers = list(_NUMBER.finditer(text))
     return _spelled(*numbers[-1].groups()) if numbers else ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
 
 
 def _spelled(minus: str | None, digits: str) -> str:

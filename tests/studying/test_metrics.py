@@ -14,7 +14,9 @@ from pkt import PktError
 from pkt.models import load_model, load_tokenizer
 from pkt.seeds import IGNORE, load_seeds
 from pkt.studying import convert
-from pkt.studying.metrics import choices, figure, groups_of, measured
+from pkt.studying.judging import longest_wins
+from pkt.studying.metrics import choices, cut, figure, groups_of, matches, measured, references_of, rouge_l
+from pkt.training import final_answer
 
 ASSETS = Path(pkt.__file__).parent / "demo" / "assets"
 
@@ -53,6 +55,54 @@ def test_the_likeliest_choice_is_that_of_plain_transformers(student: tuple[Any, 
     assert figure("nll", found["nll"]) == pytest.approx(
         sum(s for s, _ in found["nll"]) / sum(n for _, n in found["nll"])
     )
+
+
+def test_of_several_references_the_best_counts(student: tuple[Any, Any], tmp_path: Path) -> None:
+    _, tokenizer = student
+    asked = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It is Four!"}]
+    rows = [{"messages": asked, "references": ["It is Four!", "4", "FOUR, it is"]}, {"messages": asked}]
+    seeds = load_seeds(write(tmp_path / "rows.jsonl", rows), tokenizer)
+    known = references_of(seeds)
+    assert known == [["It is Four!", "4", "FOUR, it is"], ["It is Four!"]]
+    assert matches("four it is.", known[0], "words")
+    assert not matches("four it is.", known[1], "words")
+    assert matches("it is FOUR", known[1], "words")
+    for wrong in ("4", [], [4]):
+        rows[1]["references"] = wrong
+        with pytest.raises(PktError, match=r"rows\.jsonl:2: references must be a list of texts"):
+            references_of(load_seeds(write(tmp_path / "rows.jsonl", rows), tokenizer))
+
+
+def test_an_answer_ends_at_the_first_stop() -> None:
+    text = "So the answer is 4.\n\nQuestion: And 5?\nAnswer: 9"
+    assert cut(text, ("Answer:", "\n\nQuestion:")) == "So the answer is 4."
+    assert cut(text, ("nowhere",)) == cut(text, ()) == text
+    assert final_answer(cut(text, ("Question:",)), "number") == "4"
+
+
+def test_rouge_l_is_that_of_the_reference_package() -> None:
+    """F of the longest common subsequence of stemmed words: 5 of 6 and 6, and 2 of 2 and 3."""
+    pytest.importorskip("rouge_score")
+    assert rouge_l("the cat sat on the mat", "The cat is on the mat.") == pytest.approx(5 / 6)
+    assert rouge_l("he runs", "He was running!") == pytest.approx(2 * 2 / (2 + 3))
+    assert rouge_l("", "something") == 0.0
+
+
+def test_a_study_measures_references_and_stops(student: tuple[Any, Any], tmp_path: Path) -> None:
+    """What the model writes, once, through every metric that reads it; without references the row's answer is one."""
+    model, tokenizer = student
+    asked = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "5"}]
+    seeds = load_seeds(write(tmp_path / "plain.jsonl", [{"messages": asked}]), tokenizer)
+    options: dict[str, Any] = {"answer": "words", "max_new_tokens": 6}
+    _, (text,) = measured(model, tokenizer, seeds, ("exact_match",), **options)
+    row = {"messages": asked, "references": ["5", text.upper() + "!"]}
+    both = load_seeds(write(tmp_path / "both.jsonl", [row]), tokenizer)
+    assert measured(model, tokenizer, seeds, ("exact_match",), **options)[0] == {"exact_match": [False]}
+    assert measured(model, tokenizer, both, ("exact_match",), **options)[0] == {"exact_match": [True]}
+    half = text[: len(text) // 2]
+    stopped = measured(model, tokenizer, both, ("exact_match", "longest_wins"), **options, stop=(text[len(half) :],))
+    assert stopped[1] == [half]
+    assert stopped[0] == {"exact_match": [False], "longest_wins": longest_wins([half], ["5"])}
 
 
 def test_choices_that_begin_alike_are_refused(student: tuple[Any, Any], tmp_path: Path) -> None:
@@ -114,6 +164,7 @@ def test_super_ni_as_the_paper_asks_it(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.jsonl") == [
         {
             "group": "t1",
+            "references": ["yes", "yeah"],
             "messages": [
                 {"role": "user", "content": "Translate.\n\nInput: oui\n\nOutput:"},
                 {"role": "assistant", "content": "yes"},

@@ -98,7 +98,7 @@ def test_an_answer_without_a_mark_is_compared_by_its_last_number(tmp_path: Path)
     words = chat(tmp_path, tokenizer, "It is 3.", "four")
     with pytest.raises(pkt.PktError, match=r"rows\.jsonl:2: the answer has no number to compare"):
         evaluate(model, words, answer="number", **options)
-    with pytest.raises(pkt.PktError, match="answer='last' is unknown; choose one of mark, number"):
+    with pytest.raises(pkt.PktError, match="answer='last' is unknown; choose one of mark, number, words, paper"):
         final_answer("3", "last")  # type: ignore[arg-type]
 
 
@@ -124,6 +124,29 @@ def test_an_answer_without_a_mark_is_compared_by_its_last_number(tmp_path: Path)
 )
 def test_the_last_number_in_one_spelling(text: str, number: str) -> None:
     assert final_answer(text, "number") == number
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "alike"),
+    [
+        ("She pays $1,004 in all.", "1004", True),
+        ("The answer is 18.00.", "18", False),  # the point goes, so 1800 is meant
+        ("The answer is 3.0.", "30", True),
+        ("The answer is -5.", "5", True),  # a whole number's minus goes
+        ("The answer is -5.5.", "-5.5", True),
+        ("So 3 and then .5", "5", True),
+        ("I do not know", "i do not know!", True),
+    ],
+)
+def test_the_last_number_as_the_papers_evaluation_took_it(text: str, wanted: str, alike: bool) -> None:
+    assert (final_answer(text, "paper") == final_answer(wanted, "paper")) == alike
+
+
+def test_words_are_compared_without_case_punctuation_and_spaces() -> None:
+    """As open-instruct's Super-NI script does; articles stay."""
+    assert final_answer("  The  Answer, it's: Yes!\n", "words") == "the answer its yes"
+    assert final_answer("#### x", "words") == "x"
+    assert final_answer("...", "words") == ""
 
 
 def test_what_follows_the_mark() -> None:
