@@ -107,7 +107,14 @@ class Layout:
     def held_out(self, name: str) -> Seeds:
         task = self.study.tasks[name]
         if isinstance(task.held_out, str):
-            return self.rows(task.held_out)
+            found, learnt = self.rows(task.held_out), {tuple(row.input_ids) for row in self.learnt(name)}
+            both = sum(tuple(row.input_ids) in learnt for row in found)
+            if both:
+                raise PktError(
+                    f"{task.held_out}: {both} of its {len(found)} rows are learnt from too ({task.train}); rates are chosen by "
+                    "others"
+                )
+            return found
         rows = self.rows(task.train)
         return Seeds(list(rows[len(rows) - task.held_out :]), rows.source, rows.pad_id, rows.today)
 
@@ -316,13 +323,9 @@ class Layout:
         return self._best(task, name, grid, store)
 
     def _best(self, task: str, name: str, grid: list[Setting], store: Store) -> Setting | None:
-        """The smallest held-out NLL, of as good ones the smallest rate; None while a tuning is missing."""
+        """The smallest held-out NLL, of as good ones, or where all diverged, the smallest rate; None while a tuning is missing."""
         losses = self.curve(task, name, grid, store)
-        if losses is None:
-            return None
-        if all(math.isinf(loss) for loss in losses.values()):
-            raise PktError(f"{task}: {name} diverged at every rate tried; give smaller ones (rates.lr)")
-        return min(losses, key=lambda s: (losses[s], s.lr, s.a_scale))
+        return None if losses is None else min(losses, key=lambda s: (losses[s], s.lr, s.a_scale))
 
     def curve(self, task: str, name: str, grid: list[Setting], store: Store) -> dict[Setting, float] | None:
         """Mean held-out NLL over the tuning seeds by setting, infinite where one diverged; None while a tuning is missing."""
