@@ -261,6 +261,8 @@ class Layout:
         }
         if "exact_match" in spec.metrics:
             inputs["answer"] = spec.answer
+        if "rouge_l" in spec.metrics:
+            inputs["rouge_l"] = 2  # the answer without what a template puts after it
         if DECODED & set(spec.metrics):
             inputs["max_new_tokens"] = spec.max_new_tokens
             if spec.stop:

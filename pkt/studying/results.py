@@ -213,7 +213,7 @@ _SAYINGS = (
 def role_of(layout: Layout, name: str) -> str:
     """What a control rules out."""
     start: StartOptions = layout.starts[name]
-    if start.seeds_of is not None:
+    if start.seeds_of is not None and start.kind == layout.starts[layout.study.compare.of].kind:
         return "off-task"
     if isinstance(start, PlainLora):
         return "plain" if start.init == "default" else "own"
