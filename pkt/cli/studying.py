@@ -27,6 +27,10 @@ def study(
         "pkt-study"
     ),
     plan: Annotated[bool, typer.Option("--plan", help="Say what will be made, and make nothing.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Make only what this names: a task, a start or task/start, with * and ?; again for more."),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Write the results of what is there.")] = False,
     engine: Annotated[
         Literal["auto", "serial", "ray"], typer.Option(help="serial: one job after another; ray: many at once.")
@@ -52,7 +56,7 @@ def study(
     paths = {"seeds": seeds, "train": train, "test": test, "general": general, "data": data}
     given = {"student": student, "teacher": teacher, "base": base}
     given |= {name: None if file is None else str(file.absolute()) for name, file in paths.items()}
-    layout = Layout(open_study(named, given))
+    layout = Layout(open_study(named, given, planned=plan), only or ())
     if plan:
         _show_plan(layout, out, json_)
         return
@@ -103,23 +107,45 @@ def rows(
 
 
 def _show_plan(layout: Any, out: Path, json_: bool) -> None:
-    from pkt.studying import Store
+    from pkt.studying import plan_of
 
-    layout.check()
-    expected, store = layout.expected(), Store(out)
-    jobs = list(layout.jobs(store))
-    now = [str(job) for job in jobs]
+    found = plan_of(layout, out)
     if json_:
-        print_json({"cells": expected, "next": now})
+        print_json(found)
         return
-    say(f"{layout.study.study}: {', '.join(f'{count} {what}' for what, count in expected.items())}, if no grid grows")
-    starts = sum(job.kind == "start" for job in jobs)
-    say(f"{len(now)} jobs can begin now, {starts} of them starts; transfers of one teacher share one reading of it")
-    for line in now[:10]:
+    words = {"start": "starts", "tune": "tunings", "train": "trainings", "test": "tests"}
+    cells = ", ".join(f"{count} {words[kind]}" for kind, count in found["cells"].items())
+    say(f"{found['study']}: {cells}, if no grid grows; {sum(found['there'].values())} of them are there")
+    for reading in found["readings"]:
+        say(f"one reading of {reading['teacher']} makes {reading['starts']} start{'s' * (reading['starts'] != 1)}")
+    if any(found["seconds"].values()):
+        each = ", ".join(f"{words[kind]} {_duration(seconds)}" for kind, seconds in found["seconds"].items())
+        say(f"about {_duration(sum(found['seconds'].values()))} one after another: {each}")
+        machine = found["machine"]
+        by = ", ".join(
+            f"{words[kind]} that are there: × {value:.2g}" for kind, value in machine["corrected_by"].items()
+        )
+        rate = f"{machine['operations_a_second'] / 1e9:,.0f} billion operations a second ({machine['name']})"
+        say(f"counted by operations, at {rate}{f'; corrected by the {by}' if by else ''}")
+        if found["h100_seconds"] > 3600:
+            say(f"on an H100 about {found['h100_seconds'] / 3600:,.0f} hours, by what its maker says of it")
+        say(f"{found['disk_bytes'] / 1e6:,.0f} MB on disk")
+    for name, what in found["assumed"].items():
+        say(f"assumed, since it is not here: {name}: {what}")
+    for line in found["next"][:10]:
         say(f"  {line}")
-    if len(now) > 10:
-        say(f"  and {len(now) - 10} more")
-    next_line("the same command without --plan")
+    if len(found["next"]) > 10:
+        say(f"  and {len(found['next']) - 10} more can begin now")
+    if found["missing"]:
+        say(f"{len(found['missing'])} models and files are to be given or fetched first")
+    else:
+        next_line("the same command without --plan")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pkt.statistics import holm as holm
 from pkt.studying.converting import convert as convert
 from pkt.studying.engines import Cluster as Cluster
 from pkt.studying.engines import Engine as Engine
+from pkt.studying.estimating import plan_of as plan_of
 from pkt.studying.layout import Job as Job
 from pkt.studying.layout import Layout as Layout
 from pkt.studying.run import open_study as open_study

@@ -7,19 +7,22 @@ trainings follow from the rates.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pkt.errors import PktError
 from pkt.files import sha256
 from pkt.lora import ROWS
 from pkt.matching import Lineage, lineage
-from pkt.models import Model, load_tokenizer
+from pkt.models import Model, ModelSpec, load_tokenizer
 from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
 from pkt.studying import costs
@@ -32,6 +35,10 @@ from pkt.targets import Targets
 from pkt.training import Distillation, distillation
 
 GENERAL = "general"
+UNTRAINED = "untrained"  # the models that are not trained, where a start is named
+# Options of a training that are in every key; later ones, only where they are not at their defaults.
+ALWAYS = ("rank", "epochs", "batch_size", "micro_batch", "scheduler", "warmup", "max_length", "precision")
+SMALL = 5_000_000  # numbers of a student below which one thread trains it
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,26 @@ class Job:
 
 
 class Layout:
-    """The cells of a study. Rows and models are read once, when asked for."""
+    """The cells of a study. Rows and models are read once, when asked for.
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    only: patterns of tasks, starts or task/start, of which alone cells are made; default: all. Raises `PktError` for one that
+    names nothing.
+    """
+
+    def __init__(self, study: Study, only: Sequence[str] = ()) -> None:
+        self.study, self.only = study, tuple(only)
         self.starts = study.varied()
+        pairs = [(task, name) for task in study.tasks for name in (*self.starts, UNTRAINED)]
+        for pattern in self.only:
+            if not any(_names(pattern, task, name) for task, name in pairs):
+                raise PktError(
+                    f"--only {pattern} names no task, start or task/start; tasks are {', '.join(study.tasks)}, starts "
+                    f"{', '.join(self.starts)}, or {UNTRAINED}"
+                )
+
+    def asked(self, task: str, name: str) -> bool:
+        """Whether the cells of a start on a task are to be made."""
+        return not self.only or any(_names(pattern, task, name) for pattern in self.only)
 
     # Inputs ---------------------------------------------------------------------------------------------------------
 
@@ -162,10 +184,7 @@ class Layout:
     def _options(self, start: StartOptions) -> dict[str, Any]:
         """What differs from the defaults, models by their content."""
         left = ("seeds_of", "seeds", "extra_steps", "teacher_targets", "mix")
-        found = {f.name: getattr(start, f.name) for f in dataclasses.fields(start) if f.name not in left}
-        found = {
-            n: v for n, v in found.items() if v != next(f.default for f in dataclasses.fields(start) if f.name == n)
-        }
+        found = changed(start, *left)
         for name in ("teacher", "base"):
             if name in found:
                 found[name] = self.model(found[name])
@@ -221,8 +240,10 @@ class Layout:
         spec, rows = Model.of(self.study.student).spec, self.learnt(task)
         return distillation(self.targets(start.teacher_targets), start.mix, rows, self.tokenizer, spec)
 
-    def _training(self) -> dict[str, Any]:
-        return {f.name: getattr(self.study.training, f.name) for f in dataclasses.fields(self.study.training)}
+    def _training(self, epochs: float = 1.0) -> dict[str, Any]:
+        """How a training goes; epochs: a share of those asked for."""
+        given = dataclasses.replace(self.study.training, epochs=self.study.training.epochs * epochs)
+        return {**{name: getattr(given, name) for name in ALWAYS}, **changed(given, *ALWAYS)}
 
     def tune(self, task: str, name: str, setting: Setting, seed: int) -> Cell:
         rates = self.study.rates
@@ -230,7 +251,7 @@ class Layout:
             **self._begun(task, name, seed),
             "rows": self.learnt(task).fingerprint,
             "held_out": self.held_out(task).fingerprint,
-            "training": {**self._training(), "epochs": self.study.training.epochs * rates.epochs},
+            "training": self._training(rates.epochs),
             **vars(setting),
             "seed": seed,
         }
@@ -340,11 +361,18 @@ class Layout:
             found[setting] = math.inf if None in values else sum(values) / len(values)
         return found
 
-    def jobs(self, store: Store) -> Iterator[Job]:
+    def threads(self, student: ModelSpec | None = None) -> int:
+        """One for a student of a few million numbers: two that wait for each other take longer than one does the work."""
+        small = costs.size(student or Model.of(self.study.student).spec) < SMALL
+        return 1 if small else torch.get_num_threads()
+
+    def jobs(self, store: Store, *, all_of_it: bool = False) -> Iterator[Job]:
         """What is missing and can be made from what is there; each cell once, whatever asks for it (a start that is made of another
-        task's seeds is that task's own)."""
+        task's seeds is that task's own). all_of_it: what was not asked for too."""
         claimed: set[str] = set()
         for job in self._jobs(store):
+            if not all_of_it and not self.asked(job.task, UNTRAINED if job.kind == UNTRAINED else job.start):
+                continue
             cells = tuple(cell for cell in job.cells if cell.key not in claimed)
             claimed.update(cell.key for cell in cells)
             if cells:
@@ -355,7 +383,7 @@ class Layout:
             for model in self.untrained():
                 missing = [c for c in self.tests(model, task).values() if not store.has(c)]
                 if missing:
-                    yield Job("untrained", tuple(missing), task, model)
+                    yield Job(UNTRAINED, tuple(missing), task, model)
         wanted = [(task, name) for task in self.study.tasks for name in self.starts]
         for task, name in wanted:
             yield from self._starts_missing(task, name, store)
@@ -397,20 +425,15 @@ class Layout:
         before = self.tests(train, task, before=True) if seed == self.study.training_seeds[0] else {}
         return [*before.values(), *self.tests(train, task).values(), train]
 
-    def expected(self) -> dict[str, int]:
-        """How many cells of each kind there will be, if no grid grows."""
-        study, rates = self.study, self.study.rates
-        tasks, starts, seeds = len(study.tasks), len(self.starts), len(study.training_seeds)
-        made = [s for s in self.starts.values() if not isinstance(s, (PlainLora, FolderStart))]
-        per_task = sum(len(self.measurements(task)) for task in study.tasks)
-        draws = sum(len(rates.seeds) + seeds if start.drawn else 1 for start in made)
-        grid = len(rates.lr) * len(rates.a_scale)
-        return {
-            "starts": tasks * draws,
-            "tunings": tasks * starts * grid * len(rates.seeds),
-            "trainings": tasks * starts * seeds,
-            "tests": per_task * (starts * (seeds + 1) + len(self.untrained())),
-        }
+
+def changed(options: Any, *left: str) -> dict[str, Any]:
+    """The options that are not at their defaults, but for those in `left`: a new option with a default is in no key."""
+    found = {f.name: (getattr(options, f.name), f.default) for f in dataclasses.fields(options) if f.name not in left}
+    return {name: value for name, (value, default) in found.items() if value != default}
+
+
+def _names(pattern: str, task: str, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (task, name, f"{task}/{name}"))
 
 
 def head(rows: Seeds, count: int) -> Seeds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
 
 
-def open_study(named: str | Path, given: Mapping[str, Any] | None = None) -> Study:
-    """The study in a file, or pkt's own of this name. given: what fills a preset's places."""
+def open_study(named: str | Path, given: Mapping[str, Any] | None = None, *, planned: bool = False) -> Study:
+    """The study in a file, or pkt's own of this name. given: what fills a preset's places.
+
+    planned: it is only to be planned, so that places and files may be missing.
+    """
     preset = PRESETS / f"{named}.yaml"
     if str(named) in preset_names():
-        return read_study(preset, given, f"preset {named}")
+        return read_study(preset, given, f"preset {named}", planned=planned)
     file = Path(named)
     if not file.is_file():
         raise PktError(f"{named} is no file and no preset; presets are {', '.join(preset_names())}")
-    return read_study(file, given)
+    return read_study(file, given, planned=planned)
 
 
 def study(
@@ -45,15 +48,17 @@ def study(
     engine: Engine = "auto",
     cluster: Cluster = Cluster(),  # noqa: B008  # frozen
     told: Callable[[Job, str | None], None] = lambda job, error: None,
+    only: Sequence[str] = (),
     only_report: bool = False,
 ) -> dict[str, Any]:
     """Run what is missing of a study into `out`, and write its results; returns stats.json.
 
     named: a YAML file or a preset's name. The folder may hold a part of it: finished cells are never made again. told: called
-    as each job ends, with what it failed of. Raises `PktError` for a study that cannot be read, before anything runs.
+    as each job ends, with what it failed of. only: patterns of tasks, starts or task/start, of which alone cells are made.
+    Raises `PktError` for a study that cannot be read, before anything runs.
     """
     return run_layout(
-        Layout(open_study(named, given)), out, engine=engine, cluster=cluster, told=told, only_report=only_report
+        Layout(open_study(named, given), only), out, engine=engine, cluster=cluster, told=told, only_report=only_report
     )
 
 
@@ -77,6 +82,8 @@ def run_layout(
             shutil.rmtree(out / "failed", ignore_errors=True)
             with cluster.started() if engine == "ray" else contextlib.nullcontext():
                 whole = run_study(layout, store, cluster if engine == "ray" else serial, told)
+            # What was not asked for (`only`) is left.
+            whole = whole and next(layout.jobs(store, all_of_it=True), None) is None
         found = write_results(layout, store, out)
         if is_there("matplotlib", "jinja2"):
             write_page(found, out)

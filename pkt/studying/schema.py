@@ -158,11 +158,16 @@ class Study:
         return dataclasses.replace(self, starts=starts, compare=dataclasses.replace(self.compare, controls=controls))
 
 
-def read_study(file: Path, given: Mapping[str, Any] | None = None, source: str | None = None) -> Study:
-    """The study in a YAML file; `given` fills its ${NAME} places. Raises `PktError`, with file, line and the nearest key."""
+def read_study(
+    file: Path, given: Mapping[str, Any] | None = None, source: str | None = None, *, planned: bool = False
+) -> Study:
+    """The study in a YAML file; `given` fills its ${NAME} places. Raises `PktError`, with file, line and the nearest key.
+
+    planned: only to be planned, so that places that are not given stay as they stand, and files need not be there.
+    """
     placed = read_yaml(file)
     source = source or str(file)
-    home = _Home(file.absolute().parent, source, dict(given or {}))
+    home = _Home(file.absolute().parent, source, dict(given or {}), planned)
     raw = home.filled(placed)
     starts = raw.value.get("starts")
     if isinstance(starts, Placed) and isinstance(starts.value, dict):
@@ -275,8 +280,8 @@ _PLACE = re.compile(r"\$\{(\w+)(\?)?\}")
 class _Home:
     """Where the names in a study lead: beside its file, into pkt's own assets (demo:NAME), or to the Hub."""
 
-    def __init__(self, folder: Path, source: str, given: dict[str, Any]) -> None:
-        self.folder, self.source, self.given = folder, source, given
+    def __init__(self, folder: Path, source: str, given: dict[str, Any], planned: bool) -> None:
+        self.folder, self.source, self.given, self.planned = folder, source, given, planned
 
     def filled(self, placed: Placed) -> Placed:
         """${NAME} as given, and ${NAME?} where it need not be. Raises `PktError` for one that must be and is not."""
@@ -289,6 +294,8 @@ class _Home:
             return placed
         for name, optional in _PLACE.findall(value):
             if self.given.get(name) is None and not optional:
+                if self.planned:
+                    return placed
                 raise PktError(f"{self.source} needs --{name.replace('_', '-')}")
         whole = _PLACE.fullmatch(value)
         if whole is not None:
@@ -346,7 +353,7 @@ class _Home:
 
     def file(self, name: str) -> str:
         found = self.place(name)
-        if not Path(found).is_file():
+        if not Path(found).is_file() and not self.planned:
             raise PktError(f"{self.source}: {name} is not a file (looked beside the study, in {self.folder})")
         return found
 

@@ -17,7 +17,7 @@ from pkt.errors import DivergedError, PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import atomic_file, read_json, write_json
 from pkt.lora import draw_pairs, inject, mode_of, scale_a
-from pkt.models import Model, load_model, spec_of_model
+from pkt.models import load_model, spec_of_model
 from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
 from pkt.planning import adapted
 from pkt.seeds import Seeds
@@ -33,7 +33,6 @@ from pkt.transferring import Listeners, Recipe, transfer_recipes
 from pkt.transplanting import transplant
 
 BEGUN = "start"  # the folder of a start within its cell
-SMALL = 5_000_000  # numbers of a student below which one thread trains it
 CLIP = 1.0  # the norm that Trainer clips gradients to
 
 
@@ -52,10 +51,8 @@ def run_job(layout: Layout, job: Job, store: Store) -> None:
 
 @contextlib.contextmanager
 def _threads(layout: Layout) -> Iterator[None]:
-    """One thread for a student of a few million numbers: two that wait for each other take longer than one does the work."""
     before = torch.get_num_threads()
-    if sum(math.prod(t.shape) for t in Model.of(layout.study.student).spec.targets) < SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(layout.threads())
     try:
         yield
     finally:
