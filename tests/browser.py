@@ -68,10 +68,16 @@ class Page:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[theme])
-        self.send("Page.navigate", url=file.absolute().as_uri())
-        end = time.monotonic() + 30
-        while self.value("document.readyState") != "complete" or self.value("location.href") == "about:blank":
-            assert time.monotonic() < end, "the page did not load"
+        # By way of an empty page, or the one before would be taken for loaded.
+        for url in ("about:blank", file.absolute().as_uri()):
+            self.send("Page.navigate", url=url)
+            self._wait(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+        self._wait(f"innerWidth === {width}")
+
+    def _wait(self, condition: str) -> None:
+        end = time.monotonic() + 120
+        while not self.value(condition):
+            assert time.monotonic() < end, condition
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
