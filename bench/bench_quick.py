@@ -37,7 +37,8 @@ from real import teacher_from_package  # noqa: E402
 import pkt  # noqa: E402
 from pkt.models import load_model, load_tokenizer  # noqa: E402
 from pkt.seeds import load_seeds  # noqa: E402
-from pkt.studying import Job, study  # noqa: E402
+from pkt.studying import Job, Layout, Store, compare, holm, open_study, study  # noqa: E402
+from pkt.studying.results import items_of  # noqa: E402
 from pkt.studying.run import PRESETS  # noqa: E402
 from pkt.training import row_losses  # noqa: E402
 
@@ -220,6 +221,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return study(study_file(options), options.work / "study", engine="serial", told=told)
 
 
+def off_task(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The window on the task's own seeds minus that on the other task's: the study itself holds both against the transplant."""
+    layout, store = Layout(open_study(options.work / "study.yaml")), Store(options.work / "study")
+    each = {task: [items_of(layout, store, task, n, "test", "nll") for n in ("window", OFF_TASK)] for task in TASKS}
+    ready = {task: compare(*items) for task, items in each.items() if all(value is not None for value in items)}
+    adjusted = holm([c.p for c in ready.values()])
+    return [
+        {"task": task, "mean": c.mean, "low": c.low, "high": c.high, "p": c.p, "adjusted": q}
+        for (task, c), q in zip(ready.items(), adjusted, strict=True)
+    ]
+
+
 def pair_facts(work: Path) -> dict[str, Any]:
     """What the models are, and the loss of each on general text; the study's stats have those on the tasks."""
     found: dict[str, Any] = {}
@@ -276,7 +289,7 @@ def main() -> None:
     seconds = json.loads((options.work / "seconds.json").read_text())
     what = "pkt study quick, SmolLM2-135M-Instruct"
     report = Report(RESULTS / "quick_cpu.json", "cpu", what=what, options=sizes, seconds=seconds)
-    report.save(pair=pair_facts(options.work), stats=found, complete=not found["failures"])
+    report.save(pair=pair_facts(options.work), stats=found, off_task=off_task(options), complete=not found["failures"])
     print(found["verdict"])
 
 

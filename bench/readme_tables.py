@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -349,6 +350,57 @@ def real_shrink_table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def quick_table(found: dict) -> str:
+    """The study's preset on real text: what the pair is, every start, and what each difference says."""
+    pair, asked, stats, of = found["pair"], found["options"], found["stats"], found["stats"]["of"]
+    minutes = {what: f"{seconds / 60:.0f}" for what, seconds in found["seconds"].items()}
+    sizes = {name: f"{pair[name]['parameters'] / 1e6:.0f} M parameters" for name in ("base", "student")}
+    nll = {name: f"{pair[name]['general']:.2f}" for name in ("base", "teacher", "small", "student")}
+    lines = [
+        f"`python bench/bench_quick.py --data DIR --work DIR`: {found['what']}; {found['machine']['cpu']}, {found['threads']} "
+        f"thread(s) of a shared machine, {minutes['pair']} minutes for the pair and {minutes['study']} for the study.",
+        "",
+        f"- Teacher: {sizes['base']}, tuned on {pair['rows the teacher learnt from']} rows of both tasks. NLL of general text "
+        f"{nll['base']} before, {nll['teacher']} after.",
+        f"- Student: {sizes['student']}, {asked['layers']} layers of {asked['hidden']} units, cut out by `pkt shrink` "
+        f"(NLL {nll['small']}), healed on {pair['texts the student was healed on']:,} texts ({nll['student']}).",
+        f"- {asked['rows']} rows learnt from, {asked['held_out']} that choose the rates, {asked['test_rows']} tested, "
+        f"{len(stats['seeds'])} seeds.",
+    ]
+    for task, value in stats["tasks"].items():
+        told = {c["control"]: c for c in stats["comparisons"] if (c["family"], c["task"]) == ("deciding", task)}
+        lines += [
+            "",
+            f"| {task} | lr | further steps | NLL before | after | general text before | after | {of} minus it |",
+            "|---" * 8 + "|",
+        ]
+        for name, model in value["untrained"].items():
+            lines.append(
+                f"| *untrained {name}* | | | | {model['test']['nll']:.3f} | | {model['general']['nll']:.3f} | |"
+            )
+        lines += [_quick_row(name, start, told.get(name)) for name, start in value["starts"].items()]
+    lines += ["", f"Verdict: *{stats['verdict']}*"]
+    for c in found["off_task"]:
+        apart = "" if c["adjusted"] < 0.05 else ", which may be chance"
+        interval = f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
+        lines.append(f"The window on {c['task']}'s own seeds minus the window on the other task's: {interval}{apart}.")
+    return "\n".join(lines)
+
+
+def _quick_row(name: str, start: dict, told: dict | None) -> str:
+    def mean(test: str) -> str:
+        values = [run[test]["nll"] for run in start["after"]]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{sum(values) / len(values):.3f} ± {spread:.3f}"
+
+    chosen = f"{start['chosen']['lr']:g}" + ("\\*" if start["at_the_end"] else "")
+    steps = f"{start['extra_steps']:+.0%}" if start["extra_steps"] else ""
+    said = "" if told is None else f"{told['mean']:+.3f} [{told['low']:+.3f}, {told['high']:+.3f}] {told['word']}"
+    before = [f"{start['before'][test]['nll']:.3f}" for test in ("test", "general")]
+    cells = [name, chosen, steps, before[0], mean("test"), before[1], mean("general"), said]
+    return "| " + " | ".join(cells) + " |"
+
+
 # Page -> table -> the file its figures come from, and how they are laid out.
 PAGES = {
     "README.md": {
@@ -374,6 +426,7 @@ PAGES = {
         "ranks table": ("distributed_cpu.json", distributed_table),
         "calculated table": ("distributed_scaling.json", calculated_table),
     },
+    "docs/study.md": {"quick": ("quick_cpu.json", quick_table)},
     "kernels/README.md": {"cpu table": ("kernels_cpu.json", kernels_table)},
 }
 

@@ -154,14 +154,20 @@ def _show(found: dict[str, Any]) -> None:
     for task, value in found["tasks"].items():
         decides = value["decides"]
         metric = summing.split(decides)[1]
-        head = (task, "lr, A ×", f"{decides} before", "after", "general text", "against it")
+        head = (task, "lr, A ×", f"{decides} before", "after", "general before", "after", "against it")
         table = Table(*head, box=None, header_style="bold")
         for name, start in value["starts"].items():
             c = summing.comparison(found, "deciding", task, name)
             table.add_row(
                 name, summing.setting_text(start), summing.text(metric, summing.before(start, decides)),
-                *(summing.mean_text(found, start, n, spread=False) for n in (decides, "general.nll")),
+                summing.mean_text(found, start, decides, spread=False),
+                summing.text("nll", summing.before(start, "general.nll")),
+                summing.mean_text(found, start, "general.nll", spread=False),
                 "" if c is None else f"{c['word']} {summing.interval_text(c)}",
             )  # fmt: skip
         out_console.print(table)
+    if not any(
+        "general" in start.get("before", {}) for value in found["tasks"].values() for start in value["starts"].values()
+    ):
+        say("no general text was measured, so what was forgotten is not known (general: in the study, or --general)")
     say(found["verdict"])

@@ -40,7 +40,9 @@ def item_counts(ours: Any, control: Any, metric: str) -> dict[str, Any]:
 
 
 def most_different(layout: Layout, spec: Measurement, ours: Any, control: Any, metric: str) -> list[dict[str, Any]]:
-    """The items on which two starts differ most, over all seeds, with the question and the right answer."""
+    """The items on which two starts differ most, over all seeds, with question and right answer; none of the harness's."""
+    if spec.lm_eval is not None:
+        return []
     rows = layout.measured_on(spec.data, spec.limit)
     a, b = ours.mean(0), control.mean(0)
     order = np.argsort(-abs(a - b), kind="stable")[:MOST]

@@ -68,9 +68,8 @@ def harness_items(model: Any, tokenizer: Any, harness: Harness, *, batch_size: i
         chosen = [s for s in samples if s.get("filter") == wanted]
         missing = next((s for s in chosen if not isinstance(s.get(harness.metric), (bool, int, float))), None)
         if missing is not None or not chosen:
-            known = ", ".join(
-                n for n, v in (missing or {}).items() if isinstance(v, (bool, int, float)) and n != "doc_id"
-            )
+            numbers = [n for n, v in (missing or {}).items() if isinstance(v, (bool, int, float))]
+            known = ", ".join(n for n in numbers if n not in ("doc_id", "target"))
             raise PktError(
                 f"lm_eval: {harness.task} has no number under {harness.metric!r} for each item; known are {known or 'none'}"
             )

@@ -332,9 +332,10 @@ def test_another_folder_is_not_taken(small: Path, tmp_path: Path) -> None:
 
 def test_the_command(done: Path, small: Path) -> None:
     command = [sys.executable, "-m", "pkt", "study", str(small / "small.yaml"), "--out", str(done)]
-    told = processes.run(command)
+    told = processes.run(command, env={**os.environ, "COLUMNS": "200"})
     assert told.returncode == 0, told.stderr[-2000:]
-    for word in ("pissa", "spectral", "lora", "problems.nll", "general", "better than", "stats.json"):
+    assert "no general text was measured" not in told.stdout
+    for word in ("pissa", "spectral", "lora", "problems.nll", "general before", "better than", "stats.json"):
         assert word in told.stdout
     planned = processes.run([*command, "--plan"])
     assert "2 starts, " in planned.stdout

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 import pkt
@@ -98,6 +100,15 @@ def test_a_best_rate_at_an_end_extends_the_grid_of_all_and_is_said(tmp_path: Pat
     found = write_results(made.layout, made.store, made.store.folder)
     starts = found["tasks"]["sums"]["starts"]
     assert [starts[name]["at_the_end"] for name in ("pissa", "lora")] == [True, False]
+
+
+def test_where_nothing_tells_what_is_forgotten_the_command_says_so(tmp_path: Path) -> None:
+    opened(tmp_path)
+    told = processes.run(
+        [sys.executable, "-m", "pkt", "study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--report"]
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert "no general text was measured" in " ".join(told.stdout.split())
 
 
 def test_a_best_rate_at_the_lower_end_extends_downwards(tmp_path: Path) -> None:
