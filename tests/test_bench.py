@@ -402,6 +402,17 @@ def test_a_rehearsal_of_the_gpu_s_slot(tmp_path: Path) -> None:
     assert output.splitlines()[-1].startswith("34B from host memory, peak")
 
 
+def test_a_layer_of_a_batch_waits_for_nothing_and_launches_little_beside_its_products(bench: Any) -> None:
+    count_launches = bench("count_launches")
+    bare = count_launches.by_kind(count_launches.of_layer(count_launches.WORKS["forward and dX alone"]))
+    ours = count_launches.by_kind(count_launches.of_layer(count_launches.WORKS["sensitivity, elements"]))
+    assert ours["products"] == bare["products"] == 14
+    assert ours["pkt's kernels"] == 7
+    assert ours["waits for the device"] == 0
+    # Of each use of a weight the sum of dy, by which what is not finite is found; of a norm its products, and their sums.
+    assert ours["elementwise and sums"] - bare["elementwise and sums"] <= 20
+
+
 @pytest.mark.slow
 def test_the_whole_comparison_runs_in_tiny_shapes(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "bench_end_to_end.py"), "--tiny", "--out", str(tmp_path)]
