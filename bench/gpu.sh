@@ -72,9 +72,9 @@ command_of() {
             ;;
         sanitizer | racecheck)
             # Without the caching allocator, so that each tensor's end is a border that is watched.
-            command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --report-api-errors no)
+            command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9)
             # Races in shared memory: of the kernels whose warps wait for each other by barriers of their own.
-            [[ $1 == racecheck ]] && command+=(--tool racecheck)
+            if [[ $1 == racecheck ]]; then command+=(--tool racecheck); else command+=(--report-api-errors no); fi
             command+=("$python" bench/smoke.py --device "$device" --out "$logs/$1")
             [[ $1 == racecheck ]] && command+=(--only linear_sensitivity)
             command -v compute-sanitizer >/dev/null || missing="there is no compute-sanitizer"

@@ -17,9 +17,10 @@ pytest.importorskip("triton")
 from pkt_kernels import launch, linear_sensitivity  # noqa: E402
 from pkt_kernels.abs_accumulate import abs_accumulate, abs_accumulate_many  # noqa: E402
 from pkt_kernels.embedding_sensitivity import embedding_sensitivity  # noqa: E402
-from pkt_kernels.window_search import axis_sums, best_window, block_sums  # noqa: E402
+from pkt_kernels.window_search import axis_sums, best_blocks, best_window, block_sums  # noqa: E402
 
 from pkt.ops import candidates  # noqa: E402
+from pkt.ops import reference as reference_ops  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Relative Frobenius error against fp64; the inputs are taken as they are, so 16-bit ones cost nothing.
@@ -278,6 +279,17 @@ def test_sums() -> None:
     torch.testing.assert_close(
         block_sums(score, 64), score.double().view(216, 64, 80, 64).sum((1, 3)), rtol=1e-7, atol=0
     )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_blocks(ties: bool) -> None:
+    """What the op in torch chooses on the CPU."""
+    score = torch.rand(13824, 5120)
+    if ties:
+        score = (score > 0.5).float()
+    found = best_blocks(score, 86, 40, 128, 64)
+    wanted = reference_ops.best_blocks(score.cpu(), 86, 40, 128, 64)
+    assert [f.tolist() for f in found] == [w.tolist() for w in wanted]
 
 
 def test_small_case_of_each_kernel() -> None:
