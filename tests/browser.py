@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 300  # seconds
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -49,6 +51,7 @@ class Page:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._back], [], [], PATIENCE)[0], "Chromium says nothing"
             some = os.read(self._back, 1 << 20)
             assert some, "Chromium ended"
             self._rest += some
@@ -125,3 +128,43 @@ def browser() -> Iterator[Page]:
             child.wait()
             os.close(to)
             os.close(back)
+
+
+CUT = """
+[...document.querySelectorAll('body *')].filter(e => {
+  const box = e.getBoundingClientRect();
+  return !e.closest('.wide') && !e.closest('svg *') && (box.right > innerWidth + 1 || box.left < -1);
+}).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
+"""
+FIGURES = """
+[...document.querySelectorAll('svg')].map(e => {
+  const box = e.getBoundingClientRect();
+  return {x: box.x, y: box.y + scrollY, width: box.width, height: box.height, label: e.getAttribute('aria-label')};
+})
+"""
+
+
+def look(page: Page, file: Path, width: int, picture: Path, *, dark: bool = False) -> list[dict[str, Any]]:
+    """The figures of a page that is whole at this width: nothing cut, no figure blank, no word in the console, nothing fetched."""
+    import numpy as np
+    from matplotlib.image import imread
+
+    page.open(file, width, dark=dark)
+    page.value("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    assert page.value("innerWidth") == width
+    assert page.value(CUT) == []
+    assert page.messages == []
+    pixels = imread(page.picture(picture))[..., :3]
+    colors = (255 * pixels).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    figures: list[dict[str, Any]] = page.value(FIGURES)
+    for box in figures:
+        top, left = round(box["y"]), round(box["x"])
+        part = colors[top : top + round(box["height"]), left : left + round(box["width"])]
+        assert min(part.shape) > 60, box
+        assert len(np.unique(part)) > 10, box
+    # Dark where it is asked for, and its text in the other colour.
+    background = pixels[2, 2]
+    assert (background.mean() < 0.3) == dark
+    assert abs(pixels - background).max() > 0.6
+    return figures

@@ -33,11 +33,15 @@ def inspect(
 
 @app.command(rich_help_panel="Look")
 def report(
-    folder: Annotated[Path, typer.Argument(help="An extraction, a transplant or a start.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="HTML file; default: report.html in the folder.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Any folder pkt wrote, a LoRA folder, or a file of scores.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; default: report.html in the folder, or beside the file.")
+    ] = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Write a page: regions and what they catch; or lineage, the loss at each α, energies and what was left out."""
+    """Write a page: where S lies, regions and what they catch; lineage, the loss at each α; how a training went; ..."""
     from pkt.reporting import write_report
 
     path = str(write_report(folder, out))

@@ -1,16 +1,25 @@
-"""One HTML page, and that of an extraction, a transplant or a start."""
+"""One HTML page: of an extraction, a transplant or a start, and by `others` of anything else that pkt writes."""
 
 from __future__ import annotations
 
 import base64
+import datetime
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt.files import atomic_file, check_output_file
-from pkt.reporting.plots import TAKEN, check_packages, new_figure, plot_layers, plot_scales, png_bytes
+from pkt.errors import PktError
+from pkt.files import MANIFEST, atomic_file, check_output_file, read_json
+from pkt.manifest import STARTS, tasks_in
+from pkt.models.adapter_files import CONFIG
+from pkt.reporting.others import of_adapter, of_run, of_scores, of_tasks, sensitivity_map, versions_of
+from pkt.reporting.plots import canvas, check_packages, drawn, legend_below, plot_layers, plot_pairs, plot_scales
 
 if TYPE_CHECKING:
     from pkt.extraction import Extraction, Start
+    from pkt.planning import TransferPlan
+
+PAGE = "report.html"
 
 
 def page(title: str, sections: list[dict[str, Any]]) -> str:
@@ -25,49 +34,151 @@ def page(title: str, sections: list[dict[str, Any]]) -> str:
     return environment.get_template("report.html").render(title=title, sections=sections)
 
 
-def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """The HTML page of an extraction, a transplant or a start. Raises `PktError` for a folder of anything else."""
-    from pkt.extraction import Extraction, open_start
+def write_report(place: str | Path, out: str | Path | None = None) -> Path:
+    """The HTML page of a folder that pkt wrote or knows, or of a file of scores. Raises `PktError` for anything else.
 
-    made = open_start(folder)
-    if out is not None:
-        check_output_file(out, "<!", force=True)
-    sections = _of_extraction(made) if isinstance(made, Extraction) else _of_start(made)
-    sections.append(
-        {"heading": "Versions", "head": ["", ""], "rows": list(made.provenance.get("versions", {}).items())}
-    )
-    path = Path(out) if out is not None else Path(folder) / "report.html"
+    out: default report.html in the folder, or beside the file. A study has its page: its path is returned.
+    """
+    place = Path(place)
+    kind = _kind(place)
+    path = Path(out) if out is not None else place / PAGE if place.is_dir() else place.with_suffix(".html")
+    if kind == "study":
+        if out is None and path.is_file():
+            return path
+        raise PktError(f"{place} is a study's folder; pkt study FILE --out {place} --report writes its page there")
+    check_packages()
+    check_output_file(path, "<!", force=True)
+    sections = _sections(place, kind)
+    when = datetime.datetime.fromtimestamp(_dated(place).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    sections.append({"heading": "Written", "text": [f"{when}, by the clock of the machine's files."]})
     with atomic_file(path) as scratch:
-        scratch.write_text(page(f"pkt: {Path(folder).name}", sections), encoding="utf-8")
+        scratch.write_text(page(f"pkt: {place.absolute().name}", sections), encoding="utf-8")
     return path
+
+
+def _kind(place: Path) -> str:
+    if place.is_file():
+        return "scores"
+    if tasks_in(place) and not (place / CONFIG).is_file():
+        return "tasks"
+    manifest = read_json(place / MANIFEST) if (place / MANIFEST).is_file() else {}
+    return str(manifest.get("kind", "")) if isinstance(manifest, dict) else ""
+
+
+def _dated(place: Path) -> Path:
+    return next((place / name for name in (MANIFEST, CONFIG) if (place / name).is_file()), place)
+
+
+def _sections(place: Path, kind: str) -> list[dict[str, Any]]:
+    if kind == "scores":
+        from pkt.scoring import Sensitivity
+
+        return of_scores(Sensitivity.load(place), place)
+    if kind in ("extraction", *STARTS):
+        from pkt.extraction import Extraction, open_start
+
+        made = open_start(place)
+        sections = _of_extraction(made) if isinstance(made, Extraction) else _of_start(made)
+        return [*sections, *versions_of(made.provenance)]
+    return {"tasks": of_tasks, "run": of_run}.get(kind, of_adapter)(place)
 
 
 def _of_extraction(ext: Extraction) -> list[dict[str, Any]]:
     from pkt.extraction import describe_factorization
     from pkt.planning import describe
 
-    plan = ext.plan
-    sections: list[dict[str, Any]] = []
+    plan, settings = ext.plan, describe_factorization(ext)
+    seeds = ext.provenance.get("seeds", {}).get("source", "")
     facts = [
         ("teacher", plan.teacher["name"]),
         ("student", plan.student["name"]),
-        ("seeds", ext.provenance.get("seeds", {}).get("source", "")),
+        ("seeds", seeds),
         *plan.options.items(),
-        *((k, v) for k, v in describe_factorization(ext).items() if (k, v) != ("seed", plan.options.get("seed"))),
+        *((k, v) for k, v in settings.items() if (k, v) != ("seed", plan.options.get("seed"))),
+        ("again", _command(ext, settings)),
     ]
-    sections.append({"heading": "What was done", "head": ["", ""], "rows": facts})
+    sections: list[dict[str, Any]] = [{"heading": "What was done", "head": ["", ""], "rows": facts}]
     if plan.layer_scores:
-        figure, (left, right) = new_figure(9, 3, 2)
-        plot_layers(left, plan)
-        right.hist([100 * e for e in ext.energies.values()], bins=20, color=TAKEN)
-        right.set_title("energy of each region caught by its factors (%)", fontsize=9)
-        sections.append({"heading": "Layers and energies", "picture": png_bytes(figure), "text": plan.summary()})
+        figure, (axes,) = canvas(2.4)
+        plot_layers(axes, plan)
+        figures = [drawn(figure, "layers", "Σ of S of each teacher layer; dark: feeds the student")]
+        sections.append({"heading": "Layers", "figures": figures, "text": plan.summary()})
+    whole = {e.source: e.score / e.share for e in plan.entries if e.share > 0}
+    sections.append(sensitivity_map(whole, "Σ of S over a matrix that feeds the student"))
+    sections.append(_caught(plan))
+    chance = _chances(plan)
     rows = [
-        (*describe(row), ext.pairs[row[0].target].rank, f"{100 * ext.energies[row[0].target]:.1f}%")
+        (
+            *describe(row),
+            chance.get(row[0].source, ""),
+            ext.pairs[row[0].target].rank,
+            f"{100 * ext.energies[row[0].target]:.1f}%",
+        )
         for row in plan.rows()
     ]
-    head = ["source", "target", "region", "share of S", "rank", "energy caught"]
+    head = ["source", "target", "region", "share of S", "a random one's", "rank", "energy kept"]
     return [*sections, {"heading": "Regions", "head": head, "rows": rows}]
+
+
+def _caught(plan: TransferPlan) -> dict[str, Any]:
+    """The mean share of S of the regions of each kind of matrix, beside what a region anywhere would hold."""
+    from pkt.tables import by_last_name
+
+    chances, shares = _chances(plan), {e.source: e.share for e in plan.entries}
+    values = {
+        kind: (
+            100 * sum(shares[n] for n in names) / len(names),
+            sum(float(chances[n][:-1]) for n in names) / len(names),
+        )
+        for kind, names in by_last_name(shares).items()
+        if all(n in chances for n in names)
+    }
+    if not values:
+        text = "The teacher is not here, so that what a random region would hold is not known."
+        return {"heading": "What the regions catch", "text": [text]}
+    figure, (axes,) = canvas(1.0 + 0.28 * len(values))
+    plot_pairs(axes, values, "% of their matrices' S")
+    legend_below(figure, axes)
+    caption = (
+        "Mean share of S that the regions hold, beside their share of the weights, which is what a random region holds"
+    )
+    return {"heading": "What the regions catch", "figures": [drawn(figure, "caught", caption)]}
+
+
+def _chances(plan: TransferPlan) -> dict[str, str]:
+    """Source -> the share of its weights that its region has; empty where the teacher is not here to ask."""
+    from pkt.models import spec_of
+
+    if not Path(str(plan.teacher["name"])).is_dir():
+        return {}
+    try:
+        targets = spec_of(str(plan.teacher["name"])).by_module()
+    except PktError:
+        return {}
+    found = {}
+    for e in plan.entries:
+        if e.source in targets:
+            rows, cols = targets[e.source].shape
+            found[e.source] = f"{100 * e.region.shape[0] * e.region.shape[1] / (rows * cols):.1f}%"
+    return found
+
+
+def _command(ext: Extraction, settings: dict[str, Any]) -> str:
+    """The line that makes this extraction again."""
+    given = {**ext.plan.options, **settings}
+    if given.get("energy") is None:
+        given.pop("max_rank", None)
+    else:
+        given.pop("rank", None)
+    flags = []
+    for name, value in given.items():
+        if value is True:
+            flags.append(f"--{name.replace('_', '-')}")
+        elif value not in (None, False) and not isinstance(value, (dict, list)):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    seeds = ext.provenance.get("seeds", {}).get("source", "SEEDS.jsonl")
+    models = (str(ext.plan.teacher["name"]), str(ext.plan.student["name"]))
+    return "pkt transfer " + shlex.join([*models, str(seeds), *flags, "--out", "DIR"])
 
 
 def _of_start(start: Start) -> list[dict[str, Any]]:
@@ -103,16 +214,29 @@ def _lineage(found: dict[str, Any]) -> dict[str, Any]:
         (e["kind"], f"{e['matched']} of {e['total']}", f"{e['cosine']:.3f}", f"{e['chance']:.3f}")
         for e in found["evidence"]
     ]
-    head = ["units", "matched", "mean cosine", "chance"]
-    return {"heading": "Lineage", "head": head, "rows": rows, "text": [f"{found['verdict']}: {found['reason']}"]}
+    section: dict[str, Any] = {
+        "heading": "Lineage",
+        "head": ["units", "matched", "mean cosine", "chance"],
+        "rows": rows,
+        "text": [f"{found['verdict']}: {found['reason']}"],
+    }
+    if rows:
+        figure, (axes,) = canvas(1.0 + 0.28 * len(rows))
+        plot_pairs(
+            axes, {e["kind"]: (e["cosine"], e["chance"]) for e in found["evidence"]}, "mean cosine of matched units"
+        )
+        legend_below(figure, axes)
+        section["figures"] = [drawn(figure, "lineage", "How well units match, beside what chance gives for this pair")]
+    return section
 
 
 def _scale(found: dict[str, Any]) -> dict[str, Any]:
     losses = {float(alpha): loss for alpha, loss in found["losses"].items()}
-    figure, (axes,) = new_figure(5, 3, 1)
+    figure, (axes,) = canvas(2.4)
     plot_scales(axes, losses, found["alpha"])
     own = f"{found['own_alpha']:g}" if found["own_alpha"] else "0, none of it"
     text = f"Kept at α = {found['alpha']:g}; the best of those tried by the seeds: {own}."
     rows = [(f"{alpha:g}", f"{loss:.3f}") for alpha, loss in losses.items()]
     head = ["α", "loss on the seeds"]
-    return {"heading": "How much is kept", "picture": png_bytes(figure), "head": head, "rows": rows, "text": [text]}
+    figures: Any = [drawn(figure, "scale", "Loss on the seeds at each α tried; circled: kept")]
+    return {"heading": "How much is kept", "figures": figures, "head": head, "rows": rows, "text": [text]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,10 @@ def canvas(height: float, columns: int = 1) -> Any:
 
 def legend_below(figure: Any, axes: Any, columns: int = 3) -> None:
     """The names of the axes' lines under the figure, each once; nothing where they have none."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
         style = {"frameon": False, "labelcolor": INK, "fontsize": 9}
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns, **style)
 
 
 def save_figure(figure: Any, file: Path, kind: str) -> None:
@@ -90,12 +91,60 @@ def svg_text(file: Path, title: str) -> str:
     )
 
 
+def drawn(figure: Any, name: str, caption: str) -> dict[str, str]:
+    """A figure as a section of a page has it. name: its own on the page; caption: what is seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.svg"
+        save_figure(figure, file, "svg")
+        return {"svg": svg_text(file, caption), "caption": caption}
+
+
+def plot_map(figure: Any, axes: Any, sums: dict[tuple[int, str], float], label: str) -> None:
+    """Positive numbers by layer (rows) and kind of matrix (columns), their logarithm as a colour."""
+    import numpy as np
+
+    layers, kinds = sorted({layer for layer, _ in sums}), list(dict.fromkeys(kind for _, kind in sums))
+    values = np.full((len(layers), len(kinds)), np.nan)
+    for (layer, kind), value in sums.items():
+        if value > 0:
+            values[layers.index(layer), kinds.index(kind)] = np.log10(value)
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(layers)), layers) if len(layers) <= 24 else None
+    axes.set_ylabel("layer")
+    bar = figure.colorbar(image, ax=axes, label=f"log₁₀ {label}")
+    bar.ax.tick_params(labelsize=9, color=MUTED, labelcolor=INK)
+    bar.ax.yaxis.label.set(color=MUTED, size=9)
+
+
+def plot_curves(axes: Any, losses: dict[int, float], held_out: dict[int, float]) -> None:
+    """The loss of training, and of held-out rows where there are some, by step."""
+    axes.plot(list(losses), list(losses.values()), color=MUTED, linewidth=1.2, label="training")
+    if held_out:
+        axes.plot(list(held_out), list(held_out.values()), "o-", color=FOCUS, markersize=4, label="held-out rows")
+        best = min(held_out, key=lambda step: held_out[step])
+        axes.plot([best], [held_out[best]], "o", color=INK, markersize=9, fillstyle="none", label="kept")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+
+
+def plot_pairs(axes: Any, values: dict[str, tuple[float, float]], label: str) -> None:
+    """Two values a row, what was found (a filled point) and what chance gives (a hollow one)."""
+    for row, (found, chance) in enumerate(values.values()):
+        axes.plot([chance, found], [row, row], color=LINE, linewidth=2, zorder=1)
+        axes.plot([chance], [row], "o", color=MUTED, fillstyle="none", label="by chance")
+        axes.plot([found], [row], "o", color=FOCUS, label="found")
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel(label)
+
+
 def plot_layers(axes: Any, plan: TransferPlan) -> None:
     """Sensitivity of each teacher layer; the chosen ones stand out."""
     colors = [TAKEN if i in plan.layer_map else LEFT for i in range(len(plan.layer_scores))]
     axes.bar(range(len(plan.layer_scores)), plan.layer_scores, color=colors)
-    axes.set_title("teacher layers: sensitivity\n(dark: feeds the student)", fontsize=9)
-    axes.set_xlabel("layer")
+    axes.set_xlabel("teacher layer")
+    axes.set_ylabel("Σ of S")
 
 
 def plot_window(axes: Any, score: Tensor, plan: TransferPlan, source: str) -> None:
@@ -137,9 +186,9 @@ def plot_scales(axes: Any, losses: dict[float, float], kept: float) -> None:
     axes.plot(list(losses), list(losses.values()), "o-", color=TAKEN, markersize=4)
     axes.plot([kept], [losses[kept]], "o", color="black", markersize=8, fillstyle="none")
     axes.axhline(losses[0.0], color=LEFT, linestyle="--", linewidth=1, label="the student as it was")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     axes.set_xlabel("α")
-    axes.set_title("loss on the seeds (circle: kept)", fontsize=9)
+    axes.set_ylabel("loss on the seeds")
 
 
 def png_bytes(figure: Any) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -40,47 +39,14 @@ def page() -> Iterator[Any]:
         yield shown
 
 
-CUT = """
-[...document.querySelectorAll('body *')].filter(e => {
-  const box = e.getBoundingClientRect();
-  return !e.closest('.wide') && !e.closest('svg *') && (box.right > innerWidth + 1 || box.left < -1);
-}).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
-"""
-FIGURES = """
-[...document.querySelectorAll('svg')].map(e => {
-  const box = e.getBoundingClientRect();
-  return {x: box.x, y: box.y + scrollY, width: box.width, height: box.height, label: e.getAttribute('aria-label')};
-})
-"""
-
-
 @pytest.mark.parametrize("which", ["whole", "half"])
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 800, 1400])
 def test_nothing_is_blank_or_cut(
     width: int, dark: bool, which: str, page: Any, pages: dict[str, Path], tmp_path: Path
 ) -> None:
-    from matplotlib.image import imread
-
-    page.open(pages[which], width, dark=dark)
-    page.value("document.querySelectorAll('details').forEach(e => e.open = true)")
-    assert page.value("document.documentElement.scrollWidth <= innerWidth")
-    assert page.value("innerWidth") == width
-    assert page.value(CUT) == []
-    assert page.messages == []
-    pixels = imread(io.BytesIO(page.picture(tmp_path / "page.png").read_bytes()))[..., :3]
-    colors = (255 * pixels).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    figures = page.value(FIGURES)
+    figures = browser.look(page, pages[which], width, tmp_path / "page.png", dark=dark)
     assert len(figures) > (8 if which == "whole" else 4)
-    for box in figures:
-        top, left = round(box["y"]), round(box["x"])
-        part = colors[top : top + round(box["height"]), left : left + round(box["width"])]
-        assert min(part.shape) > 60, box
-        assert len(np.unique(part)) > 10, box
-    # Dark where it is asked for, and its text in the other colour.
-    background = pixels[2, 2]
-    assert (background.mean() < 0.3) == dark
-    assert abs(pixels - background).max() > 0.6
 
 
 def test_a_fault_would_be_seen(page: Any, tmp_path: Path) -> None:
@@ -89,7 +55,7 @@ def test_a_fault_would_be_seen(page: Any, tmp_path: Path) -> None:
     bad.write_text(f"<!doctype html><meta name=viewport content='width=device-width'>{wide}")
     page.open(bad, 400)
     assert not page.value("document.documentElement.scrollWidth <= innerWidth")
-    assert page.value(CUT) == ["DIV wide"]
+    assert page.value(browser.CUT) == ["DIV wide"]
     assert any("nothing is not defined" in message for message in page.messages)
     assert any("127.0.0.1" in message for message in page.messages)
     page.messages.clear()
