@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
-from pkt.cli.flags import JsonFlag
+from pkt.cli.flags import JsonFlag, Student
 from pkt.progress import tell
 
 
@@ -51,7 +51,7 @@ def study(
     json_: JsonFlag = False,
 ) -> None:
     """Compare starts on your models and rows: tuned alike, over several seeds, with intervals and a verdict in words."""
-    from pkt.studying import Cluster, Layout, open_study, run_layout
+    from pkt.studying import Cluster, Layout, open_study
 
     paths = {"seeds": seeds, "train": train, "test": test, "general": general, "data": data}
     given = {"student": student, "teacher": teacher, "base": base}
@@ -60,28 +60,88 @@ def study(
     if plan:
         _show_plan(layout, out, json_)
         return
-    begin = time.perf_counter()
-
-    def show(job: Any, error: str | None) -> None:
-        seconds = time.perf_counter() - begin
-        line = f"{seconds:6.0f} s  {job}" + ("" if error is None else f": failed: {error}")
-        tell(line)
-
-    with resumable(lambda: (out / "cells").is_dir(), force=False):
-        found = run_layout(
-            layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), told=show, only_report=report
-        )
+    found = _run(layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), only_report=report)
     if json_:
         print_json(found)
     else:
         _show(found)
         say(f"{out}: report.html, stats.json, results.csv, rows.csv.gz, figures, tables")
+    _end(found)
+
+
+def _run(layout: Any, out: Path, **options: Any) -> dict[str, Any]:
+    from pkt.studying import run_layout
+
+    begin = time.perf_counter()
+
+    def show(job: Any, error: str | None) -> None:
+        seconds = time.perf_counter() - begin
+        tell(f"{seconds:6.0f} s  {job}" + ("" if error is None else f": failed: {error}"))
+
+    with resumable(lambda: (out / "cells").is_dir(), force=False):
+        return run_layout(layout, out, told=show, **options)
+
+
+def _end(found: dict[str, Any]) -> None:
+    """Exit code 1, and the first of what failed, where something did."""
     if found["failures"]:
+        first = found["failures"][0]
         err_console.print(
-            f"{len(found['failures'])} jobs failed, first: {found['failures'][0]['cell']}: {found['failures'][0]['error']}",
+            f"{len(found['failures'])} jobs failed, first: {first['cell']}: {first['error']}",
             style="red", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Compare")
+def compare(
+    student: Student,
+    extraction: Annotated[
+        Path, typer.Argument(help="Folder of pkt transfer, transplant or start.", show_default=False)
+    ],
+    train: Annotated[
+        Path, typer.Argument(help="Rows to learn from; some are held out to choose rates.", show_default=False)
+    ],
+    test: Annotated[Path, typer.Argument(help="Rows that decide.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the study; what it holds is not made again.")] = Path(
+        "pkt-compare"
+    ),
+    general: Annotated[
+        Path | None, typer.Option(help="General text, to see what is forgotten.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each start; no verdict below 3.", min=1)] = 5,
+    epochs: Annotated[float, typer.Option(help="Times that every row is learnt from.", min=0.01)] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.", min=1)] = 32,
+    exact_match: Annotated[
+        bool, typer.Option("--exact-match", help="Decide by final answers, not by the loss.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what will be made, and make nothing.")] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Ask of a start that you have whether it pays: against plain LoRA, PiSSA and its own controls, tuned alike."""
+    from pkt.studying import Layout, as_study, as_yaml, comparison, recommended
+
+    content, left_out = comparison(
+        student, extraction, train, test,
+        general=general, seeds=seeds, epochs=epochs, batch_size=batch_size, exact_match=exact_match,
+    )  # fmt: skip
+    layout = Layout(as_study(content))
+    for line in left_out:
+        tell(line)
+    if plan:
+        _show_plan(layout, out, json_)
+        return
+    found = _run(layout, out)
+    (out / "compare.yaml").write_text(as_yaml(content), encoding="utf-8")
+    sentence, command = recommended(found, content)
+    if json_:
+        print_json({**found, "left_out": left_out, "sentence": sentence, "recommended": command})
+    else:
+        _show(found)
+        say(f"{out}: report.html, stats.json, compare.yaml, which pkt study takes")
+        say(sentence)
+        next_line(command)
+    _end(found)
 
 
 @app.command(rich_help_panel="Compare")

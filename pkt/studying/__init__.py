@@ -3,6 +3,10 @@
 from pkt.statistics import Comparison as Comparison
 from pkt.statistics import compare as compare
 from pkt.statistics import holm as holm
+from pkt.studying.comparing import as_study as as_study
+from pkt.studying.comparing import as_yaml as as_yaml
+from pkt.studying.comparing import comparison as comparison
+from pkt.studying.comparing import recommended as recommended
 from pkt.studying.converting import convert as convert
 from pkt.studying.engines import Cluster as Cluster
 from pkt.studying.engines import Engine as Engine
