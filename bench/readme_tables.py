@@ -198,16 +198,17 @@ def calculated_table(found: dict) -> str:
 
 def distil_table(found: dict) -> str:
     lines = [
-        f"{found['what']} ({found['machine']['cpu']}, `python bench/bench_distil.py`):",
+        f"{found['what']} ({found['machine']['cpu']}, `python bench/bench_distil.py`). Reading the teacher costs as much as "
+        f"{found['reading_epochs']:.2f} epochs.",
         "",
-        "| | lr | NLL | right | general text NLL |",
-        "|---|---|---|---|---|",
+        "| | epochs | lr | NLL | right | general text NLL |",
+        "|---|---|---|---|---|---|",
     ]
     for row in found["arms"]:
         mean, std = row["mean"], row["std"]
         lines.append(
-            f"| {row['name']} | {row['lr']:g} | {mean['nll']:.3f} ± {std['nll']:.3f} | {100 * mean['exact_match']:.0f}% ± "
-            f"{100 * std['exact_match']:.0f} | {mean['general']:.3f} ± {std['general']:.3f} |"
+            f"| {row['name']} | {row['epochs']:.2f} | {row['lr']:g} | {mean['nll']:.3f} ± {std['nll']:.3f} | "
+            f"{100 * mean['exact_match']:.0f}% ± {100 * std['exact_match']:.0f} | {mean['general']:.3f} ± {std['general']:.3f} |"
         )
     return "\n".join([*lines, "", *(f"- {line}" for line in found["verdict"])])
 
