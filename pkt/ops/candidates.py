@@ -78,5 +78,5 @@ def obstacle(name: str, device: torch.device) -> str | None:
     """Why that kernel cannot run there, or None."""
     try:
         return kernel(name).obstacle(device)
-    except ImportError as error:  # its language is an experimental part of Triton, and moves
-        return f"it does not import ({error})"
+    except Exception as error:  # its language is an experimental part of Triton, and moves
+        return f"it does not import ({type(error).__name__}: {error})"
