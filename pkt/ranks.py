@@ -86,13 +86,8 @@ class Ranks:
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.world
-        try:
+        with _connected():
             dist.all_gather_object(found, value, self.group)
-        except RuntimeError as error:
-            raise LostRankError(
-                "another rank ended without a word (killed, or its memory used up); where there is an output, what is finished is "
-                "kept, and the same command continues"
-            ) from error
         failed = next((each for each in found if isinstance(each, _Failed)), None)
         if failed is not None and not isinstance(value, _Failed):
             self._known = failed.error or OtherRankError(f"rank {failed.rank} failed, and says why")
@@ -115,7 +110,8 @@ class Ranks:
         found: list[Any] | None = [None] * self.world if self.rank == to else None
         if self.rank != to:
             self.sent += _bytes_in(value)
-        dist.gather_object(value, found, group=self.group, group_dst=to)
+        with _connected():
+            dist.gather_object(value, found, group=self.group, group_dst=to)
         return found
 
     def scattered(self, values: Sequence[T] | None) -> T:
@@ -125,7 +121,8 @@ class Ranks:
             return values[0]
         self.all_of(None)
         found: list[Any] = [None]
-        dist.scatter_object_list(found, None if values is None else list(values), group=self.group, group_src=0)
+        with _connected():
+            dist.scatter_object_list(found, None if values is None else list(values), group=self.group, group_src=0)
         return found[0]  # type: ignore[no-any-return]
 
     # -- scores
@@ -148,25 +145,46 @@ class Ranks:
             return tensors
         owner = self.owners({n: t.numel() for n, t in tensors.items()}) if spread else dict.fromkeys(tensors, 0)
         self.all_of(None)
-        for name, tensor in tensors.items():
-            dist.reduce(tensor, group=self.group, group_dst=owner[name])
-            self.sent += 0 if owner[name] == self.rank else tensor.numel() * tensor.element_size()
+        given = {name: tensor for name, tensor in tensors.items() if owner[name] != self.rank}
+        self.sent += _bytes_in(given)
+        with _connected():
+            if any(tensor.is_cuda for tensor in tensors.values()):
+                for name, tensor in tensors.items():
+                    dist.reduce(tensor, group=self.group, group_dst=owner[name])
+            else:
+                self._send(given, owner, tensors)
         return {name: tensor for name, tensor in tensors.items() if owner[name] == self.rank}
+
+    def _send(self, given: Mapping[str, Tensor], owner: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Tensors to their owners, who add them rank by rank: gloo's ring would send twice as much between two."""
+        tag = {name: number for number, name in enumerate(tensors)}  # gloo pairs what has one tag as it comes
+        sending = [dist.isend(t, group=self.group, group_dst=owner[n], tag=tag[n]) for n, t in given.items()]
+        for name, tensor in tensors.items():
+            for other in range(self.world) if name not in given else ():
+                if other != self.rank:
+                    theirs = torch.empty_like(tensor)
+                    dist.recv(theirs, group=self.group, group_src=other, tag=tag[name])
+                    tensor += theirs
+        for work in sending:
+            if work is not None:
+                work.wait()
 
     def totalled(self, tensors: Mapping[str, Tensor]) -> None:
         """Every tensor becomes its sum over all ranks, on all of them."""
         if not self.alone:
             self.all_of(None)
-            for tensor in tensors.values():
-                dist.all_reduce(tensor, group=self.group)
-                self.sent += tensor.numel() * tensor.element_size()
+            self.sent += _bytes_in(tensors)
+            with _connected():
+                for tensor in tensors.values():
+                    dist.all_reduce(tensor, group=self.group)
 
     def copied(self, tensors: Mapping[str, Tensor]) -> None:
         """Every tensor becomes the first rank's."""
         if not self.alone:
             self.all_of(None)
-            for tensor in tensors.values():
-                dist.broadcast(tensor, group=self.group, group_src=0)
+            with _connected():
+                for tensor in tensors.values():
+                    dist.broadcast(tensor, group=self.group, group_src=0)
 
     # -- failing together
 
@@ -202,6 +220,18 @@ class Ranks:
             return self.store is None or self.store.add("pkt/said", 1) == 1
         except RuntimeError:
             return True  # whoever kept the store is gone
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """What torch says when a connection is closed is a `LostRankError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            "another rank ended without a word (killed, or its memory used up); where there is an output, what is finished is "
+            "kept, and the same command continues"
+        ) from error
 
 
 def _nothing(error: Exception) -> None:
