@@ -83,6 +83,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench_distil.py
 	$(BIN)/python bench/bench_study.py
 	$(BIN)/python bench/readme_tables.py
+	$(BIN)/python bench/readme_picture.py
 	$(BIN)/python bench/goals.py
 
 clean:

@@ -408,8 +408,8 @@ PAGES = {
         "study": ("study_demo.json", study_text),
         "demo sentences": ("demo_cpu.json", demo_sentences),
         "bench table": ("end_to_end_cpu.json", bench_table),
-        "families": ("families.json", families_table),
     },
+    "docs/models.md": {"families": ("families.json", families_table)},
     "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
     "docs/lineage.md": {
         "demo table": ("demo_cpu.json", demo_table),

@@ -44,12 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-families", action="store_true", help="write bench/results/families.json for the README")
+    parser.addoption("--write-families", action="store_true", help="write bench/results/families.json for docs/models.md")
 
 
 @pytest.fixture(scope="session")
 def families_table(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Family -> what its test found; written as the README's source with --write-families."""
+    """Family -> what its test found; written as the source of docs/models.md with --write-families."""
     rows: dict[str, Any] = {}
     yield rows
     if request.config.getoption("--write-families"):

@@ -78,5 +78,6 @@ def test_names_of_modules_are_known_in_one_file_only() -> None:
 
 
 def test_the_readmes_tables_come_from_committed_results() -> None:
-    done = processes.run([sys.executable, ROOT / "bench" / "readme_tables.py", "--check"])
-    assert done.returncode == 0, done.stdout + done.stderr
+    for script in ("readme_tables.py", "readme_picture.py"):
+        done = processes.run([sys.executable, ROOT / "bench" / script, "--check"])
+        assert done.returncode == 0, done.stdout + done.stderr
