@@ -190,7 +190,7 @@ def _with_likes(starts: dict[str, Placed], source: str) -> dict[str, Placed]:
         like = own.pop("like", None)
         if like is None:
             return own
-        if like.value not in starts or like.value in (*on_the_way, name):
+        if not isinstance(like.value, str) or like.value not in starts or like.value in (*on_the_way, name):
             raise PktError(
                 f"{source}:{like.line}: like: {like.value} is no other start{_near(str(like.value), starts)}"
             )
@@ -211,7 +211,7 @@ def _dataclass(cls: Any, placed: Placed, path: str, source: str) -> Any:
     values = dict(placed.value)
     if cls is StartOptions:
         kind = values.pop("kind", None)
-        if kind is None or kind.value not in KINDS:
+        if kind is None or not isinstance(kind.value, str) or kind.value not in KINDS:
             said = "has no kind" if kind is None else f"is of the unknown kind {kind.value!r}"
             raise PktError(f"{where}: {path} {said}; kinds are {', '.join(KINDS)}")
         cls = KINDS[kind.value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -182,19 +183,72 @@ words = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def refused_in_one_line(file: Path) -> None:
+    """Read, or refused by file and in one line; whatever else is raised is a fault."""
+    said = str(file)
+    with contextlib.suppress(PktError):
+        try:
+            read_study(file)
+        except PktError as error:
+            said = str(error)
+            raise
+    assert "\n" not in said
+    assert said.startswith(str(file))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     at=st.integers(0, len(lines) - 1),
     word=st.one_of(words, st.text(max_size=20)),
-    how=st.sampled_from(["in", "over", "out"]),
+    how=st.sampled_from(["in", "over", "out", "twice"]),
 )
 def test_whatever_is_typed_is_read_or_refused(at: int, word: str, how: str, tmp_path: Path) -> None:
     changed = list(lines)
-    changed[at] = {"in": changed[at] + word, "over": word, "out": ""}[how]
+    changed[at] = {"in": changed[at] + word, "over": word, "out": "", "twice": f"{changed[at]}\n{changed[at]}"}[how]
     file = tmp_path / "study.yaml"
     file.write_text("\n".join(changed), encoding="utf-8", errors="surrogatepass")
-    with contextlib.suppress(PktError):
-        read_study(file)
+    refused_in_one_line(file)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where every value of a tree stands, mappings and lists too."""
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, entry in below for place in places(entry, (*path, key)))]
+
+
+TREE = parse_yaml(GOOD, "good").plain()
+PLACES = places(TREE)[1:]
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["3e-4", "-1", "on", "${x}", "${x?}"]),
+)
+values = st.recursive(
+    scalars,
+    lambda each: st.one_of(st.lists(each, max_size=3), st.dictionaries(st.text(max_size=6), each, max_size=3)),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.sampled_from(PLACES), value=values, key=st.one_of(st.none(), st.text(min_size=1, max_size=8)))
+def test_any_value_in_any_place_is_read_or_refused(place: Any, value: Any, key: str | None, tmp_path: Path) -> None:
+    """A value of another type, or under another key, anywhere in a study."""
+    import yaml
+
+    tree = copy.deepcopy(TREE)
+    at = tree
+    for step in place[:-1]:
+        at = at[step]
+    at[place[-1]] = value
+    if key is not None and isinstance(at, dict):
+        at[key] = at.pop(place[-1])
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree, allow_unicode=False), encoding="utf-8")
+    refused_in_one_line(file)
 
 
 def test_every_preset_is_read(tmp_path: Path) -> None:
