@@ -235,7 +235,7 @@ def rates(found: Found, task: str) -> Any:
         if chosen is not None and chosen["lr"] in best:
             axes.plot([chosen["lr"]], [best[chosen["lr"]]], "o", color=style["color"], markersize=10, fillstyle="none")
     axes.set_xscale("log")
-    axes.set_xticks(sorted(lrs), [f"{lr:g}" for lr in sorted(lrs)])
+    axes.set_xticks(sorted(lrs), [f"{lr:.2g}" for lr in sorted(lrs)])
     axes.minorticks_off()
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_xlabel("learning rate")
@@ -305,11 +305,11 @@ def scale(found: Found, task: str) -> Any:
     figure, (axes,) = canvas(3.2)
     gains = _gains(found, task)
     axes.axhline(0, color=MUTED, linewidth=1)
-    marks = dict(zip(gains, [*PALETTE] * len(gains), strict=False))
+    variants = dict(zip((n for n in gains if is_variant(found, n)), [*PALETTE] * len(gains), strict=False))
+    colors = {**variants, **{name: style["color"] for name, style in _styles(found, task).items()}}
     for name, (norm, gain) in gains.items():
         mark = "s" if is_variant(found, name) else "o"
-        color = FOCUS if name == found["of"] else marks[name]
-        axes.plot([norm], [gain], mark, color=color, markersize=7, label=name)
+        axes.plot([norm], [gain], mark, color=colors[name], markersize=7, label=name)
     axes.grid(color=LINE, linewidth=0.8)
     axes.margins(0.1)
     axes.set_xlabel("norm of B₀A₀")
