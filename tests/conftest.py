@@ -44,7 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-families", action="store_true", help="write bench/results/families.json for docs/models.md")
+    parser.addoption(
+        "--write-families", action="store_true", help="write bench/results/families.json for docs/models.md"
+    )
 
 
 @pytest.fixture(scope="session")

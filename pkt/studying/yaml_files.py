@@ -90,7 +90,7 @@ class _Reader:
         found: dict[str, Placed] = {}
         for key, value in node.value:
             line, name = key.start_mark.line + 1, key.value
-            if not isinstance(name, str):
+            if not isinstance(name, str) or not name.isprintable():
                 raise PktError(f"{self.source}:{line}: a key must be a word")
             if name == "<<":
                 raise PktError(
