@@ -15,7 +15,7 @@ tags: [lora, peft, pkt, knowledge-transfer]
 
 # Parametric knowledge of {teacher}, cut to the shape of {student}
 
-A LoRA extraction made by [pkt](https://pypi.org/project/pkt-transfer/) {version}: {summary}.
+A LoRA extraction made by pkt {version}: {summary}.
 Source of the method: *Seeking Neural Nuggets* (ICLR 2024, arXiv 2310.11451).
 
 **Loaded by plain PEFT this adapter is added to the student, which changes the student at once.** The method means it as a
@@ -42,7 +42,7 @@ tags: [lora, peft, pkt]
 
 # An injected LoRA, ready to be trained
 
-Made by [pkt](https://pypi.org/project/pkt-transfer/) {version}, mode `{mode}`, for {student}. Train it with any PEFT trainer on
+Made by pkt {version}, mode `{mode}`, for {student}. Train it with any PEFT trainer on
 `{base}` (`PeftModel.from_pretrained(model, DIR, is_trainable=True)`), then `pkt finalize OUTPUT --out ADAPTER` gives a plain
 LoRA for the original student.
 """
@@ -55,7 +55,7 @@ tags: [lora, peft, pkt]
 
 # LoRA for {base}
 
-A plain LoRA adapter of rank {rank} (alpha = r, no patterns) finalized by [pkt](https://pypi.org/project/pkt-transfer/) {version}
+A plain LoRA adapter of rank {rank} (alpha = r, no patterns) finalized by pkt {version}
 from a `{mode}` injection. Load it on the original model:
 `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), DIR)`.
 
