@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two workers, a file of tests each at a time; tests/conftest.py says which begin first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo docs test test-slow test-oldest lint types imports check real bench clean
+.PHONY: demo docs test test-slow test-long test-oldest lint types imports check real bench clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,6 +49,12 @@ test-slow: $(STAMP)
 	$(PIP) -c constraints.txt -e ".[clients,docs,release]"
 	$(PIP) --no-build-isolation --no-deps -e .
 	$(PYTEST) -m "slow and not gpu"
+
+# Kill loops and several machines: outside the gate, one after another, since they kill and measure time.
+test-long: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[clients]"
+	$(PIP) --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -140,7 +140,7 @@ def long(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
     return Case(folder, teacher_dir, student_dir, folder / "rows.jsonl", "--batch-size", "1")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(10))
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(long: Case, number: int, tmp_path: Path) -> None:
     moment, out = random.Random(number), tmp_path / "out"
@@ -157,7 +157,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(long: Case, number:
     goes_on(long, out)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_says_so_once(long: Case, number: int, tmp_path: Path) -> None:
     process = start(*long.words, "--out", tmp_path / "out")
@@ -191,7 +191,7 @@ def test_what_one_rank_does_the_others_wait_for(student_dir: Path, tmp_path: Pat
     assert theirs == own
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_rank_ends_a_training_and_the_same_command_goes_on(
     case: Case, student_dir: Path, tmp_path: Path
 ) -> None:

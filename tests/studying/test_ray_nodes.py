@@ -14,7 +14,7 @@ from test_study import SMALL, open_study_folder
 from pkt.studying import Cluster, Job, Layout, Store, engines, open_study
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
 ]
 

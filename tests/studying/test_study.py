@@ -266,7 +266,7 @@ def test_a_job_that_fails_costs_itself(small: Path, tmp_path: Path, monkeypatch:
     assert not study(small / "small.yaml", tmp_path / "out")["failures"]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment_it_ends_in_the_same(kills: int, done: Path, small: Path, tmp_path: Path) -> None:
     draw = random.Random(kills)
     command = [sys.executable, "-m", "pkt", "study", str(small / "small.yaml"), "--out", str(tmp_path / "out")]

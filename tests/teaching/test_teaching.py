@@ -267,7 +267,7 @@ def test_kills_at_random_moments_end_in_the_same_bytes(case: Case) -> None:
     kills(case, 3, "killed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_kills_at_random_moments_end_in_the_same_bytes(case: Case) -> None:
     kills(case, 60, "hunted")
 
