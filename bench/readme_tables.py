@@ -319,15 +319,15 @@ def shrink_table(found: dict) -> str:
         f"{found['teacher']['nll']:.3f}) cut to {found['shape']}, and healed on {found['healed_tokens']:,} tokens of general text, "
         f"{found['seeds']} seed(s) of healing (mean, and ± half the range):",
         "",
-        "| units chosen by | parameters | NLL once cut | perplexity | gains × √(H/h) | NLL healed | perplexity |",
-        "|---|---|---|---|---|---|---|",
+        "| units chosen by | parameters | NLL once cut | perplexity | NLL healed | perplexity |",
+        "|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
         (cut, _), (healed, half) = (
             (sum(each) / len(each), (max(each) - min(each)) / 2) for each in (row["cuts"], row["healed"])
         )
         lines.append(
-            f"| {row['score']} | {row['parameters']:,} | {cut:.3f} | {math.exp(cut):.1f} | {row['louder']:.3f} | "
+            f"| {row['score']} | {row['parameters']:,} | {cut:.3f} | {math.exp(cut):.1f} | "
             f"{healed:.3f} ± {half:.3f} | {math.exp(healed):.2f} |"
         )
     return "\n".join(lines)
