@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from pkt.adapters import check_fit
 from pkt.errors import PktError
+from pkt.extraction import open_start
 from pkt.files import sha256
 from pkt.lora import ROWS
 from pkt.matching import Lineage, lineage
-from pkt.models import Model, ModelSpec, load_tokenizer
+from pkt.models import Model, ModelSpec, load_tokenizer, spec_of
 from pkt.models.adapter_files import WEIGHTS
 from pkt.seeds import Seeds, load_seeds
 from pkt.studying import costs
@@ -162,6 +164,9 @@ class Layout:
             for name, start in self.starts.items():
                 self.tune(task, name, Setting(1.0, 1.0), 0)
                 self.taught(task, start)
+        for start in self.starts.values():
+            if isinstance(start, FolderStart):
+                check_fit(open_start(start.path).pairs, spec_of(self.study.student), start.path)
 
     # Cells ----------------------------------------------------------------------------------------------------------
 

@@ -127,6 +127,9 @@ def test_a_plan_makes_nothing_and_bad_input_is_one_line(made: dict[str, Path], f
     three.write_text("".join(few.read_text().splitlines(keepends=True)[:3]))
     assert "give 8 or more" in fails("compare", ASSETS / "student", made["extraction"], three, ROWS / "test.jsonl")
     assert "pkt" in fails("compare", ASSETS / "student", tmp_path, few, ROWS / "test.jsonl")
+    another = ("compare", ASSETS / "base", made["extraction"], few, ROWS / "test.jsonl", "--out", tmp_path / "out")
+    assert f"does not fit {ASSETS / 'base'}" in fails(*another)
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 @pytest.mark.slow
