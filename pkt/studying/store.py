@@ -23,7 +23,7 @@ from pkt.manifest import versions
 
 CELL = "cell.json"
 # Raised by hand when what a kind of cell means changes.
-VERSIONS = {"start": 1, "tune": 1, "train": 1, "test": 1}
+VERSIONS = {"start": 1, "tune": 1, "train": 2, "test": 1}
 
 
 @dataclass(frozen=True)
