@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ASSETS
+from harness_task import write_task
 
 import pkt
 from pkt.lora import load_with_adapter
@@ -98,20 +99,7 @@ def test_lm_eval(ext: Path, tmp_path: Path, tokenizer: Any) -> None:
     for row in rows("test", 4):
         question, answer = (m["content"] for m in row["messages"])
         documents.append({"question": question, "choices": [f" {answer}", " 1+1=2. #### 2"]})
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(d) for d in documents) + "\n")
-    (tmp_path / "task.yaml").write_text(
-        f"""task: pkt_local
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "test.jsonl"}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: 0
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-    )
+    write_task(tmp_path, documents)
     manager = TaskManager(include_path=str(tmp_path))
 
     def likelihoods(**options: Any) -> list[float]:

@@ -159,6 +159,7 @@ def show(console: Any, summary: dict[str, Any]) -> None:
 def picture_of(ext: Extraction, summary: dict[str, Any], scores: Mapping[str, Tensor]) -> bytes:
     figure, (layers, window, nll, match) = new_figure(17, 3.6, 4)
     plot_layers(layers, ext.plan)
+    layers.set_title("teacher layers: sensitivity\n(dark: feeds the student)", fontsize=9)
     downs = {t.module for t in spec_of(ASSETS / "teacher").targets if t.role == "down"}
     source = next(e.source for e in ext.plan.entries if e.source in downs)
     plot_window(window, scores[f"{source}.weight"], ext.plan, source)

@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 Section = dict[str, Any]
 
 
-def of_scores(scores: Sensitivity, file: Path) -> list[Section]:
+def of_scores(scores: Sensitivity) -> list[Section]:
     """Of a file of scores: where S lies, by layer and kind of matrix."""
-    from pkt.ops import double_sum
-
-    sums = {name: double_sum(score).item() for name, score in scores.items()}
+    head, *kinds = scores.table()
     facts = [("measure", scores.measure), ("samples", len(scores.losses)), *_known(scores.provenance)]
     return [
         {"heading": "What was scored", "head": ["", ""], "rows": facts, "text": scores.summary()},
-        sensitivity_map(sums, "Σ of S over a matrix"),
-        {"heading": "By kind", "head": list(scores.table()[0]), "rows": scores.table()[1:]},
+        sensitivity_map(scores.totals(), "Σ of S over a matrix"),
+        {"heading": "By kind", "head": head, "rows": kinds},
         {
             "heading": "Losses of the samples",
             "head": ["sample", "mean loss, nats a token"],

@@ -73,7 +73,7 @@ def _sections(place: Path, kind: str) -> list[dict[str, Any]]:
     if kind == "scores":
         from pkt.scoring import Sensitivity
 
-        return of_scores(Sensitivity.load(place), place)
+        return of_scores(Sensitivity.load(place))
     if kind in ("extraction", *STARTS):
         from pkt.extraction import Extraction, open_start
 
@@ -105,12 +105,12 @@ def _of_extraction(ext: Extraction) -> list[dict[str, Any]]:
         sections.append({"heading": "Layers", "figures": figures, "text": plan.summary()})
     whole = {e.source: e.score / e.share for e in plan.entries if e.share > 0}
     sections.append(sensitivity_map(whole, "Σ of S over a matrix that feeds the student"))
-    sections.append(_caught(plan))
-    chance = _chances(plan)
+    chances = _chances(plan)
+    sections.append(_caught(plan, chances))
     rows = [
         (
             *describe(row),
-            chance.get(row[0].source, ""),
+            f"{100 * chances[row[0].source]:.1f}%" if row[0].source in chances else "",
             ext.pairs[row[0].target].rank,
             f"{100 * ext.energies[row[0].target]:.1f}%",
         )
@@ -120,15 +120,15 @@ def _of_extraction(ext: Extraction) -> list[dict[str, Any]]:
     return [*sections, {"heading": "Regions", "head": head, "rows": rows}]
 
 
-def _caught(plan: TransferPlan) -> dict[str, Any]:
+def _caught(plan: TransferPlan, chances: dict[str, float]) -> dict[str, Any]:
     """The mean share of S of the regions of each kind of matrix, beside what a region anywhere would hold."""
     from pkt.tables import by_last_name
 
-    chances, shares = _chances(plan), {e.source: e.share for e in plan.entries}
+    shares = {e.source: e.share for e in plan.entries}
     values = {
         kind: (
             100 * sum(shares[n] for n in names) / len(names),
-            sum(float(chances[n][:-1]) for n in names) / len(names),
+            100 * sum(chances[n] for n in names) / len(names),
         )
         for kind, names in by_last_name(shares).items()
         if all(n in chances for n in names)
@@ -145,7 +145,7 @@ def _caught(plan: TransferPlan) -> dict[str, Any]:
     return {"heading": "What the regions catch", "figures": [drawn(figure, "caught", caption)]}
 
 
-def _chances(plan: TransferPlan) -> dict[str, str]:
+def _chances(plan: TransferPlan) -> dict[str, float]:
     """Source -> the share of its weights that its region has; empty where the teacher is not here to ask."""
     from pkt.models import spec_of
 
@@ -159,7 +159,7 @@ def _chances(plan: TransferPlan) -> dict[str, str]:
     for e in plan.entries:
         if e.source in targets:
             rows, cols = targets[e.source].shape
-            found[e.source] = f"{100 * e.region.shape[0] * e.region.shape[1] / (rows * cols):.1f}%"
+            found[e.source] = e.region.shape[0] * e.region.shape[1] / (rows * cols)
     return found
 
 

@@ -55,9 +55,13 @@ class Sensitivity(Tabular, Mapping[str, Tensor]):
         what = f"{self.tile}x{self.tile} tile sums" if self.tile else "elements"
         return f"Sensitivity({len(self)} parameters, {what}, {len(self.losses)} samples)"
 
+    def totals(self) -> dict[str, float]:
+        """Σ of S over each parameter."""
+        return {name: ops.double_sum(score).item() for name, score in self.scores.items()}
+
     def table(self) -> list[tuple[str, ...]]:
-        kinds = by_last_name(self)
-        sums = {kind: sum(ops.double_sum(self[name]).item() for name in names) for kind, names in kinds.items()}
+        kinds, totals = by_last_name(self), self.totals()
+        sums = {kind: sum(totals[name] for name in names) for kind, names in kinds.items()}
         total = sum(sums.values()) or 1.0
         rows = [(kind, str(len(kinds[kind])), f"{100 * value / total:.1f}%") for kind, value in sums.items()]
         return [("parameters", "how many", "share of S"), *rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from harness_task import write_task
 
 import pkt
 from pkt import PktError
@@ -43,24 +43,10 @@ compare: {of: pissa}
 
 
 def local_task(folder: Path) -> Path:
-    """Which of two sums is right, in a YAML file of the harness's; no network."""
+    """Which of two sums is right."""
     folder.mkdir()
     rows = [{"question": f"What is {i}+1?", "choices": [f" {i}+1={i + 1}.", " 1+1=9."]} for i in range(2, 6)]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "task.yaml").write_text(
-        f"""task: pkt_local
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / "test.jsonl"}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: 0
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-    )
-    return folder
+    return write_task(folder, rows)
 
 
 @pytest.mark.slow
