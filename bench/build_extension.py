@@ -24,7 +24,7 @@ def architecture() -> str:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
+    return f"{major}.{minor}" + ("a" if major == 9 else "")
 
 
 def main() -> int:
