@@ -38,10 +38,12 @@ TILE = 64
 class Bench(Harness):
     """The harness with the shapes of its device, and inputs there."""
 
-    def __init__(self, report: Report, device: str, rounds: int, budget: float, tiny: bool) -> None:
+    def __init__(
+        self, report: Report, device: str, rounds: int, budget: float, tiny: bool, compiles: bool = True
+    ) -> None:
         super().__init__(report, device, rounds, budget)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.tiny = tiny
+        self.tiny, self.compiles = tiny, compiles
 
     def sized(self, on_cuda: Any, on_cpu: Any, tiny: Any) -> Any:
         return tiny if self.tiny else on_cuda if self.cuda else on_cpu
@@ -50,7 +52,7 @@ class Bench(Harness):
         self, name: str, function: Callable[..., Any], example: Sequence[Any], run: Callable[[Any], Any]
     ) -> dict[str, Run]:
         """A rival: run(torch.compile of a formula), which has compiled on `example`, so that no compiling is timed."""
-        if self.tiny:
+        if not self.compiles:
             return {}
         made = torch.compile(function, dynamic=False)
         with contextlib.suppress(Exception):  # told where it is timed
@@ -438,6 +440,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="samples a forward pass of the whole model")
     parser.add_argument("--sweep", action="store_true", help="time every block size of the fused product instead")
     parser.add_argument("--tiny", action="store_true", help="shapes that show whether it runs, and nothing else")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes seconds a shape")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget", type=float, default=5.0, help="seconds a rival may run in a group")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -455,7 +458,9 @@ def main() -> int:
         works = {label: sweep}
     path = options.out / f"kernels_{kind_of(options.device, options.tiny)}{'_' if label else ''}{label}.json"
     report = Report(path, options.device, rounds=options.rounds)
-    bench = Bench(report, options.device, options.rounds, options.budget, options.tiny)
+    bench = Bench(
+        report, options.device, options.rounds, options.budget, options.tiny, not (options.tiny or options.no_compile)
+    )
     bench.measure_ceilings(tiny=options.tiny)
     for name, work in works.items():
         try:

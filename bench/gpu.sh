@@ -5,7 +5,7 @@
 #   OUT=folder STEPS="build assert smoke stream" bench/gpu.sh    # some of it, so that it can be two calls on one machine
 #   OUT=folder DEVICE=cpu bench/gpu.sh                       # a rehearsal: each step's twin on a CPU, in tiny shapes
 #
-# Steps, always in this order: build assert smoke tune stream kernels rsvd model tests sanitizer racecheck (and, when they are named, sweep, and
+# Steps, always in this order: build assert warm smoke tune stream kernels rsvd model tests sanitizer racecheck (and, when they are named, sweep, and
 # descendant: a real pair, by itself within the deadline; GSM8K names its rows, SMOLLM2 a model folder instead of the package's).
 # A failed build or assertion stops the rest: figures of torch's own operations would be no figures of pkt. Otherwise every step
 # runs whatever became of those before it. $OUT (bench/results) then holds JSON files, written after every group of a bench, and
@@ -18,7 +18,7 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 results=${OUT:-bench/results}
 deadline=${DEADLINE:-530}
-steps=${STEPS:-build assert smoke tune stream kernels rsvd model tests sanitizer racecheck}
+steps=${STEPS:-build assert warm smoke tune stream kernels rsvd model tests sanitizer racecheck}
 mkdir -p "$results"
 results=$(cd "$results" && pwd)
 logs=$(mktemp -d)
@@ -26,7 +26,7 @@ rm -f "$results/steps.jsonl"
 export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # A step's share of the deadline. What it does not use is the next one's, so it may run until all shares up to its own are over.
-declare -A share=([build]=90 [assert]=15 [smoke]=45 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
+declare -A share=([build]=90 [assert]=15 [warm]=40 [smoke]=20 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
     [racecheck]=30 [sweep]=120 [descendant]=530)
 total=0 reached=0 stopped="" failed=()
 for name in $steps; do
@@ -48,6 +48,11 @@ command_of() {
     case $1 in
         build) command=("$python" bench/build_extension.py --device "$device") ;;
         assert) command=("$python" bench/smoke.py --device "$device" --implementations) ;;
+        # Compiles what the steps after it launch, on several cores at once.
+        warm)
+            command=(bash -c "for ops in abs 'embedding|best|rsvd' 'linear_sensitivity_$' 'linear_sensitivity_tiles_$' '.*@'; do
+                '$python' bench/smoke.py --device $device --out '$logs/warm' --only \"\$ops\" & done; wait")
+            ;;
         smoke) command=("$python" bench/smoke.py --device "$device") ;;
         # The kernels to choose from, each against today's; what was found serves the steps after it. Steps that ask whether ops
         # are right take today's, and say themselves which other they try.
@@ -123,7 +128,7 @@ run() {
     [[ $name == build || $name == assert ]] && stopped="$name failed"
 }
 
-for name in build assert smoke tune stream kernels rsvd model tests sanitizer racecheck sweep descendant; do
+for name in build assert warm smoke tune stream kernels rsvd model tests sanitizer racecheck sweep descendant; do
     [[ " $steps " == *" $name "* ]] && run "$name"
 done
 rm -rf "$logs"

@@ -1,7 +1,7 @@
 """Every op of pkt once, small, on one device, against its formula in fp64 on the CPU; and which implementation each one has.
 
     python bench/smoke.py --device cuda                     # writes smoke_cuda.json
-    python bench/smoke.py --device cuda --only linear       # the ops whose names begin so
+    python bench/smoke.py --device cuda --only linear       # the ops whose names begin so (a pattern)
     python bench/smoke.py --device cuda --implementations   # runs nothing; fails if an op has no kernel of its own there
 
 An op that several kernels can serve is run with each that the device can run, forced by PKT_KERNEL: today's as `op`, another as
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -229,7 +230,7 @@ def main() -> int:
     parser.add_argument(
         "--implementations", action="store_true", help="only say what serves each op, and whether it may"
     )
-    parser.add_argument("--only", default="", help="the beginning of the names of the ops to run")
+    parser.add_argument("--only", default="", help="a pattern that the names of the ops to run begin with")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--after", help=argparse.SUPPRESS)  # the op at which the process before this one broke
     options = parser.parse_args()
@@ -240,7 +241,7 @@ def main() -> int:
         return int(bool(missing))
     path = options.out / f"smoke_{device.type}.json"
     report = Report.resumed(path) if options.after else Report(path, device)
-    left = [work for work in works(device) if work.startswith(options.only)]
+    left = [work for work in works(device) if re.match(options.only, work)]
     for work in left[left.index(options.after) + 1 if options.after else 0 :]:
         if not check(work, device, report):
             again = [sys.executable, __file__, "--device", options.device, "--out", str(options.out), "--only"]

@@ -22,7 +22,20 @@ import torch
 from pkt import ops
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("build", "assert", "smoke", "tune", "stream", "kernels", "rsvd", "model", "tests", "sanitizer", "racecheck")
+STEPS = (
+    "build",
+    "assert",
+    "warm",
+    "smoke",
+    "tune",
+    "stream",
+    "kernels",
+    "rsvd",
+    "model",
+    "tests",
+    "sanitizer",
+    "racecheck",
+)
 MEBIBYTE = 2**20
 
 
