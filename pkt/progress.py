@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 
 DELAY = 2.0
 _quiet = False
+_alone = threading.Lock()  # one bar at a time: a load inside something that counts is a part of its step
 
 
 def silence(wanted: bool = True) -> None:
@@ -30,6 +31,18 @@ def tell(*lines: str) -> None:
 @contextlib.contextmanager
 def bar(what: str, total: int, *, unit: str = "", shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Yield `advance(done)`. The bar appears after `DELAY` seconds, so quick work prints nothing; `shown=False`: never."""
+    if not shown or _quiet or not _alone.acquire(blocking=False):
+        yield lambda done: None
+        return
+    try:
+        with _drawn(what, total, unit) as advance:
+            yield advance
+    finally:
+        _alone.release()
+
+
+@contextlib.contextmanager
+def _drawn(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -41,7 +54,7 @@ def bar(what: str, total: int, *, unit: str = "", shown: bool = True) -> Iterato
     )
 
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -51,17 +64,14 @@ def bar(what: str, total: int, *, unit: str = "", shown: bool = True) -> Iterato
         console=Console(stderr=True),
     )
     task = progress.add_task(what, total=total)
-    begin, started = time.perf_counter(), False
-
-    def advance(done: int) -> None:
-        nonlocal started
-        if shown and not _quiet and not started and done < total and time.perf_counter() - begin > DELAY:
-            progress.start()
-            started = True
-        progress.update(task, completed=done)
-
+    # Not at a step's end: the first one alone may take long.
+    late = threading.Timer(DELAY, progress.start)
+    late.daemon = True
+    late.start()
     try:
-        yield advance
+        yield lambda done: progress.update(task, completed=done)
     finally:
-        if started:
+        late.cancel()
+        late.join()
+        if progress.live.is_started:
             progress.stop()

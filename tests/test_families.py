@@ -559,13 +559,16 @@ def write_gguf(model: Any, file: Path, tokens: int) -> None:
 
 
 class TestQuantized:
-    def test_a_gguf_teacher_is_scored_at_its_dequantized_weights(self, tmp_path: Path) -> None:
+    def test_a_gguf_teacher_is_scored_at_its_dequantized_weights(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         pytest.importorskip("gguf", reason="the package gguf is not installed")
         sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
         model, student = zoo.model("Llama", **sizes), zoo.model("Llama", "student")
         (tmp_path / "teacher").mkdir()
         write_gguf(model, tmp_path / "teacher" / "model.gguf", zoo.VOCAB)
         loaded = load_model(tmp_path / "teacher")
+        assert capfd.readouterr().err == ""  # no bar of transformers' beside pkt's
         for name, parameter in model.named_parameters():
             # Q8_0: half a step of 1/127 of the largest of 32 weights, and a scale kept in fp16.
             gap = float((loaded.get_parameter(name) - parameter).detach().abs().max())

@@ -16,6 +16,7 @@ from pkt.lora.recognition import Source
 from pkt.lora.record import name_of, parameter_of, subtract
 from pkt.lora.wrapping import put_adapter, unwrapped
 from pkt.models import ModelSpec, load_model, load_tokenizer, spec_of
+from pkt.progress import bar
 from pkt.seeds import load_seeds
 
 # Largest logit difference of an exact result, relative to the largest logit: fp32, and half precision, where the base itself
@@ -82,8 +83,14 @@ def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+    found = []
     try:
-        return [model(torch.tensor([list(s)], device=device), use_cache=False).logits.float().cpu() for s in samples]
+        with bar("checking the logits", len(samples), unit="samples") as advance:
+            for sample in samples:
+                ids = torch.tensor([list(sample)], device=device)
+                found.append(model(ids, use_cache=False).logits.float().cpu())
+                advance(len(found))
+        return found
     finally:
         model.train(training)
 

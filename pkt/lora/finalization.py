@@ -29,6 +29,7 @@ from pkt.lora.wrapping import spec_of_base, unwrapped
 from pkt.manifest import manifest_of, recorded_day, versions
 from pkt.models import Model, ModelSpec, load_model, save_model, spec_of
 from pkt.models.adapter_files import SHIFTED
+from pkt.progress import bar
 
 
 @dataclass(repr=False)
@@ -209,21 +210,28 @@ def refactor(adapter: Adapter, rank: int | None, *, anew: bool = False) -> tuple
         raise PktError(f"rank={rank} is not between 1 and {widest}, the rank of this adapter")
     pairs: dict[str, Pair] = {}
     lost: dict[str, float] = {}
-    for module, pair in adapter.pairs.items():
-        if not anew and (rank is None or pair.rank <= rank):
-            pairs[module], lost[module] = pair, 0.0
-            continue
-        q_b, r_b = torch.linalg.qr(pair.B.double())
-        q_a, r_a = torch.linalg.qr(pair.A.double().mT)
-        u, s, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        keep = min(rank or pair.rank, s.shape[-1])
-        pairs[module] = Pair(
-            (vt[..., :keep, :] @ q_a.mT).to(pair.A.dtype).contiguous(),
-            (q_b @ (u[..., :keep] * s[..., None, :keep])).to(pair.B.dtype),
-            pair.kind,
-        )
-        lost[module] = float(s[..., keep:].norm() / s.norm()) if s.norm() > 0 else 0.0
+    with bar("finalizing", len(adapter.pairs), unit="modules") as advance:
+        for done, (module, pair) in enumerate(adapter.pairs.items(), 1):
+            if not anew and (rank is None or pair.rank <= rank):
+                pairs[module], lost[module] = pair, 0.0
+            else:
+                pairs[module], lost[module] = _factorized(pair, rank or pair.rank)
+            advance(done)
     return Adapter(pairs, adapter.base, adapter.tied_head), lost if rank is not None else {}
+
+
+def _factorized(pair: Pair, rank: int) -> tuple[Pair, float]:
+    """The best pair of at most this rank, and the relative Frobenius error of its change."""
+    q_b, r_b = torch.linalg.qr(pair.B.double())
+    q_a, r_a = torch.linalg.qr(pair.A.double().mT)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    keep = min(rank, s.shape[-1])
+    made = Pair(
+        (vt[..., :keep, :] @ q_a.mT).to(pair.A.dtype).contiguous(),
+        (q_b @ (u[..., :keep] * s[..., None, :keep])).to(pair.B.dtype),
+        pair.kind,
+    )
+    return made, float(s[..., keep:].norm() / s.norm()) if s.norm() > 0 else 0.0
 
 
 def _without_embeddings(adapter: Adapter, spec: ModelSpec) -> tuple[Adapter, list[str]]:

@@ -13,6 +13,7 @@ from pkt.errors import PktError
 from pkt.models import Model
 from pkt.models.adapter_files import SHIFTED
 from pkt.options import Mode as Mode
+from pkt.progress import bar
 
 
 def make_record(base: nn.Module, adapter: Adapter, mode: Mode) -> dict[str, Any]:
@@ -109,11 +110,13 @@ def subtract(student: Any, pairs: Mapping[str, Pair]) -> None:
         raise PktError(
             f"mode='residual' changes the weights, which are quantized here ({few(quantized)}); use mode='paired'"
         )
-    for module, pair in pairs.items():
-        weight = weight_of(student, module, pair)
-        assert weight is not None
-        delta = Pair(pair.A.to(weight.device), pair.B.to(weight.device), pair.kind).delta()
-        weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))
+    with bar("changing the weights", len(pairs), unit="modules") as advance:
+        for done, (module, pair) in enumerate(pairs.items(), 1):
+            weight = weight_of(student, module, pair)
+            assert weight is not None
+            delta = Pair(pair.A.to(weight.device), pair.B.to(weight.device), pair.kind).delta()
+            weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))
+            advance(done)
 
 
 def few(names: list[str]) -> str:

@@ -18,6 +18,7 @@ from pkt.errors import PktError
 from pkt.files import read_json
 from pkt.models.checkpoint import CONFIG, first_line, gguf_file, inside
 from pkt.models.tables import LARGEST
+from pkt.progress import bar
 from pkt.support import DEQUANTIZED
 
 
@@ -176,6 +177,33 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def counted(what: str) -> Iterator[None]:
+    """Show what transformers counts inside, loading or writing tensors or shards, as pkt's own bar."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging as hf_logging
+
+    with contextlib.ExitStack() as stack:
+
+        def each(things: Any, *_: Any, **__: Any) -> Iterator[Any]:
+            stack.close()  # what was counted before: a GGUF file is dequantized first, then loaded
+            advance = stack.enter_context(bar(what, len(things), unit="tensors"))
+            for done, thing in enumerate(things, 1):
+                yield thing
+                advance(done)
+
+        def hook(factory: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            return each(*given) if given else factory(**options)
+
+        before, own = hf_logging.set_tqdm_hook(hook), gguf.tqdm
+        gguf.tqdm = each  # no notice of transformers' reaches this one
+        try:
+            yield
+        finally:
+            gguf.tqdm = own
+            hf_logging.set_tqdm_hook(before)
+
+
 def read_config(folder: Path, name: str) -> Any:
     """The configuration in a folder; `name` is what the folder was named by."""
     from transformers import AutoConfig
@@ -287,7 +315,7 @@ def read_model(folder: Path, name: str, config: Any, dtype: torch.dtype | None, 
     """
     option = _gguf_option(gguf_file(folder))
     try:
-        with quiet():
+        with quiet(), counted(f"loading {Path(name).name}"):
             model, info = auto_class(config).from_pretrained(
                 str(folder),
                 dtype=dtype or (torch.float32 if option else "auto"),

@@ -30,6 +30,7 @@ from pkt.models.content import files_digest, tensors_digest
 from pkt.models.huggingface import (
     check_dequantized,
     checked_device,
+    counted,
     hollow,
     quantization,
     quiet,
@@ -318,7 +319,7 @@ def hollow_model(given: Any, dtype: torch.dtype | None, device: torch.device) ->
 def save_model(model: Any, folder: Path, source: Any) -> None:
     """A model as a checkpoint folder, with the tokenizer and the processors of the checkpoint that it was made from."""
     origin = Model.of(source)
-    with quiet():
+    with quiet(), counted("writing the model"):
         model.save_pretrained(str(folder))
         if not origin.is_named:
             return
