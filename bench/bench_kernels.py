@@ -140,8 +140,8 @@ def bench_one_linear(bench: Bench, n: int, m: int, ragged: bool) -> None:
         "pkt, tile sums": lambda: pkt_ops.linear_sensitivity_tiles_(tiles, w, x, dy, starts, lens, TILE),
         "unfused per-sample loop": lambda: per_sample(unfused, acc, w, x, dy, bounds),
     }
-    for name in able(bench, TILE) if bench.cuda else ():
-        for kind in (Kind(0, bench.dtype, 1, True), Kind(TILE, bench.dtype, 1, True)):
+    for kind in (Kind(0, bench.dtype, 1, True), Kind(TILE, bench.dtype, 1, True)):
+        for name in able(bench, kind.tile) if bench.cuda else ():
             run = functools.partial(candidates.run, name, kind, tiles if kind.tile else acc, w, x, dy, starts, lens)
             if not kind.tile:
                 acc.zero_()

@@ -73,6 +73,7 @@ command_of() {
         tests)
             mapfile -t gpu_tests < <(grep -rl --include="test_*.py" "pytest.mark.gpu" tests)
             command=(env PKT_KERNEL=triton "$python" -m pytest -m gpu -v --durations=10 "${gpu_tests[@]}")
+            "$python" -c "import xdist" 2>/dev/null && command+=(-n 4 --dist loadfile)
             [[ $device == cpu ]] && command+=(--collect-only)
             ;;
         sanitizer | racecheck)

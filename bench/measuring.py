@@ -207,6 +207,7 @@ class Bench:
         self.report, self.clock, self.rounds, self.budget = report, Clock(device), rounds, budget
         self.device, self.cuda = self.clock.device, self.clock.cuda
         self.ceilings: dict[str, float] = {}
+        gc.freeze()  # what is imported is not looked through again at every measurement
 
     def group(
         self,

@@ -218,7 +218,8 @@ void launch(const Tensor& x, const Tensor& dy, const Batch& batch, const Scores&
   check_cuda(cudaGetLastError());
 }
 
-// x and dy of one 16-bit type, w too, all with contiguous rows; x and dy on 16 bytes. pkt.ops.clustered sees to that.
+// x and dy of one 16-bit type, w too, all with contiguous rows; x and dy on 16 bytes, for which zeros may pad their rows.
+// pkt.ops.clustered sees to that.
 void clustered(Tensor acc, const Tensor& w, const Tensor& x, const Tensor& dy, const Tensor& seq_starts,
                const Tensor& seq_lens, int64_t power, bool weighted) {
   using pkt::Bf16, pkt::Fp16;
@@ -226,8 +227,8 @@ void clustered(Tensor acc, const Tensor& w, const Tensor& x, const Tensor& dy, c
   const bool good = (type == ScalarType::BFloat16 || type == ScalarType::Half) && dy.scalar_type() == type &&
                     w.scalar_type() == type && acc.scalar_type() == ScalarType::Float && x.dim() == 2 && dy.dim() == 2 &&
                     acc.dim() == 2 && w.dim() == 2 && x.size(0) == dy.size(0) && x.size(0) <= pkt::clustered::bound &&
-                    acc.size(0) == dy.size(1) && acc.size(1) == x.size(1) && w.size(0) == dy.size(1) &&
-                    w.size(1) == x.size(1) && acc.stride(1) == 1 && w.stride(1) == 1 && x.stride(1) == 1 &&
+                    acc.size(0) <= dy.size(1) && acc.size(1) <= x.size(1) && w.size(0) == acc.size(0) &&
+                    w.size(1) == acc.size(1) && acc.stride(1) == 1 && w.stride(1) == 1 && x.stride(1) == 1 &&
                     dy.stride(1) == 1 && seq_starts.is_contiguous() && seq_lens.is_contiguous() &&
                     seq_starts.size(0) == seq_lens.size(0) && (power == 1 || power == 2);
   STD_TORCH_CHECK(good, "pkt::linear_sensitivity_clustered_: the tensors are not what it takes");

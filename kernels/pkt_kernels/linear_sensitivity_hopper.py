@@ -158,10 +158,9 @@ def _consume(
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(N, BLOCK) * gl.cdiv(M, BLOCK), gl.num_programs(0)):
         running = gl.zeros([HALF, BLOCK], gl.float32, LAYOUT)  # Σ_j |g_j|^POWER
-        _, next_length = _sample_rows(starts_ptr, lens_ptr, 0, num_samples, R)
         for sample in range(num_samples):
-            length = next_length
-            _, next_length = _sample_rows(starts_ptr, lens_ptr, sample + 1, num_samples, R)
+            # Not carried from the turn before, which Triton 3.6 makes the first sample's length of every turn.
+            _, length = _sample_rows(starts_ptr, lens_ptr, sample, num_samples, R)
             for t in range(0, gl.maximum(length, 1), BLOCK_T):
                 stage = step % STAGES
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)

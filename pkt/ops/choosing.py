@@ -36,7 +36,13 @@ LIMIT, CANDIDATE_LIMIT = 18.0, 9.0
 ENOUGH = 0.98
 # What `pkt env --tune` tries.
 USUAL = tuple(Kind(tile, torch.bfloat16, 1, True) for tile in (0, 64))
-COMMAND = (sys.executable, "-c", "import sys; from pkt.ops.trials import main; main(sys.argv[1:])")
+COMMAND = (
+    sys.executable,
+    "-X",
+    "faulthandler",
+    "-c",
+    "import sys; from pkt.ops.trials import main; main(sys.argv[1:])",
+)
 
 Found = dict[str, dict[str, Any]]  # candidate -> what its trial said
 _found: dict[tuple[torch.device, Kind], Found] = {}
@@ -188,14 +194,25 @@ def _process(names: Sequence[str], kind: Kind, device: torch.device, end: float)
         )
         try:
             judged, current = _listen(process, end)
+            if current is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=2)
+                process.kill()
+                process.wait()
+                errors.seek(0)
+                judged[current] = {"refused": _ended(process.returncode, errors.read())}
         finally:
             process.kill()
             process.wait()
-        if current is not None:
-            errors.seek(0)
-            last = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
-            judged.setdefault(current, {"refused": f"its process ended ({last[:160]})"})
     return judged
+
+
+def _ended(status: int, said: str) -> str:
+    """How a process ended: by which signal, or with which last words."""
+    lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    faults = [line for line in lines if line.startswith("Fatal Python error")]
+    where = f"by signal {-status}" if status < 0 else f"with status {status}"
+    return f"its process ended {where} ({(faults or lines)[-1][:160]})"
 
 
 def _same_sources() -> dict[str, str]:

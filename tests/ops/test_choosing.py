@@ -122,7 +122,10 @@ def test_one_that_hangs_or_faults_is_refused_and_the_next_has_its_turn(
     assert seen.starts() == ["hangs dies faster", "dies faster", "faster"]
     said = {row.kernel: row.said for row in choosing.table(CPU)}
     assert said["hangs"] in ("never used: it did not end within 0 s", "never used: it did not end within 1 s")
-    assert said["dies"] == "never used: its process ended (a kernel faulted)"
+    assert said["dies"] == "never used: its process ended with status 11 (a kernel faulted)"
+    assert choosing._ended(-11, "Fatal Python error: Segmentation fault\n\n  File x.py\n").endswith(
+        "by signal 11 (Fatal Python error: Segmentation fault)"
+    )
 
 
 def test_the_whole_check_ends_in_time(stage: Callable[..., Any]) -> None:

@@ -217,6 +217,7 @@ def test_linear_sensitivity_on_hopper(
     linear_sensitivity_hopper.linear_sensitivity_tiles(out, *linear_inputs(size, size, dtype), tile, *measure)
     check_resources(compiled, capability, tmp_path)
     (kernel,) = compiled
+    assert steps_follow_the_sample(kernel.asm["ttgir"]) == [True] * 3
     # One block a multiprocessor: two warpgroups of 232 registers and, with the one warp's, four of 24.
     assert set(re.findall(r"setmaxnreg.inc.sync.aligned.u32\s+(\d+)", kernel.asm["ptx"])) >= {"232"}
     assert "setmaxnreg.dec.sync.aligned.u32 \t24;" in kernel.asm["ptx"]
@@ -230,6 +231,21 @@ def test_linear_sensitivity_on_hopper(
     # |g| is a modifier of the addition: nothing else is done to an element where a sample ends.
     if measure[0] == 1:
         assert len(re.findall(r"FADD R\d+, \|R\d+\|, R\d+", code)) == 2 * 64
+
+
+def steps_follow_the_sample(code: str) -> list[bool]:
+    """For each loop over a sample's rows, whether its bound is found within the loop over samples around it: Triton 3.6 took
+    the first sample's length for all where it was carried from turn to turn."""
+    lines = code.splitlines()
+    found = []
+    for number, line in enumerate(lines):
+        if match := re.search(r"scf\.for %t(?:_\d+)? = %\S+ to (%\S+) step", line):
+            (bound,) = (
+                re.findall(r"maxsi (%\w+), %", each)[0] for each in lines if f"{match[1]} = arith.maxsi" in each
+            )
+            around = max(i for i in range(number) if re.search(r"scf\.for .* to %(num_samples|arg\d+) step", lines[i]))
+            found.append(any(f"{bound} = " in each for each in lines[around:number]))
+    return found
 
 
 def accumulate_flat(*measure: Any) -> None:
