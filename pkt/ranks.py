@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from pkt.errors import PktError
+from pkt.heartbeats import BEAT, MISSES, Heartbeat
 
 T = TypeVar("T")
 
-# Of one exchange: a rank that ends closes its connections, so this is for machines that vanish.
+# Of one exchange, during which others may compute for long: a rank that ends closes its connections, and the heartbeat misses one
+# whose machine vanishes.
 TIMEOUT = datetime.timedelta(hours=12)
 PATIENCE = 10.0  # seconds that a rank that failed waits for the others' next exchange, before it ends without them
 
@@ -214,6 +216,18 @@ class Ranks:
                 raise self._known from error
         timer.cancel()
 
+    def miss(self, rank: int | None) -> None:
+        """Give up, from beside an exchange that waits for a rank that gives no sign of life; None: whoever keeps the store."""
+        who = f"rank {rank}"
+        if rank is None:
+            # It would not answer who may speak either.
+            self.store, who = None, "the machine that the ranks met on"
+        error = LostRankError(
+            f"{who} has given no sign of life for {BEAT * MISSES:.0f} seconds (its machine is gone, or it was stopped); "
+            "what is finished is kept, and the same command continues"
+        )
+        (self.give_up or _nothing)(error)
+
     def speaks(self) -> bool:
         """Whether this rank is the first that has to say how the work ended; asked once."""
         try:
@@ -264,7 +278,9 @@ def joined() -> Iterator[Ranks]:
     try:
         ranks = Ranks(dist.group.WORLD)
         ranks.store = store
-        yield ranks
+        heart = Heartbeat(c10d.PrefixStore("pkt/alive", store.clone()), rank, world, ranks.miss)
+        with contextlib.closing(heart):
+            yield ranks
     finally:
         # A group that is left open aborts some processes at their end.
         dist.destroy_process_group()

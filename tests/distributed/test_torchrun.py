@@ -98,16 +98,16 @@ def left(group: int) -> list[str]:
     return names
 
 
-def end(process: subprocess.Popen[str]) -> list[str]:
-    """What was said until the end, which comes within 30 s and leaves no process."""
+def end(process: subprocess.Popen[str], within: float = 30) -> list[str]:
+    """What was said until the end, which comes within so many seconds and leaves no process."""
     begin = time.monotonic()
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=within + 30)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     took = time.monotonic() - begin
-    assert took < 30, (took, err)
+    assert took < within, (took, err)
     assert left(process.pid) == []
     return said(err)
 
