@@ -106,24 +106,57 @@ PKT_DEVICE float scaled(float total, Element w) {
   return (power == 2 ? weight * weight : weight) * total;
 }
 
-// acc += |w|^power · total for a thread's entries of a warpgroup's rows: the layout of wgmma's results. m and the strides are even.
+// sum += |w|^power · total for a pair of neighbours, and its place.
 template <int power, class Element>
+PKT_DEVICE Pair<float> added(Pair<float> sum, Pair<Element> w, float first, float second) {
+  return {sum.first + scaled<power>(first, w.first), sum.second + scaled<power>(second, w.second)};
+}
+
+// acc += |w|^power · total for a thread's entries of a warpgroup's rows, in the layout of wgmma's results: pair i is at row i % 2 · 8
+// and column i / 2 · 8 from the thread's first. m and the strides are even.
+template <int power, bool weighted, class Element>
 PKT_DEVICE void add_scaled(const Scores& s, const Element* w, const float (&total)[values], Place at, int lane) {
+  constexpr int pairs = values / 2, together = 16;  // those whose loads are under way at once
   const int row = at.n + lane / 32 * 16 + lane % 32 / 4, column = at.m + lane % 4 * 2;
+  Pair<float>* to[2];
+  const Pair<Element>* from[2];
+  for (int below = 0; below < 2; ++below) {
+    to[below] = reinterpret_cast<Pair<float>*>(s.acc + (row + below * 8) * s.acc_stride + column);
+    from[below] = reinterpret_cast<const Pair<Element>*>(w + (weighted ? (row + below * 8) * s.w_stride + column : 0));
+  }
+  const bool whole = at.n + panel <= s.n && at.m + width <= s.m;
 #pragma unroll
-  for (int i = 0; i < values; i += 2) {
-    const int64_t r = row + i / 2 % 2 * 8, c = column + i / 4 * 8;
-    if (r >= s.n || c >= s.m) continue;
-    Pair<float>* to = reinterpret_cast<Pair<float>*>(s.acc + r * s.acc_stride + c);
-    Pair<float> sum = *to;
-    if (w != nullptr) {
-      const Pair<Element> weights = *reinterpret_cast<const Pair<Element>*>(w + r * s.w_stride + c);
-      sum.first += scaled<power>(total[i], weights.first);
-      sum.second += scaled<power>(total[i + 1], weights.second);
-    } else {
-      sum.first += total[i], sum.second += total[i + 1];
+  for (int begin = 0; begin < pairs; begin += together) {
+    if (whole) {
+      Pair<float> sums[together];
+      Pair<Element> weights[together];
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        const int i = begin + k;
+        sums[k] = to[i % 2][i / 2 * 4];
+        if constexpr (weighted) weights[k] = from[i % 2][i / 2 * 4];
+      }
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        const int i = begin + k;
+        if constexpr (weighted) {
+          to[i % 2][i / 2 * 4] = added<power>(sums[k], weights[k], total[2 * i], total[2 * i + 1]);
+        } else {
+          to[i % 2][i / 2 * 4] = {sums[k].first + total[2 * i], sums[k].second + total[2 * i + 1]};
+        }
+      }
+      continue;
     }
-    *to = sum;
+#pragma unroll
+    for (int i = begin; i < begin + together; ++i) {
+      if (row + i % 2 * 8 >= s.n || column + i / 2 * 8 >= s.m) continue;
+      Pair<float>& sum = to[i % 2][i / 2 * 4];
+      if constexpr (weighted) {
+        sum = added<power>(sum, from[i % 2][i / 2 * 4], total[2 * i], total[2 * i + 1]);
+      } else {
+        sum = {sum.first + total[2 * i], sum.second + total[2 * i + 1]};
+      }
+    }
   }
 }
 
@@ -133,14 +166,11 @@ PKT_DEVICE void multiply(Gpu& gpu, const Batch& batch, const Scores& s, const El
   int stage = 0;
   uint32_t phase = 0;
   const int tiles = tiles_down(s.n) * tiles_across(s.m);
-  float d[values];
-#pragma unroll
-  for (int i = 0; i < values; ++i) d[i] = 0.0f;
 #pragma unroll 1
   for (int tile = gpu.first_tile(); tile < tiles; tile += gpu.tiles_apart()) {
-    float total[values];
+    float d[values], total[values];  // d anew for each tile, so that its registers are free where the scores are added
 #pragma unroll
-    for (int i = 0; i < values; ++i) total[i] = 0.0f;
+    for (int i = 0; i < values; ++i) d[i] = total[i] = 0.0f;
     int next = batch.samples > 0 ? span(batch, 0).length : 0;
 #pragma unroll 1
     for (int j = 0; j < batch.samples; ++j) {
@@ -167,7 +197,11 @@ PKT_DEVICE void multiply(Gpu& gpu, const Batch& batch, const Scores& s, const El
     }
     Place at = place(tile, s, gpu.rank());
     at.n += which * panel;
-    add_scaled<power>(s, w, total, at, lane);
+    if (w != nullptr) {
+      add_scaled<power, true>(s, w, total, at, lane);
+    } else {
+      add_scaled<power, false>(s, w, total, at, lane);
+    }
   }
 }
 

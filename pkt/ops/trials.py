@@ -35,20 +35,22 @@ class Shape(NamedTuple):
 
 
 # The classes of shapes that are timed, and one of each. A small weight has fewer tiles of 128 x 128 than a GPU has
-# multiprocessors; a short sample is over before its loads are under way.
+# multiprocessors; a huge one's rows do not stay in a GPU's cache; a short sample is over before its loads are under way.
 SHAPES = {
+    "huge, long": Shape(13824, 5120, 16, 512),
+    "huge, short": Shape(13824, 5120, 64, 128),
     "large, long": Shape(4096, 4096, 16, 512),
     "large, short": Shape(4096, 4096, 64, 128),
     "small, long": Shape(1024, 1024, 16, 512),
     "small, short": Shape(1024, 1024, 64, 128),
 }
-_SMALL = 132 * 128 * 128
+_SMALL, _HUGE = 132 * 128 * 128, 1 << 25
 _SHORT = 256
 
 
 def shape_class(n: int, m: int, rows: int, samples: int) -> str:
     """The class of a weight and a batch: a key of `SHAPES`. Nothing on the device is asked."""
-    size = "small" if n * m < _SMALL else "large"
+    size = "small" if n * m < _SMALL else "large" if n * m < _HUGE else "huge"
     return f"{size}, {'short' if rows < _SHORT * samples else 'long'}"
 
 

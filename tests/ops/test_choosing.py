@@ -319,3 +319,4 @@ def test_classes_of_shapes() -> None:
         trials.shape_class(n, m, samples * tokens, samples) for n, m, samples, tokens in trials.SHAPES.values()
     }
     assert trials.shape_class(4096, 4096, 0, 0) == "large, long"
+    assert trials.shape_class(11008, 4096, 4096, 32) == "huge, short"
