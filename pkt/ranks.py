@@ -50,8 +50,8 @@ class _Failed:
 class Ranks:
     """This process among those that share the work; alone, everything here does nothing and costs nothing.
 
-    rank, world: its number, of how many; here, neighbours: the same on this machine. sent: bytes of tensors that it gave to others.
-    give_up: how a process ends whose failure the others do not hear in time.
+    rank, world: its number, of how many; beside: those of this machine, here: its place among them. sent: bytes of tensors that it
+    gave to others. give_up: how a process ends whose failure the others do not hear in time.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -62,8 +62,8 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
         hosts = self.all_of(socket.gethostname())
-        mine = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
-        self.here, self.neighbours = mine.index(self.rank), len(mine)
+        self.beside = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+        self.here = self.beside.index(self.rank)
 
     @classmethod
     def of(cls, given: Any) -> Ranks:

@@ -10,11 +10,11 @@ from pkt.streaming.loader import NotLayeredError as NotLayeredError
 from pkt.streaming.loader import Teacher as Teacher
 from pkt.streaming.loader import open_teacher as open_teacher
 from pkt.streaming.memory import MemoryPlan as MemoryPlan
+from pkt.streaming.memory import Sizes as Sizes
+from pkt.streaming.memory import free_memory as free_memory
 from pkt.streaming.memory import measured_seconds as measured_seconds
-from pkt.streaming.memory import parse_size as parse_size
 from pkt.streaming.memory import plan_memory as plan_memory
 from pkt.streaming.memory import sizes_of as sizes_of
-from pkt.streaming.memory import spoken_size as spoken_size
 from pkt.streaming.microbatches import Chunk as Chunk
 from pkt.streaming.microbatches import samples_of as samples_of
 from pkt.streaming.parts import Key as Key
@@ -22,3 +22,6 @@ from pkt.streaming.passes import draw_rows as draw_rows
 from pkt.streaming.passes import head_rows as head_rows
 from pkt.streaming.passes import micro_batches as micro_batches
 from pkt.streaming.passes import plan_forward as plan_forward
+from pkt.streaming.sharing import SharedReading as SharedReading
+from pkt.streaming.units import parse_size as parse_size
+from pkt.streaming.units import spoken_size as spoken_size

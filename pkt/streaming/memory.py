@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from pkt.planning import STRATEGIES
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
 from pkt.streaming.loader import Teacher, dtype_of
 from pkt.streaming.microbatches import rounded_up, width_step
+from pkt.streaming.sharing import SharedReading
+from pkt.streaming.units import spoken_size
 
 Place: TypeAlias = Literal["device", "host", "disk"]
 
@@ -51,7 +52,7 @@ class MemoryPlan:
     checkpoint: int = 0
     widened: bool = False  # weights are computed with in a wider type than they are stored in
     seconds: float | None = None
-    ranks: int = 1
+    shared: SharedReading | None = None  # where several ranks read
     folder: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -68,12 +69,8 @@ class MemoryPlan:
         checkpoints = (
             [f"checkpoints on disk: about {spoken_size(sum(self.folder.values()))} ({folder})"] if folder else []
         )
-        ranks = [
-            f"{self.ranks} ranks, each with its share of the seeds; the first one's sizes are shown. Each reads the whole teacher, "
-            "those of one machine side by side: what one has read, the page cache gives to the others"
-        ] * (self.ranks > 1)
         return [
-            *ranks,
+            *([] if self.shared is None else self.shared.lines()),
             f"memory: {spoken_size(self.device_total)} of {spoken_size(self.device_limit)} on the device ({parts})",
             f"activations at {len(self.places)} layer boundaries: {where} ({spoken_size(self.host)} host, "
             f"{spoken_size(self.disk)} disk)",
@@ -86,31 +83,10 @@ class MemoryPlan:
 _PLACE_NAMES: dict[Place, str] = {"device": "the device", "host": "the host", "disk": "disk"}
 
 
-def spoken_size(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def parse_size(text: str | int | None) -> int | None:
-    """Bytes from "400MB", "1.5GB", "16GiB" or a number."""
-    if text is None or isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)[bB]?\s*", text)
-    try:
-        assert match is not None
-        number = float(match[1])
-    except (AssertionError, ValueError):
-        raise PktError(f"{text!r} is not a size; write 400MB, 1.5GB or 16GiB") from None
-    return int(number * (1024 if match[3] else 1000) ** " kMGT".index(match[2].replace("K", "k") or " "))
 
 
 @dataclass(frozen=True)
@@ -136,6 +112,16 @@ class Sizes:
     grad_itemsize: int
     tied: bool
     logits: bool
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of the weights where they come from."""
+        return self.stored * (self.layers * self.layer + self.head + (0 if self.tied else self.front))
+
+    @property
+    def part(self) -> int:
+        """Bytes of the most that is read at once."""
+        return self.stored * max(self.layer, self.front, self.head)
 
 
 def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
@@ -290,7 +276,7 @@ def limits_of(
     scratch_free: int | None,
     neighbours: int = 1,
 ) -> Limits:
-    free = _free_memory() // neighbours
+    free = free_memory() // neighbours
     if device.type != "cpu":
         here = device_memory if device_memory is not None else torch.cuda.mem_get_info(device)[0]
         return Limits(here, host_memory if host_memory is not None else free, scratch_free, "--device-memory")
@@ -442,7 +428,7 @@ def _largest_part(work: _Work, widest: int, waiting: int) -> dict[str, int]:
     return max((layer, head), key=lambda part: sum(part.values()))
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Memory that can be taken without swapping."""
     try:
         with open("/proc/meminfo") as file:

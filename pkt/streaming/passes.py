@@ -18,8 +18,8 @@ from pkt.streaming.memory import (
     halvings,
     limits_of,
     pinned,
-    spoken_size,
 )
+from pkt.streaming.units import spoken_size
 
 # Tokens of one pass of a reading without a backward pass: reading the weights is then some percent of computing with them.
 PASS_TOKENS = {"cpu": 1 << 13}

@@ -34,8 +34,11 @@ from pkt.streaming import (
     MemoryPlan,
     NotLayeredError,
     Progress,
+    SharedReading,
+    Sizes,
     Teacher,
     Tick,
+    free_memory,
     measured_seconds,
     open_teacher,
     plan_memory,
@@ -170,19 +173,21 @@ class Reader:
         job = self.job
         assert job.teacher.layers is not None
         taking = [(e.pairing.options.select, e.factorization.largest) for e in self.extractors.values()]
+        sizes, neighbours = sizes_of(teacher, job.teacher.layers, job.teacher.num_layers), len(self.ranks.beside)
         memory = plan_memory(
-            sizes_of(teacher, job.teacher.layers, job.teacher.num_layers),
+            sizes,
             [[_tokens(s) for s in task] or [1] for task in samples],
             device=job.device,
             batch_size=job.batch_size,
             in_memory=teacher.source is None,
             choices=list(dict.fromkeys(taking)),
-            scratch_free=shutil.disk_usage(self.activations).free // self.ranks.neighbours,
+            scratch_free=shutil.disk_usage(self.activations).free // neighbours,
             device_memory=job.device_memory,
             host_memory=job.host_memory,
-            neighbours=self.ranks.neighbours,
+            neighbours=neighbours,
         )
-        memory.ranks = self.ranks.world
+        if not self.ranks.alone:
+            memory.shared = self._shared(sizes, memory)
         memory.checkpoint = sum(self.ranks.all_of(memory.checkpoint))
         if self.folder is not None:
             memory.folder = self._folder_bytes(teacher, memory)
@@ -193,6 +198,17 @@ class Reader:
                 memory.seconds = measured_seconds(memory.flops, dtype, job.device)
             self.listeners.on_memory(memory)
         return memory
+
+    def _shared(self, sizes: Sizes, memory: MemoryPlan) -> SharedReading:
+        """What every rank holds, and what that leaves to the page cache of the machine that has least."""
+        ranks, on_cpu = self.ranks, self.job.device.type == "cpu"
+        # Files of activations go through the page cache too.
+        own = memory.host + memory.disk + (memory.device_total if on_cpu else 0)
+        device, host, taken = zip(*ranks.all_of((memory.device_total, memory.host, own)), strict=True)
+        left = ranks.all_of(max(0, free_memory() - sum(taken[rank] for rank in ranks.beside)))
+        return SharedReading(
+            device, host, min(left), sizes.checkpoint if memory.read else 0, sizes.part, 1 if memory.resident else 2
+        )
 
     def _folder_bytes(self, teacher: Teacher, memory: MemoryPlan) -> dict[str, int]:
         scores = 0

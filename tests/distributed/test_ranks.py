@@ -368,3 +368,29 @@ def test_shares_are_even_and_owners_too() -> None:
     assert ranks.owners({"a": 1, "b": 5, "c": 3, "d": 2}) == {"b": 0, "c": 1, "d": 1, "a": 0}
     assert ALONE.all_of(3) == [3]
     assert ALONE.summed({"a": torch.ones(1)}).keys() == {"a"}
+
+
+def planned(group: Any, models: Path, free: int, **options: Any) -> Any:
+    """What the first rank is told of how the weights are read, on a machine with so much free memory."""
+    found: list[Any] = []
+    memory = patch("pkt.transferring.reader.free_memory", lambda: free)
+    with memory, contextlib.suppress(pkt.PktError):
+        transfer(group, models, "Llama", None, on_memory=found.append, **options)
+    return [plan.shared for plan in found]
+
+
+def test_the_plan_says_how_ranks_come_by_the_weights(two: Group, models: Path) -> None:
+    stored = sum(p.numel() * p.element_size() for p in build("Llama").parameters())
+    ((ample,), others) = two(partial(planned, device_memory="400kB"), models, 10**9)
+    assert others == []
+    assert ample.way == "once"
+    assert (len(ample.device), ample.passes) == (2, 2)
+    assert ample.weights == pytest.approx(stored, rel=0.05)
+    held = 10**9 - ample.cache
+    assert held >= sum(ample.device)
+    for left, way in ((ample.weights, "once"), (ample.weights - 1, "together"), (3 * ample.part - 1, "apart")):
+        ((found,), _) = two(partial(planned, device_memory="400kB"), models, held + left)
+        assert (found.cache, found.way) == (left, way)
+    ((kept,), _) = two(planned, models, 10**9)
+    assert kept.passes == 1
+    assert planned(None, models, 10**9) == [None]

@@ -62,7 +62,9 @@ def test_the_command_by_two_ranks_is_that_of_one(case: Case, tmp_path: Path) -> 
     # One of them speaks.
     assert case.shown.stdout.count("next: pkt train") == shown.count("next: pkt train") == 1
     assert case.shown.stderr.count("memory:") == 1
-    assert "2 ranks, each with its share of the seeds" in case.shown.stderr.replace("\n", " ")
+    told = case.shown.stderr.replace("\n", " ")
+    assert re.search(r"2 ranks, each with its share of the seeds: each holds [\d.]+ [kM]B", told)
+    assert "the weights are read once on each machine" in told
     assert empty_beside(case.calm.parent / "none")
 
 
