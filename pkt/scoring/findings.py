@@ -25,10 +25,10 @@ class Findings:
     fused: str | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, names: Iterable[str]) -> Findings:
-        """What the modules tell by themselves: which of the named parameters several of them hold."""
+    def of(cls, model: nn.Module, names: Iterable[str], prefix: str = "") -> Findings:
+        """What the modules tell by themselves: which of the named parameters several of them hold. prefix: as a `Scorer` has it."""
         places = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(prefix))
         return cls(shared=frozenset(n for n in names if places[id(parameters[n])] > 1))
 
     def sharing(self, name: str) -> Findings:

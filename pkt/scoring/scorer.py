@@ -48,7 +48,8 @@ class Scorer:
     turns out to need another way is raised as `LearntError`, with the findings to begin again with.
 
     findings: what is known of the model; sinks: where S of some parameters accrues, if not as elements or tile sums; blame:
-    the name of a parameter that is not finite, asked when a loss or a gradient is not (default: looks for one in the model).
+    the name of a parameter that is not finite, asked when a loss or a gradient is not (default: looks for one in the model);
+    prefix: the module's own name in the model whose parameters' names these are.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Scorer:
         tile: int | None = None,
         sinks: Mapping[str, Sink] | None = None,
         blame: Callable[[], str | None] | None = None,
+        prefix: str = "",
     ) -> None:
         wanted = set(names)
         self.model, self.findings, self.tile = model, findings, tile
-        self.parameters = {n: p for n, p in model.named_parameters() if n in wanted}
+        self._all = dict(model.named_parameters(prefix))
+        self.parameters = {n: p for n, p in self._all.items() if n in wanted}
         self.half = any(p.dtype == torch.float16 for p in self.parameters.values())
         self.anchor = torch.zeros((), device=_device_of(self.parameters), requires_grad=True)
         self.layout = Layout()
@@ -88,7 +91,7 @@ class Scorer:
 
     def _change(self, undo: contextlib.ExitStack) -> None:
         undo.enter_context(evaluating(self.model))
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._all.items():
             undo.callback(_restorer(parameter))
             parameter.grad = None
             scored = name in self.parameters

@@ -247,14 +247,15 @@ class Engine:
     def _scorer(self, key: Key, *, fused: str | None = None, tied: Sink | None = None) -> Scorer:
         """Of one part's parameters; tied: where S of the table accrues of which this part is one use."""
         names = [n for n in self.parts.names_of(key) if n in self.parts.scored]
-        own = Findings.of(self.parts.model, names)
+        module, prefix = self.parts.module_of(key)
+        own = Findings.of(module, names, prefix)
         alike = self.findings.alike(names)
         sinks = {} if self.parts.tied is None or tied is None else {self.parts.tied: tied}
         # The other use of a tied table is in the other part.
         shared = (own.shared - sinks.keys()) | alike.shared
         findings = Findings(shared, alike.untapped, fused=None if fused in alike.shared | alike.untapped else fused)
         blame = self.parts.first_bad_parameter
-        return Scorer(self.parts.model, names, findings, measure=self.measure, sinks=sinks, blame=blame)
+        return Scorer(module, names, findings, measure=self.measure, sinks=sinks, blame=blame, prefix=prefix)
 
     @contextlib.contextmanager
     def _named(self, task: int) -> Iterator[None]:

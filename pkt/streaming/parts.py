@@ -118,6 +118,10 @@ class LayeredModel:
     def names_of(self, key: Key) -> tuple[str, ...]:
         return self.layer_names[key] if isinstance(key, int) else self.head if key == "head" else self.front
 
+    def module_of(self, key: Key) -> tuple[nn.Module, str]:
+        """What runs a part, and its name in the model: of a layer the layer alone, for a walk through all takes long."""
+        return (self.layers[key], f"{self.prefix}.{key}") if isinstance(key, int) else (self.model, "")
+
     # -- running layers that are not there
 
     @contextlib.contextmanager
