@@ -20,7 +20,6 @@ STEPS = 4  # of "fast"
 _MOST_STEPS = 64
 # Residuals up to this go with 99.8% of the best energy and of the leading directions (Gaussian and power-law spectra).
 SETTLED = 0.03
-_WIDENED = 1 << 20  # elements at a time
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _exact(matrices: Sequence[Tensor], rank: int, seed: int) -> _Decomposed:
     found = []
     for matrix in matrices:
         energy = sum(
-            (block.double().square().sum() for block in matrix.split(max(1, _WIDENED // matrix.shape[1]))),
+            (block.double().square().sum() for block in matrix.split(max(1, ops.WIDENED["cpu"] // matrix.shape[1]))),
             torch.zeros((), dtype=torch.float64),
         )
         finite = energy.isfinite()
@@ -151,27 +150,26 @@ _SVD: dict[Svd, Callable[[Sequence[Tensor], int, int], _Decomposed]] = {
 
 def _unsettled(matrices: Sequence[Tensor], U: Sequence[Tensor], S: Sequence[Tensor]) -> Tensor:
     """For each matrix ‖XᵀU − VΣ‖ / ‖XᵀU‖, which is √(1 − Σσ² / ‖XᵀU‖²) since XV = UΣ: what one more half step would turn."""
-    shares = []
-    for matrix, u, s in zip(matrices, U, S, strict=True):
-        size = s.double().square().sum()
-        # In units of the directions' own size, so that no product leaves fp32's range.
-        scale = size.sqrt().clamp_min(torch.finfo(torch.float32).tiny).float()
-        after = _square_of_product(matrix, u, scale)
-        shares.append((1 - 1 / after).clamp(0, 1).sqrt().where(size > 0, 0.0).nan_to_num(0.0).float())
-    return torch.stack(shares)
+    sizes = torch.stack(list(S)).double().square().sum(1)
+    # In units of the directions' own size, so that no product leaves fp32's range.
+    scales = sizes.sqrt().clamp_min(torch.finfo(torch.float32).tiny).float().split(1)
+    products = (_product(matrix, u, scale[None]) for matrix, u, scale in zip(matrices, U, scales, strict=True))
+    after = torch.stack([torch.linalg.vector_norm(product, dtype=torch.float64) for product in products]).square()
+    return (1 - 1 / after).clamp(0, 1).sqrt().where(sizes > 0, 0.0).nan_to_num(0.0).float()
 
 
-def _square_of_product(matrix: Tensor, u: Tensor, scale: Tensor) -> Tensor:
-    """‖Xᵀ U‖² / scale² in fp64, a few rows or columns of X [n, m] widened at a time."""
+def _product(matrix: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """Xᵀ U / scale [m, rank], a few rows or columns of X [n, m] widened at a time, by the scale being an fp32 matrix [1, 1]."""
     n, m = matrix.shape
-    if n <= m:
-        products = (block.t() / scale @ u for block in (c.float() for c in matrix.split(max(1, _WIDENED // n), 1)))
-        return sum((p.double().square().sum() for p in products), torch.zeros((), dtype=torch.float64, device=u.device))
     product = torch.zeros(m, u.shape[1], device=u.device)
-    step = max(1, _WIDENED // m)
-    for rows, left in zip(matrix.split(step), u.split(step), strict=True):
-        product += rows.float().t() / scale @ left
-    return product.double().square().sum()
+    step = max(1, ops.widened_elements(u.device) // min(n, m))
+    if n <= m:
+        for part, columns in zip(product.split(step), matrix.split(step, 1), strict=True):
+            torch.mm((columns / scale).t(), u, out=part)
+    else:
+        for rows, left in zip(matrix.split(step), u.split(step), strict=True):
+            product.addmm_((rows / scale).t(), left)
+    return product
 
 
 def _checked(matrix: Tensor, name: str) -> Tensor:
@@ -195,5 +193,5 @@ def _rank_for(wanted: float, values: Sequence[float]) -> int:
 
 
 def _factors(u: Tensor, s: Tensor, v: Tensor, split: Split, energy: float, unsettled: float) -> Factors:
-    left, right = (s, torch.ones_like(s)) if split == "b" else (s.sqrt(), s.sqrt())
-    return Factors((v * right).t().contiguous(), (u * left).contiguous(), energy, unsettled)
+    left = s if split == "b" else s.sqrt()
+    return Factors((v if split == "b" else v * left).t().contiguous(), (u * left).contiguous(), energy, unsettled)

@@ -24,11 +24,14 @@ from pkt.ops.reference import (
     GRADIENT_ELEMENTS,
     MEASURES,
     SEARCH_BYTES,
+    WIDENED,
     Measure,
     add_rows_,
     double_sum,
     embedding_rows,
+    fetched,
     tile_sums,
+    widened_elements,
     window_bits,
 )
 from pkt.ops.rsvd_reference import block_width
@@ -37,6 +40,7 @@ __all__ = [
     "GRADIENT_ELEMENTS",
     "MEASURES",
     "SEARCH_BYTES",
+    "WIDENED",
     "Measure",
     "abs_accumulate_",
     "abs_accumulate_many_",
@@ -48,6 +52,7 @@ __all__ = [
     "double_sum",
     "embedding_rows",
     "embedding_sensitivity_",
+    "fetched",
     "implementation",
     "linear_sensitivity_",
     "linear_sensitivity_tiles_",
@@ -58,6 +63,7 @@ __all__ = [
     "rsvd",
     "rsvd_batch",
     "tile_sums",
+    "widened_elements",
     "window_bits",
     "working_dtype",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,24 @@ GRADIENT_ELEMENTS = 1 << 20
 _SUM_ELEMENTS = 1 << 14
 # What `best_window` and sums in fp64 need besides the scores on a CPU.
 SEARCH_BYTES = 48 * _BLOCK_ELEMENTS
+
+# Elements of a half type that are there in fp32 at once, on a CPU and elsewhere, where launches cost.
+WIDENED = {"cpu": 1 << 20}
+_WIDENED_DEFAULT = 1 << 24
+
+
+def widened_elements(device: torch.device) -> int:
+    return WIDENED.get(device.type, _WIDENED_DEFAULT)
+
+
+def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one dtype and device on the CPU, by one copy: each by its own would wait for the device again."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True)
+    # Each with memory of its own, so that one can be kept, or sent, without the others.
+    return [part.clone().view(tensor.shape) for tensor, part in parts]
 
 
 def _working(*tensors: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Sensitivity: exact per-sample scores of every parameter from one backward pass a batch."""
 
 from pkt.scoring.attention import one_order as one_order
+from pkt.scoring.batches import Layout as Layout
 from pkt.scoring.batches import in_order_of as in_order_of
 from pkt.scoring.batches import longest_first as longest_first
 from pkt.scoring.batches import real_lengths as real_lengths

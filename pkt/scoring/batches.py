@@ -70,7 +70,8 @@ def real_lengths(batch: Any) -> list[int] | None:
     lengths = used.sum(1)
     if bool((used != (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])).any()):
         return None
-    return [int(n) for n in lengths]
+    found: list[int] = lengths.tolist()
+    return found
 
 
 def one_sample(batch: Any, index: int) -> Any:

@@ -7,7 +7,7 @@ use went past the taps.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -67,10 +67,13 @@ class Measuring:
 
 
 class Adding:
-    """S of one batch: uses go to the parameters' sinks, and what is needed to find a gradient that is not finite is noted."""
+    """S of one batch: uses go to the parameters' sinks, and what is needed to find a gradient that is not finite is noted.
 
-    def __init__(self, findings: Findings, size: int, sinks: Sinks) -> None:
-        self.findings, self.size, self.sinks = findings, size, sinks
+    first: the number of its first sample.
+    """
+
+    def __init__(self, findings: Findings, size: int, sinks: Sinks, first: int) -> None:
+        self.findings, self.size, self.sinks, self.first = findings, size, sinks, first
         self.uses: Counter[str] = Counter()
         self.delivered: set[str] = set()
         self.sums: list[tuple[str, Tensor]] = []
@@ -108,21 +111,24 @@ class Adding:
     def end_batch(self) -> None:
         self.sinks.end_batch({*self.uses, *self.delivered})
 
-    def check_finite(self, first: int, device: torch.device, advice: Callable[[], str]) -> None:
-        """One read of the device per batch. Raises `SampleError` naming the first parameter (in backward order) gone wrong.
+    def blamed(self) -> tuple[str, list[int]] | None:
+        """The first parameter (in backward order) whose gradient is not finite, and for which samples."""
+        for name, total in self.sums:
+            bad = (~total.isfinite()).nonzero()
+            if len(bad):
+                one = len(total) == self.size
+                return name, [self.first + int(bad[0, 0])] if one else [*range(self.first, self.first + self.size)]
+        return None
 
-        Samples are numbered from `first`; advice: what to do about it.
-        """
-        if not self.sums:
-            return
-        # All at once: one by one they would be five launches a use.
-        if bool(torch.cat([total.to(device) for _, total in self.sums]).isfinite().all()):
-            return
-        name, total = next(found for found in self.sums if not bool(found[1].isfinite().all()))
-        samples: Iterable[int] = range(first, first + self.size)
-        if len(total) == self.size:
-            samples = [first + int((~total.isfinite()).nonzero()[0, 0])]
-        raise SampleError(
-            f"the gradient of {name} is not finite for {{samples}} (the first seen, from the output down); {advice()}",
-            samples,
-        )
+
+def check_finite(batches: Sequence[Adding], device: torch.device, advice: Callable[[], str]) -> None:
+    """One read of the device for all. Raises `SampleError` naming the first parameter gone wrong; advice: what to do about it."""
+    sums = [total.to(device) for batch in batches for _, total in batch.sums]
+    # All at once: one by one they would be five launches a use.
+    if not sums or bool(torch.cat(sums).isfinite().all()):
+        return
+    name, samples = next(found for batch in batches if (found := batch.blamed()))
+    raise SampleError(
+        f"the gradient of {name} is not finite for {{samples}} (the first seen, from the output down); {advice()}",
+        samples,
+    )

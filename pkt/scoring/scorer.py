@@ -32,7 +32,7 @@ from pkt.scoring.batches import Layout, batch_size, on_device, one_sample, probe
 from pkt.scoring.findings import Findings, LearntError
 from pkt.scoring.head import FusedHead, HeadUse, find_fused_head
 from pkt.scoring.losses import LossFn, default_loss
-from pkt.scoring.passes import Adding, Measuring, Pass, Probing
+from pkt.scoring.passes import Adding, Measuring, Pass, Probing, check_finite
 from pkt.scoring.rules import tapped_forward
 from pkt.scoring.sinks import Sink, Sinks
 from pkt.scoring.uses import Use
@@ -44,8 +44,9 @@ THETA_GRAD = MEASURES["theta_grad"]
 class Scorer:
     """Accumulates S of chosen parameters of a module while it is run forward and backward.
 
-    Used as a context: the module is changed on entry and restored on exit. Inside, every batch is run within `samples`. What
-    turns out to need another way is raised as `LearntError`, with the findings to begin again with.
+    Used as a context: the module is changed on entry and restored on exit. Inside, every batch is run within `samples`, and
+    `check_finite` asked at last. What turns out to need another way is raised as `LearntError`, with the findings to begin
+    again with.
 
     findings: what is known of the model; sinks: where S of some parameters accrues, if not as elements or tile sums; blame:
     the name of a parameter that is not finite, asked when a loss or a gradient is not (default: looks for one in the model);
@@ -76,6 +77,7 @@ class Scorer:
         self._sinks = Sinks(self.parameters, findings, measure, tile, sinks or {})
         self._blame = blame or functools.partial(_first_bad_parameter, model)
         self._pass: Pass = Measuring()
+        self._unchecked: list[Adding] = []
         self._undo = contextlib.ExitStack()
 
     # -- entering and leaving
@@ -148,14 +150,22 @@ class Scorer:
                 parameter.grad = None
 
     @contextlib.contextmanager
-    def samples(self, batch: Any, first: int) -> Iterator[None]:
-        """What a backward pass inside delivers belongs to the samples of this batch, number `first` onwards."""
-        self.layout = Layout.of(batch, self.anchor.device)
-        self._pass = adding = Adding(self.findings, self.layout.size, self._sinks)
+    def samples(self, batch: Any, first: int, layout: Layout | None = None) -> Iterator[None]:
+        """What a backward pass inside delivers belongs to the samples of this batch, number `first` onwards.
+
+        layout: the batch's, where it is known: to make it is to wait for the device.
+        """
+        self.layout = layout or Layout.of(batch, self.anchor.device)
+        self._pass = adding = Adding(self.findings, self.layout.size, self._sinks, first)
         with torch.enable_grad():
             yield
-        adding.check_finite(first, self.anchor.device, self._advice)
         adding.end_batch()
+        self._unchecked.append(adding)
+
+    def check_finite(self) -> None:
+        """Raise `SampleError` for the first gradient gone wrong since this was last asked, by one read of the device."""
+        done, self._unchecked = self._unchecked, []
+        check_finite(done, self.anchor.device, self._advice)
 
     def default_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """`default_loss`, without logits where that can be."""
@@ -334,6 +344,7 @@ def _score_all(scorer: Scorer, batches: Sequence[Any], loss_fn: LossFn, advance:
             with scorer.samples(inputs, len(found)):
                 losses, values = scorer.losses(inputs, loss, len(found))
                 scorer.backward(losses)
+            scorer.check_finite()
             found += values
             advance(len(found))
     return found

@@ -26,7 +26,7 @@ from pkt import ops
 from pkt.errors import PktError, SampleError
 from pkt.models import rows_apart
 from pkt.ranks import ALONE, Ranks
-from pkt.scoring import PROBE_TOKENS, Findings, LearntError, Scorer, Sink, find_fused_head, one_order
+from pkt.scoring import PROBE_TOKENS, Findings, Layout, LearntError, Scorer, Sink, find_fused_head, one_order
 from pkt.streaming.activations import Boundaries
 from pkt.streaming.allocator import exact_memory, give_back
 from pkt.streaming.loader import NotLayeredError, Teacher, dtype_of
@@ -278,6 +278,7 @@ class Engine:
                 try:
                     with scorer, self._named(task):
                         attempt(scorer)
+                        scorer.check_finite()
                 except LearntError as error:
                     learnt = error.findings
                     if learnt.one_by_one or learnt == scorer.findings:
@@ -291,11 +292,11 @@ class Engine:
             give_back()
         return scores
 
-    def _pieces(self, chunk: Chunk, alone: bool) -> list[tuple[int, slice, dict[str, Tensor]]]:
-        """(first sample, rows of the chunk, batch) of what a part is run on at once."""
+    def _pieces(self, chunk: Chunk, alone: bool) -> list[tuple[int, slice, dict[str, Tensor], Layout | None]]:
+        """(first sample, rows of the chunk, batch, its layout if known) of what a part is run on at once."""
         if not alone:
-            return [(chunk.first, slice(0, chunk.size), chunk.batch)]
-        return [(chunk.first + j, slice(j, j + 1), chunk.sample(j)) for j in range(chunk.size)]
+            return [(chunk.first, slice(0, chunk.size), chunk.batch, chunk.layout)]
+        return [(chunk.first + j, slice(j, j + 1), chunk.sample(j), None) for j in range(chunk.size)]
 
     def _score_head(self, chunks: list[Chunk], sizes: list[list[int]], store: Boundaries) -> Progress:
         """The last norm, the head and the loss."""
@@ -343,22 +344,22 @@ class Engine:
                 hidden = store.get(self.count, number, _following(self.count, number, len(chunks), self.count - 1))
                 kept_in = torch.float32 if scorer.half else hidden.dtype
                 grads[number] = torch.zeros(hidden.shape, dtype=kept_in, device=hidden.device)
-                for first, part, batch in self._pieces(chunk, alone=scorer.fused is None):
+                for first, part, batch, layout in self._pieces(chunk, alone=scorer.fused is None):
                     if rows is not None:
                         rows.begin_batch(batch, first)
                     length = batch["input_ids"].shape[1]
-                    values, found = self._head_of(scorer, batch, first, hidden[part, :length])
+                    values, found = self._head_of(scorer, batch, first, hidden[part, :length], layout)
                     losses[task] += values
                     grads[number][part, :length] = found
 
         return self._until_known(task, make, attempt), rows
 
     def _head_of(
-        self, scorer: Scorer, batch: dict[str, Tensor], first: int, hidden: Tensor
+        self, scorer: Scorer, batch: dict[str, Tensor], first: int, hidden: Tensor, layout: Layout | None
     ) -> tuple[list[float], Tensor]:
         """Losses of the samples and the gradient at the last boundary."""
         leaf = hidden.detach().requires_grad_()
-        with scorer.samples(batch, first):
+        with scorer.samples(batch, first, layout):
             with self.parts.after_layers(batch, leaf) as inputs:
                 losses, values = scorer.losses(inputs, scorer.default_loss, first)
             grad = scorer.backward(losses, leaf)
@@ -380,7 +381,7 @@ class Engine:
             for number, chunk in _of_task(chunks, task):
                 following = _following(index, number, len(chunks), index - 1)
                 leaf = store.get(index, number, following).detach().requires_grad_()
-                with scorer.samples(chunk.batch, chunk.first):
+                with scorer.samples(chunk.batch, chunk.first, chunk.layout):
                     out = self.parts.call(index, leaf, chunk.calls[index])
                     grad = scorer.backward_from(out, state.grads[number], leaf)
                 assert grad is not None
@@ -427,11 +428,11 @@ class Engine:
 
         def attempt(scorer: Scorer) -> None:
             for number, chunk in mine:
-                for first, part, batch in self._pieces(chunk, alone):
+                for first, part, batch, layout in self._pieces(chunk, alone):
                     if change is not None:
                         change.begin_batch(batch, first)
                     grad = state.grads[number][part, : batch["input_ids"].shape[1]]
-                    with scorer.samples(batch, first):
+                    with scorer.samples(batch, first, layout):
                         scorer.backward_from(self.parts.to_first_layer(batch), grad, None)
 
         return self._until_known(task, make, attempt), change

@@ -163,13 +163,17 @@ def sizes_of(teacher: Teacher, layers: str, count: int) -> Sizes:
     )
 
 
-def _choosing(elements: int, side: int, *, itemsize: int, choices: Sequence[tuple[Select, int]]) -> int:
+def _choosing(
+    elements: int, side: int, *, device: torch.device, itemsize: int, choices: Sequence[tuple[Select, int]]
+) -> int:
     """Bytes that choosing and factorizing a region of one matrix takes at most."""
     # Windows and sums are found a block at a time.
     most = min(ops.SEARCH_BYTES, 48 * elements)
+    # And factors tried.
+    widened = 0 if device.type == "cpu" else 4 * min(elements, ops.widened_elements(device))
     for select, rank in choices:
         strategy = STRATEGIES[select]
-        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * ops.block_width(rank)
+        factors = strategy.cut_bytes(elements, itemsize) + 4 * side * 9 * ops.block_width(rank) + widened
         most = max(most, strategy.choosing_bytes(elements), factors)
     return most
 
@@ -395,7 +399,7 @@ def _largest_part(work: _Work, widest: int, waiting: int) -> dict[str, int]:
     widest: tokens of the largest micro-batch; waiting: bytes of tied tables' scores.
     """
     sizes, item, table = work.sizes, work.sizes.itemsize, max(work.sizes.head, work.sizes.front)
-    choose = functools.partial(_choosing, itemsize=item, choices=work.choices)
+    choose = functools.partial(_choosing, device=work.device, itemsize=item, choices=work.choices)
     # The C++ product's share of each factor; without it two blocks of a gradient, one sample's and the sum.
     blocks = 0
     if work.on_cpu:

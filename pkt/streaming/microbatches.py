@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pkt.errors import PktError
-from pkt.scoring import real_lengths
+from pkt.scoring import Layout, real_lengths
 from pkt.seeds import IGNORE
 
 
 @dataclass
 class Chunk:
-    """A micro-batch of one task: samples `first` onwards of its order, and every layer's recorded arguments."""
+    """A micro-batch of one task: samples `first` onwards of its order, and every layer's recorded arguments.
+
+    layout: where its samples lie, on the device, once for all parts that are scored.
+    """
 
     task: int
     first: int
     batch: dict[str, Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    layout: Layout | None = None
 
     @property
     def size(self) -> int:
@@ -44,7 +48,8 @@ def chunks_of(
         for size in sizes[task]:
             part = samples[first : first + size]
             width = rounded_up(max(s["input_ids"].shape[1] for s in part), step)
-            chunks.append(Chunk(task, first, _padded(part, width)))
+            batch = _padded(part, width)
+            chunks.append(Chunk(task, first, batch, layout=Layout.of(batch, device)))
             first += size
     return chunks
 

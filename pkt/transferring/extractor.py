@@ -155,7 +155,8 @@ class Extractor:
         mine = {name: entries for name, entries in targets.items() if owner[name] == self.ranks.rank}
         made = factorize_targets(mine, matrix_of, self.factorization)
         told = self.ranks.joined({name: (energy, unsettled) for name, (_, energy, unsettled) in made.items()})
-        gathered = self.ranks.gathered({n: (p.A.cpu(), p.B.cpu(), p.kind) for n, (p, _, _) in made.items()})
+        factors = iter(ops.fetched([factor for pair, _, _ in made.values() for factor in (pair.A, pair.B)]))
+        gathered = self.ranks.gathered({n: (next(factors), next(factors), p.kind) for n, (p, _, _) in made.items()})
         pairs = {name: pair for part in gathered or [] for name, pair in part.items()}
         for name in targets:
             if name in pairs:

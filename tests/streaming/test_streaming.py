@@ -19,7 +19,9 @@ import pkt
 from pkt import ops
 from pkt.models import decoder_layers, load_model, spec_of
 from pkt.ops import dispatch
-from pkt.scoring import score_seeds
+from pkt.scoring import score_seeds, scorer
+from pkt.scoring.passes import check_finite
+from pkt.scoring.rules import tapped_forward
 from pkt.streaming import (
     Boundaries,
     Engine,
@@ -512,7 +514,9 @@ import transformers.models.llama.modeling_llama
 import oracle, pkt, pkt.streaming.allocator, pkt.transferring.run
 from measuring import Peak
 from pkt.models import load_model
-from pkt.scoring import score_seeds
+from pkt.scoring import score_seeds, scorer
+from pkt.scoring.passes import check_finite
+from pkt.scoring.rules import tapped_forward
 
 rows = oracle.seeds({count}, {longest})
 # Once on something tiny, so that what torch sets up on first use is not counted.
@@ -593,3 +597,34 @@ def test_memory_of_a_large_tied_vocabulary_stays_within_the_budget(dtype: torch.
     assert peak <= planned <= limit, (peak, planned)
     # And no more is asked for than is used, by much.
     assert planned <= 1.6 * peak, (peak, planned)
+
+
+def test_scoring_a_layer_walks_through_that_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+
+    def counting(module: nn.Module, site: Any) -> Any:
+        asked.append(module)
+        return tapped_forward(module, site)
+
+    monkeypatch.setattr(scorer, "tapped_forward", counting)
+    counts = []
+    for layers in (2, 3, 4):
+        asked.clear()
+        streamed(zoo.trained_like("llama", num_hidden_layers=layers), seeds(2).batches(2), tmp_path)
+        counts.append(len(asked))
+    # A layer more is one walk through it, and the head's and the front's through all: not one more from every other layer.
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 0
+
+
+def test_a_layer_waits_for_the_device_once_for_all_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
+
+    def counting(batches: Any, *rest: Any) -> None:
+        checks.append(len(batches))
+        check_finite(batches, *rest)
+
+    monkeypatch.setattr(scorer, "check_finite", counting)
+    model = zoo.llama()
+    streamed(model, seeds(6).batches(6), tmp_path, micro=2)
+    # The head, the layers, and what precedes them.
+    assert checks == [3] * (model.config.num_hidden_layers + 2)
