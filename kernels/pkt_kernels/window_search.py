@@ -22,8 +22,10 @@ import triton.language as tl
 
 from pkt_kernels import launch
 
-# Rows that a program slides over, and columns it holds at a time.
+# Rows that a program has, and columns it holds at a time. Those that slide a window have fewer: on an H200 a search of
+# 13824 × 5120 took 0.39 ms with 8 rows and 2 warps, 0.50 with 16 and 4.
 CHUNK = 16
+WINDOW_CHUNK, WINDOW_WARPS = 8, 2
 BLOCK_C = 128
 AXIS_CHUNKS = 16
 # Rows and columns of a block of the scan: a row of it is a sector of memory or two.
@@ -233,9 +235,9 @@ def best_window(
     n, m = score.shape
     num_c = (m - cols) // col_step + 1
     # P is kept for the rows that leave a window and for those that enter one or are left over from whole chunks.
-    low_end, high_start = n - rows, rows - rows % CHUNK
+    low_end, high_start = n - rows, rows - rows % WINDOW_CHUNK
     kept_rows = n - max(high_start - low_end, 0)
-    chunks, row_pieces = triton.cdiv(n, CHUNK), triton.cdiv(n - rows + 1, CHUNK)
+    chunks, row_pieces = triton.cdiv(n, WINDOW_CHUNK), triton.cdiv(n - rows + 1, WINDOW_CHUNK)
     column_pieces = triton.cdiv(num_c, BLOCK_C)
     with launch.on_device(score):
         largest = score.amax()
@@ -244,7 +246,7 @@ def best_window(
         _row_windows_kernel[(chunks,)](
             score, largest, sums, chunk_sums,
             n, m, cols, col_step, num_c, low_end, high_start, *score.stride(), quantization_bits(rows * cols),
-            CHUNK=CHUNK, BLOCK_C=BLOCK_C, num_warps=4, **launch.OPTIONS,
+            CHUNK=WINDOW_CHUNK, BLOCK_C=BLOCK_C, num_warps=WINDOW_WARPS, **launch.OPTIONS,
         )  # fmt: skip
         # torch's cumsum(0) gives a column to one thread, whose loads follow one another.
         _column_scan_kernel[(triton.cdiv(num_c, SCAN_C),)](
@@ -255,7 +257,7 @@ def best_window(
         _column_windows_kernel[(row_pieces, column_pieces)](
             sums, chunk_sums, best, index,
             n, rows, row_step, num_c, low_end, high_start,
-            CHUNK=CHUNK, BLOCK_C=BLOCK_C, num_warps=4, **launch.OPTIONS,
+            CHUNK=WINDOW_CHUNK, BLOCK_C=BLOCK_C, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
         offset = score.new_empty(2, dtype=torch.int64)
         total = score.new_empty((), dtype=torch.int64)

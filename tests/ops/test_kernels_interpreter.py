@@ -415,9 +415,9 @@ def window(shapes: tuple[tuple[int, int], ...], values: str) -> None:
 @cases((4500, 2100, 1), (4500, 33, 3))
 def window_of_many_rows(n: int, rows: int, cols: int) -> None:
     """More chunks of rows than the scan takes at a time."""
-    from pkt_kernels.window_search import CHUNK, SCAN_R, best_window
+    from pkt_kernels.window_search import SCAN_R, WINDOW_CHUNK, best_window
 
-    assert n // CHUNK > SCAN_R
+    assert n // WINDOW_CHUNK > SCAN_R
     score = (torch.rand(n, 4) > 0.5).float()
     offset, total = best_window(score, rows, cols)
     assert (*offset.tolist(), int(total)) == brute_force(score, rows, cols, 1, 1)
