@@ -1,10 +1,14 @@
-"""What a decoder layer costs a batch of `pkt.sensitivity` in launches, copies and waits for the device, counted, not timed.
+"""What a decoder layer costs a batch, and its phases a `pkt.transfer`, in launches, copies and waits, counted, not timed.
 
     python bench/count_launches.py [--out DIR]
 
 Every operation that torch dispatches is counted, in a tiny Llama on the CPU: their number depends on neither the size nor, but for
 attention, the device. What a batch and layer take is the difference of differences: two layers or three, one batch or two.
-Recomputed activations and factors are not in it: the model is resident. Writes DIR/launches_cpu.json and prints a row a kind.
+Recomputed activations and factors are not in it: the model is resident.
+
+A transfer of four batches is counted by phase, with how often it asks for tensors' values: on a GPU each question is a wait, but
+for those about the host's own tensors. An op of pkt is one launch here, a part's factors too. Writes DIR/launches_cpu.json and
+prints a row a kind.
 """
 
 from __future__ import annotations
@@ -23,10 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from measuring import RESULTS, Report  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import pkt  # noqa: E402
 
+SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 128}
 # Neither launches nor copies: they make another view of the same memory.
 VIEWS = {"view", "_unsafe_view", "detach", "t", "transpose", "slice", "expand", "unsqueeze", "select", "split", "alias"}
 KINDS = {
@@ -62,9 +68,8 @@ def model_of(layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 128}
     return LlamaForCausalLM(
-        LlamaConfig(**shape, num_hidden_layers=layers, max_position_embeddings=64, use_cache=False)
+        LlamaConfig(**SHAPE, num_hidden_layers=layers, max_position_embeddings=64, use_cache=False)
     ).eval()
 
 
@@ -89,6 +94,72 @@ WORKS: dict[str, Callable[[Any, int], None]] = {
     "sensitivity, elements": sensitivity,
     "sensitivity, tile sums": functools.partial(sensitivity, tile=16),
 }
+
+
+class Asking(TorchFunctionMode):
+    """Counts the questions about tensors' values; several that `ops.fetched` answers at once are one."""
+
+    NAMES = frozenset({"item", "tolist", "cpu", "nonzero", "unique", "__bool__", "__int__", "__float__", "__index__"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.answered: set[int] = set()
+        self.kept: list[Any] = []
+
+    def fetched(self, tensors: Any) -> list[Any]:
+        self.count += 1
+        found = [tensor.clone() for tensor in tensors]
+        self.kept += found  # so that no other tensor is taken for one of them
+        self.answered |= set(map(id, found))
+        return found
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(function, "__name__", "") in self.NAMES and id(args[0]) not in self.answered
+        return function(*args, **(kwargs or {}))
+
+
+def of_transfer(layers: int) -> dict[str, tuple[Counter[str], int]]:
+    """By phase, what a transfer from a teacher of so many layers to a student of one less dispatches, and how often it asks."""
+    from synthetic import seeds
+    from transformers import LlamaConfig
+
+    student = LlamaConfig(**(SHAPE | {"hidden_size": 32, "intermediate_size": 88}), num_hidden_layers=layers - 1)
+    model, rows = model_of(layers), seeds(8, 16, SHAPE["vocab_size"])
+    found: dict[str, tuple[Counter[str], int]] = {}
+    fetched = pkt.ops.fetched
+    with Asking() as asking, Counting() as counting:
+
+        def ended(tick: Any) -> None:
+            launches, asked = found.get(tick.phase, (Counter(), 0))
+            found[tick.phase] = launches + counting.counts, asked + asking.count
+            counting.counts, asking.count = Counter(), 0
+
+        def started(memory: Any) -> None:
+            counting.counts, asking.count = Counter(), 0
+
+        pkt.ops.fetched = asking.fetched
+        try:
+            pkt.transfer(
+                model,
+                student,
+                rows,
+                rank=4,
+                batch_size=2,
+                device="cpu",
+                progress=False,
+                on_memory=started,
+                on_tick=ended,
+            )
+        finally:
+            pkt.ops.fetched = fetched
+    return found
+
+
+def of_transfer_layer() -> tuple[Counter[str], int]:
+    """What a layer more adds to the backward phase of a transfer: its batches, its regions and its factors."""
+    (more, asked), (less, before) = (of_transfer(layers)["backward"] for layers in (4, 3))
+    return more - less, asked - before
 
 
 def of_layer(work: Callable[[Any, int], None]) -> Counter[str]:
@@ -124,6 +195,11 @@ def main() -> int:
             ", ".join(f"{n} {k}" for k, n in kinds.most_common()),
             flush=True,
         )
+    works = {f"transfer, {phase}": found for phase, found in of_transfer(4).items()}
+    works["transfer, backward of one layer"] = of_transfer_layer()
+    for name, (ops, asked) in works.items():
+        report.add({"work": name, "launches": sum(ops.values()), "asked": asked, "kinds": by_kind(ops), "ops": ops})
+        print(f"{name:32} {sum(ops.values()):5} launches, values asked for {asked} times", flush=True)
     return report.finish()
 
 

@@ -426,6 +426,15 @@ def test_a_layer_of_a_batch_waits_for_nothing_and_launches_little_beside_its_pro
     assert ours["elementwise and sums"] - bare["elementwise and sums"] <= 20
 
 
+def test_a_layer_of_a_transfer_launches_little_beside_its_batches_and_waits_a_few_times(bench: Any) -> None:
+    count_launches = bench("count_launches")
+    of_batch = sum(count_launches.of_layer(count_launches.WORKS["sensitivity, elements"]).values())
+    launches, asked = count_launches.of_transfer_layer()
+    # The regions and factors of seven matrices, and one check of every gradient; no batch adds to what is asked.
+    assert sum(launches.values()) - 4 * of_batch <= 150
+    assert asked <= 7
+
+
 @pytest.mark.slow
 def test_the_whole_comparison_runs_in_tiny_shapes(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "bench_end_to_end.py"), "--tiny", "--out", str(tmp_path)]

@@ -12,7 +12,9 @@ from pkt.planning.pairing import Feed as Feed
 from pkt.planning.pairing import Pairing as Pairing
 from pkt.planning.regions import BLOCK as BLOCK
 from pkt.planning.regions import STRATEGIES as STRATEGIES
+from pkt.planning.regions import Asking as Asking
 from pkt.planning.regions import Region as Region
+from pkt.planning.regions import together as together
 from pkt.planning.transfer_plan import Entry as Entry
 from pkt.planning.transfer_plan import TransferPlan as TransferPlan
 from pkt.planning.transfer_plan import by_expert as by_expert

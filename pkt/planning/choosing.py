@@ -15,7 +15,7 @@ from pkt.models import Model, ModelSpec, Target, check_identity, read_roles, wit
 from pkt.options import PlanOptions, Select
 from pkt.planning.options import ModuleMap, read_map, read_vocabulary
 from pkt.planning.pairing import Feed, Pairing, steps_of
-from pkt.planning.regions import Region, Wanted, select_experts, select_region
+from pkt.planning.regions import Asking, Region, Wanted, select_experts, selecting, together
 from pkt.planning.transfer_plan import Entry, TransferPlan, spans
 from pkt.progress import bar
 from pkt.scoring import Sensitivity
@@ -114,7 +114,7 @@ class Chooser:
             for done, target in enumerate(self.pairing.targets, 1):
                 layer = None if target.layer is None else chosen[target.layer]
                 for feed in self.pairing.feeds(target, layer):
-                    entries += self.entries(feed, score_of, choosers[layer], sens.tile)
+                    entries += together(self.entries(feed, score_of, choosers[layer], sens.tile))
                 advance(done)
         return self.finish(entries, chosen, [] if sens.layers is None else sens.layer_scores().tolist())
 
@@ -139,9 +139,12 @@ class Chooser:
         score_of: Callable[[Target], Tensor],
         experts_of: Callable[[int], list[int]],
         tile: int | None = None,
-        whole: float | None = None,
-    ) -> list[Entry]:
-        """The region of a feed, of each expert where the student has experts. whole: Σ S of its source, when that is known."""
+        whole: Callable[[], float] | None = None,
+    ) -> list[Asking[Entry]]:
+        """The regions of a feed, of each expert where the student has experts, for `together`.
+
+        whole: Σ S of its source, where that is known when the regions are.
+        """
         source, target = feed.source, feed.target
         if not source.experts:
             return [self._entry(feed, score_of, None, None, tile, whole)]
@@ -157,8 +160,8 @@ class Chooser:
         expert: int | None,
         slot: tuple[int, int] | None,
         tile: int | None,
-        whole: float | None,
-    ) -> Entry:
+        whole: Callable[[], float] | None,
+    ) -> Asking[Entry]:
         source, target, options = feed.source, feed.target, self.pairing.options
         name = f"{target.module} {feed.role}" if target.parts else target.module
         score = source.oriented(score_of(source), expert)
@@ -166,16 +169,16 @@ class Chooser:
         head = source.head or self.pairing.teacher.head_dim
         steps = steps_of(feed.role, shape, feed.shape, head) if options.align_heads else (1, 1)
         name = name if slot is None else f"{name} of expert {slot[0]}"
-        region = select_region(part, options.select, Wanted(shape, feed.shape, tile, steps, options.seed, name))
-        inside = caught_by(part, region, tile)
-        if whole is None:
-            whole = ops.double_sum(score).item()
+        region = yield from selecting(part, options.select, Wanted(shape, feed.shape, tile, steps, options.seed, name))
+        sums = [caught_by(part, region, tile), *([ops.double_sum(score)] if whole is None else [])]
+        inside, *others = (yield torch.stack(sums)).tolist()
+        total = others[0] if whole is None else whole()
         return Entry(
             source.module,
             target.module,
             region.inside(feed.rows, source.shape),
             inside,
-            inside / whole if whole else 0.0,
+            inside / total if total else 0.0,
             target.kind,
             expert,
             feed.place,
@@ -272,12 +275,12 @@ def _score_of(sens: Sensitivity, source: Target, teacher: ModelSpec) -> Tensor:
     return sens[name]
 
 
-def caught_by(score: Tensor, region: Region, tile: int | None) -> float:
-    """Σ of S in the region; of whole tiles when the scores are tile sums."""
+def caught_by(score: Tensor, region: Region, tile: int | None) -> Tensor:
+    """Σ of S in the region, fp64; of whole tiles when the scores are tile sums."""
     if tile is None:
-        return ops.double_sum(region.cut(score)).item()
+        return ops.double_sum(region.cut(score))
     rows, cols = (tuple((a // tile, -(-b // tile)) for a, b in axis) for axis in (region.rows, region.cols))
-    return ops.double_sum(Region(region.shape, rows, cols).cut(score)).item()
+    return ops.double_sum(Region(region.shape, rows, cols).cut(score))
 
 
 def layer_shares_of(entries: list[Entry], student: ModelSpec, chosen: list[int], scores: list[float]) -> list[float]:

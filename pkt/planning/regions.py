@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pkt.files import sha256
 from pkt.models import Runs
 from pkt.options import LayerChoice, Select
 
+T = TypeVar("T")
 BLOCK = 64
 # Longer lists of runs are gathered by an index, and packed in JSON.
 _MANY = 64
@@ -194,6 +195,37 @@ def select_experts(scores: Tensor, count: int) -> list[int]:
     return _top(scores, count)
 
 
+# A work that asks for the values of tensors, one after another, is told each on the CPU, and ends with its result.
+Asking: TypeAlias = Generator[Tensor, Tensor, T]
+
+
+def together(works: Iterable[Asking[T]]) -> list[T]:
+    """The results of works that each ask as often as the others or less; all wait for the device together, once a question."""
+    found: dict[int, T] = {}
+    asking: list[tuple[int, Asking[T]]] = list(enumerate(works))
+    told: list[Tensor | None] = [None] * len(asking)
+    while asking:
+        still, questions = [], []
+        for (number, work), answer in zip(asking, told, strict=True):
+            try:
+                questions.append(next(work) if answer is None else work.send(answer))
+            except StopIteration as end:
+                found[number] = end.value
+            else:
+                still.append((number, work))
+        asking, told = still, [*_answered(questions)]
+    return [found[number] for number in sorted(found)]
+
+
+def _answered(questions: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of any dtypes on the CPU, those of one dtype by one copy."""
+    answers: dict[int, Tensor] = {}
+    for dtype in {question.dtype for question in questions}:
+        mine = [i for i, question in enumerate(questions) if question.dtype == dtype]
+        answers |= zip(mine, ops.fetched([questions[i] for i in mine]), strict=True)
+    return [answers[i] for i in range(len(questions))]
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a region is chosen for: a matrix [n, m] and the shape wanted of it.
@@ -224,8 +256,8 @@ class Strategy:
     keeps_rows = True
     per_place = False
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
-        """The region, smaller than the matrix, by S [n, m] or its tile sums."""
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
+        """The region, smaller than the matrix, by S [n, m] or its tile sums; an `Asking`, for the device's answers."""
         raise NotImplementedError
 
     def choosing_bytes(self, elements: int) -> int:
@@ -242,11 +274,11 @@ class Window(Strategy):
 
     takes_tiles = cuts_windows = True
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
         tile = wanted.tile
         score, counts, steps = (score, wanted.shape, wanted.steps) if tile is None else _on_tiles(score, wanted, tile)
-        row, col = (int(i) * (tile or 1) for i in ops.best_window(score, *counts, *steps)[0])
-        return window(row, col, *wanted.shape)
+        row, col = (yield ops.best_window(score, *counts, *steps)[0]).tolist()
+        return window(row * (tile or 1), col * (tile or 1), *wanted.shape)
 
     def choosing_bytes(self, elements: int) -> int:
         return 0
@@ -260,11 +292,12 @@ class RandomWindow(Window):
 
     per_place = True
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
         pairs = zip(wanted.source_shape, wanted.shape, wanted.steps, strict=True)
         choices = [((length - size) // step + 1, step) for length, size, step in pairs]
         rng = _drawing(wanted)
         row, col = (int(rng.integers(count)) * step for count, step in choices)
+        yield from ()
         return window(row, col, *wanted.shape)
 
 
@@ -283,8 +316,9 @@ def _best_blocks(score: Tensor, counts: Sequence[int], sides: Sequence[int]) -> 
 class RowsCols(Strategy):
     """The rows and the columns with the largest sums, each in their order."""
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
         rows, cols = _best_blocks(score, wanted.shape, (1, 1))
+        rows, cols = (yield torch.cat((rows, cols))).split([len(rows), len(cols)])
         return Region(wanted.shape, runs(rows.tolist()), runs(cols.tolist()))
 
 
@@ -293,18 +327,20 @@ class Blocks(Strategy):
 
     takes_tiles = True
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
         if wanted.tile is not None:
+            yield from ()
             return self._of_tiles(score, wanted, wanted.tile)
         # An axis that is not cut is all of its rows: one block of them would leave fewer bits to the other's sums.
         lengths = list(zip(wanted.source_shape, wanted.shape, strict=True))
         sides = [1 if length == size else block_side(length, size) for length, size in lengths]
         counts = [size // side for (_, size), side in zip(lengths, sides, strict=True)]
-        chosen = _best_blocks(score, counts, sides)
-        rows, cols = (
+        rows, cols = _best_blocks(score, counts, sides)
+        chosen = (yield torch.cat((rows, cols))).split([len(rows), len(cols)])
+        rows_of, cols_of = (
             runs([i * side for i in picked.tolist()], side) for picked, side in zip(chosen, sides, strict=True)
         )
-        return Region(wanted.shape, rows, cols)
+        return Region(wanted.shape, rows_of, cols_of)
 
     def _of_tiles(self, score: Tensor, wanted: Wanted, tile: int) -> Region:
         score, counts, _ = _on_tiles(score, wanted, tile)
@@ -321,9 +357,10 @@ class Weights(Strategy):
 
     keeps_rows = False
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
         keep = torch.zeros(math.prod(wanted.source_shape), dtype=torch.bool)
         keep[_top_tensor(score.flatten().cpu(), math.prod(wanted.shape))] = True
+        yield from ()
         return Region(wanted.shape, mask=_packed_bits(keep.numpy()), source_shape=wanted.source_shape)
 
     def choosing_bytes(self, elements: int) -> int:
@@ -335,10 +372,11 @@ class RandomWeights(Weights):
 
     takes_tiles = per_place = True
 
-    def choose(self, score: Tensor, wanted: Wanted) -> Region:
+    def choose(self, score: Tensor, wanted: Wanted) -> Asking[Region]:
         keep = np.zeros(math.prod(wanted.source_shape), np.bool_)
         keep[: math.prod(wanted.shape)] = True
         _drawing(wanted).shuffle(keep)
+        yield from ()
         return Region(wanted.shape, mask=_packed_bits(keep), source_shape=wanted.source_shape)
 
 
@@ -358,13 +396,18 @@ def _drawing(wanted: Wanted) -> np.random.Generator:
 
 def select_region(score: Tensor, select: Select, wanted: Wanted) -> Region:
     """The region of a matrix [n, m] in the student's shape, by S [n, m] or its tile sums."""
+    return together([selecting(score, select, wanted)])[0]
+
+
+def selecting(score: Tensor, select: Select, wanted: Wanted) -> Asking[Region]:
+    """`select_region`, for `together`."""
     if wanted.shape == wanted.source_shape:
         return window(0, 0, *wanted.shape)
     strategy = STRATEGIES[select]
     if wanted.tile is not None and not strategy.takes_tiles:
         able = ", ".join(name for name, s in STRATEGIES.items() if s.takes_tiles)
         raise PktError(f"select={select!r} needs the scores' elements, and these are tile sums; choose one of {able}")
-    return strategy.choose(score, wanted)
+    return (yield from strategy.choose(score, wanted))
 
 
 def _on_tiles(score: Tensor, wanted: Wanted, tile: int) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:

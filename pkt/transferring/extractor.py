@@ -12,9 +12,11 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from pkt import ops
@@ -23,7 +25,7 @@ from pkt.extraction import SETTLED, factorize_targets
 from pkt.files import sha256
 from pkt.models import Target
 from pkt.options import Factorization
-from pkt.planning import STRATEGIES, Chooser, Entry, Feed, Pairing, TransferPlan, expert_sums
+from pkt.planning import STRATEGIES, Asking, Chooser, Entry, Feed, Pairing, TransferPlan, expert_sums, together
 from pkt.ranks import ALONE, Ranks
 from pkt.streaming import Key
 
@@ -86,23 +88,10 @@ class Extractor:
 
     def take(self, key: Key, scores: Mapping[str, Tensor], weight: Callable[[str], Tensor]) -> None:
         """Choose and factorize what this part gives to the student."""
-        sums = self.ranks.joined({name: ops.double_sum(score).item() for name, score in scores.items()})
+        wanted = self._wanted(key, self.ranks.joined(dict.fromkeys(scores)))
+        own_sums, mine = self._choose(key, wanted, scores)
+        sums, found = self.ranks.joined(own_sums), self.ranks.joined(mine)
         choice = Choice(sum(sums.values()))
-        wanted = self._wanted(key, sums)
-
-        def score_of(source: Target) -> Tensor:
-            return scores[source.parameter]
-
-        experts_of = self.chooser.expert_chooser(
-            key if isinstance(key, int) else None, self._expert_sums(wanted, scores)
-        )
-        mine = {
-            (i, j): self.chooser.entries(feed, score_of, experts_of, whole=sums[feed.source.parameter])
-            for i, (_, _, feeds) in enumerate(wanted)
-            for j, feed in enumerate(feeds)
-            if feed.source.parameter in scores
-        }
-        found = self.ranks.joined(mine)
         for i, (group, target, feeds) in enumerate(wanted):
             choice.entries[f"{group}/{target.suffix}"] = [e for j in range(len(feeds)) for e in found[i, j]]
         if self._at_once({group for group, _, _ in wanted}):
@@ -110,8 +99,45 @@ class Extractor:
         self.choices[key] = choice
         self._forget_losers()
 
+    def _choose(
+        self, key: Key, wanted: Sequence[tuple[str, Target, list[Feed]]], scores: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[tuple[int, int], list[Entry]]]:
+        """Σ S of each matrix and vector, and the entries of those among `wanted` whose scores are here, by their places."""
+        sums: dict[str, float] = {}
+
+        def summing() -> Asking[Any]:
+            if scores:
+                totals = yield torch.stack([ops.double_sum(score) for score in scores.values()])
+                sums.update(zip(scores, totals.tolist(), strict=True))
+
+        def work_of(feed: Feed) -> list[Asking[Any]]:
+            name = feed.source.parameter
+            return self.chooser.entries(
+                feed, lambda source: scores[source.parameter], experts_of, whole=lambda: sums[name]
+            )
+
+        experts_of = self.chooser.expert_chooser(
+            key if isinstance(key, int) else None, self._expert_sums(wanted, scores)
+        )
+        works: list[tuple[tuple[int, int], Feed, Asking[Any]]] = [
+            ((i, j), feed, work)
+            for i, (_, _, feeds) in enumerate(wanted)
+            for j, feed in enumerate(feeds)
+            if feed.source.parameter in scores
+            for work in work_of(feed)
+        ]
+        # The scores of rows that are not one run are a copy: one at a time.
+        alike = [work for work in works if len(work[1].rows) == 1]
+        mine: dict[tuple[int, int], list[Entry]] = {}
+        _, *entries = together([summing(), *(work for _, _, work in alike)])
+        apart = [work for work in works if len(work[1].rows) > 1]
+        entries += [together([work])[0] for _, _, work in apart]
+        for (place, _, _), entry in zip([*alike, *apart], entries, strict=True):
+            mine.setdefault(place, []).append(entry)
+        return sums, mine
+
     def _expert_sums(
-        self, wanted: list[tuple[str, Target, list[Feed]]], scores: Mapping[str, Tensor]
+        self, wanted: Sequence[tuple[str, Target, list[Feed]]], scores: Mapping[str, Tensor]
     ) -> Callable[[Target], Tensor]:
         """Σ S of a source's experts, whichever rank has its scores."""
         if self.ranks.alone:

@@ -20,7 +20,7 @@ from pkt import ops
 from pkt.models import spec_of
 from pkt.ops import reference
 from pkt.options import Select
-from pkt.planning.regions import STRATEGIES, Region, Wanted, select_layers, select_region, window
+from pkt.planning.regions import STRATEGIES, Asking, Region, Wanted, select_layers, select_region, together, window
 
 
 def brute_force(score: np.ndarray, rows: int, cols: int, row_step: int = 1, col_step: int = 1) -> tuple[int, int]:
@@ -317,3 +317,28 @@ class TestBadInput:
         path.write_text('{\n "a": }')
         with pytest.raises(pkt.PktError, match=r"plan\.json:2: not valid JSON"):
             pkt.TransferPlan.from_json(path)
+
+
+def test_works_that_ask_together_are_each_told_their_own_and_end_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    questions: list[int] = []
+
+    def fetched(tensors: Any) -> Any:
+        questions.append(len(tensors))
+        return list(tensors)
+
+    def asking(number: int, times: int, dtype: torch.dtype) -> Asking[tuple[int, list[int]]]:
+        told = []
+        for time in range(times):
+            told.append(int((yield torch.tensor(10 * number + time, dtype=dtype))))
+        return number, told
+
+    monkeypatch.setattr(ops, "fetched", fetched)
+    types = (torch.int64, torch.float64, torch.int64, torch.float64)
+    found = together(
+        asking(number, times, dtype) for number, (times, dtype) in enumerate(zip((2, 0, 1, 2), types, strict=True))
+    )
+    assert found == [(0, [0, 1]), (1, []), (2, [20]), (3, [30, 31])]
+    # One copy a dtype in each round.
+    assert sorted(questions) == [1, 1, 1, 2]
