@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pkt
 from pkt.extraction import assemble
 from pkt.lora import load_with_adapter
-from pkt.models import load_model, shared_vocabulary, spec_of
+from pkt.models import load_model, load_tokenizer, shared_vocabulary, spec_of
 from pkt.planning.regions import Region
 from pkt.seeds import Example, Seeds
 from pkt.support import TESTED, supported
@@ -515,7 +515,7 @@ def test_long_lists_of_rows_are_packed() -> None:
 # --- quantized teachers ---------------------------------------------------------------------------------------------
 
 
-def write_gguf(model: Any, file: Path, tokens: int) -> None:
+def write_gguf(model: Any, file: Path, tokens: int, tokenizer: Any = None) -> None:
     """A Llama model as llama.cpp stores it: matrices in 8 bits (Q8_0), rows of q and k in its order of rotary pairs."""
     import gguf
     from gguf.constants import GGMLQuantizationType
@@ -536,6 +536,12 @@ def write_gguf(model: Any, file: Path, tokens: int) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(tokens)
+    if tokenizer is not None:
+        found = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(sorted(found["vocab"], key=found["vocab"].get))
+        writer.add_token_merges([" ".join(pair) for pair in found["merges"]])
+        writer.add_eos_token_id(tokenizer.eos_token_id)
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight")
         place = outside.get(module)
@@ -581,6 +587,20 @@ class TestQuantized:
         (tmp_path / "teacher" / "second.gguf").write_bytes(b"GGUF")
         with pytest.raises(pkt.PktError, match="holds 2 GGUF files"):
             load_model(tmp_path / "teacher")
+
+    def test_a_gguf_student_is_trained_whole_and_keeps_its_tokenizer(
+        self, tmp_path: Path, tokenizer: Any, seed_file: Path
+    ) -> None:
+        pytest.importorskip("gguf", reason="the package gguf is not installed")
+        (tmp_path / "student").mkdir()
+        model = zoo.llama(hidden=64, layers=1, heads=4, kv=2, ffn=96, vocab=len(tokenizer))
+        write_gguf(model, tmp_path / "student" / "model.gguf", len(tokenizer), tokenizer)
+        trained = pkt.train(tmp_path / "student", None, seed_file, tmp_path / "out", full=True, max_steps=1, report_to="none")
+        assert not trained.is_quantized
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert "quantization_config" not in config
+        text = "Ann has 3 apples."
+        assert load_tokenizer(tmp_path / "out")(text).input_ids == load_tokenizer(tmp_path / "student")(text).input_ids
 
     def test_a_missing_reader_and_other_quantizations_say_what_to_do(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -314,6 +314,11 @@ def read_model(folder: Path, name: str, config: Any, dtype: torch.dtype | None, 
     checkpoint of bitsandbytes too. Raises `PktError` for one that leaves parameters of the model unset or does not fit it.
     """
     option = _gguf_option(gguf_file(folder))
+    if option:
+        from transformers import GgufConfig
+
+        # Otherwise the model keeps its blocks where it can, and counts as quantized: it could not be trained.
+        option["quantization_config"] = GgufConfig(dequantize=True)
     try:
         with quiet(), counted(f"loading {Path(name).name}"):
             model, info = auto_class(config).from_pretrained(

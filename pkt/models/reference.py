@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from pkt.models.checkpoint import (
     all_tensors,
     check_weights,
     find_weights,
+    gguf_file,
 )
 from pkt.models.content import files_digest, tensors_digest
 from pkt.models.huggingface import (
@@ -43,6 +45,8 @@ from pkt.models.huggingface import (
     unwrap,
 )
 from pkt.models.spec import ModelSpec, content_kind, spec_of_model
+
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Model:
@@ -323,7 +327,10 @@ def save_model(model: Any, folder: Path, source: Any) -> None:
         model.save_pretrained(str(folder))
         if not origin.is_named:
             return
-        if (origin.folder / "tokenizer_config.json").is_file():
+        if any((origin.folder / name).is_file() for name in TOKENIZERS):
             origin.tokenizer.save_pretrained(str(folder))
+        elif gguf_file(origin.folder) is not None:
+            with contextlib.suppress(PktError):  # of a file that holds no vocabulary
+                origin.tokenizer.save_pretrained(str(folder))
         for file in origin.folder.glob("*processor_config.json"):
             shutil.copyfile(file, folder / file.name)
