@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 _SHOWN = 24  # rows of a notebook's table; print() shows all
 
@@ -12,6 +13,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A line for each row, columns of one width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def fitted(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Any:
+    """A table for a rich console: as wide as that, nothing cut off, names whole, and no markup in what it holds."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", title=title)
+    for number, name in enumerate(head):
+        table.add_column(Text(name), overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def by_last_name(names: Iterable[str]) -> dict[str, list[str]]:

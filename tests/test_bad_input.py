@@ -413,8 +413,11 @@ def test_lineage_and_transplant_of_strangers_in_words(tmp_path: Path) -> None:
     pair = (ASSETS / "teacher", ASSETS / "student")
     shown = run("lineage", *pair, "--out", tmp_path / "l.json")
     assert "no lineage: " in shown
-    assert "next: pkt transfer " in shown
+    assert f"next: pkt train {pair[1]} DATA.jsonl" in shown
+    swapped = run("lineage", ASSETS / "descendant", ASSETS / "teacher")
+    assert "the student is the wider, 168 hidden units against 84: are the two swapped?" in swapped
     assert (tmp_path / "l.json").is_file()
     refused = fails("transplant", *pair, ASSETS / "data" / "seeds.jsonl", "--out", tmp_path / "t")
     assert "there is nothing to transplant between these models" in refused
+    assert "\n" not in refused
     assert empty_beside(tmp_path / "t")

@@ -595,7 +595,9 @@ class TestQuantized:
         (tmp_path / "student").mkdir()
         model = zoo.llama(hidden=64, layers=1, heads=4, kv=2, ffn=96, vocab=len(tokenizer))
         write_gguf(model, tmp_path / "student" / "model.gguf", len(tokenizer), tokenizer)
-        trained = pkt.train(tmp_path / "student", None, seed_file, tmp_path / "out", full=True, max_steps=1, report_to="none")
+        trained = pkt.train(
+            tmp_path / "student", None, seed_file, tmp_path / "out", full=True, max_steps=1, report_to="none"
+        )
         assert not trained.is_quantized
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert "quantization_config" not in config

@@ -172,6 +172,15 @@ def test_an_injected_adapter_that_was_trained_is_no_start(
     assert "was trained since it was injected" in said
 
 
+def test_a_path_in_brackets_is_said_whole(teacher_dir: Path, scores: Path, student_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / f"ä run [old] {'x' * 60}"
+    run("plan", scores, teacher_dir, student_dir, "--modules", "attention", "--out", tmp_path / "plan.json")
+    said = run("extract", teacher_dir, tmp_path / "plan.json", "--rank", 2, "--out", place)
+    assert f"{place}: " in said.splitlines()[0]
+    assert f"next: pkt train {student_dir} '{place}' DATA.jsonl" in said
+    assert "\x1b" not in said
+
+
 def test_what_prints_stays_a_line(
     scores: Path,
     teacher_dir: Path,

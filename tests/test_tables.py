@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
+import pytest
 import torch
 import zoo
 
 import pkt
-from pkt.tables import aligned
+from pkt.tables import aligned, fitted
 
 
 class Cells(HTMLParser):
@@ -68,3 +69,15 @@ def test_a_long_table_is_cut_in_a_notebook_and_says_so() -> None:
     rows = len(plan.table()) - 1
     assert rows > 24
     assert f"... and {rows - 24} rows more; print() shows all" in plan._repr_html_()
+
+
+def test_a_table_on_a_console_cuts_nothing_off_and_reads_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    rows = [["a start [old]", "0.110 ± 0.016", "61% ± 4"], ["[/red]", "0.2", ""]]
+    Console(width=30).print(fitted(["", "NLL before training", "right"], rows))
+    shown = capsys.readouterr().out
+    assert "a start [old]" in shown
+    assert "[/red]" in shown
+    assert "…" not in shown
+    assert "".join(shown.split()).count("0.016") == 1

@@ -121,7 +121,7 @@ def _share(context: typer.Context, ranks: Ranks) -> None:
     if not ranks.first:
         ranks.all_of(None)
         raise typer.Exit
-    err_console.print(f"pkt {name} is the work of one process: rank 0 does it, and the others wait", highlight=False)
+    remark(f"pkt {name} is the work of one process: rank 0 does it, and the others wait")
 
     def end() -> None:
         with contextlib.suppress(PktError):
@@ -144,6 +144,11 @@ def resumable(is_saved: Callable[[], bool], *, force: bool) -> Iterator[None]:
 def say(text: str) -> None:
     """A line of the result, as it is whatever its length, so that it can be copied."""
     out_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def remark(text: str) -> None:
+    """A line beside the result, which is not its part."""
+    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def next_line(command: str) -> None:

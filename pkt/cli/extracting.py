@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt.cli.application import app, next_line, out_console, print_json, resumable, state
+from pkt.cli.application import app, next_line, print_json, resumable, say, state
 from pkt.cli.flags import Force, JsonFlag, OutDir, Rescore, SeedFile, Student, Teacher, takes
 from pkt.errors import PktError
 from pkt.options import Execution, Factorization, KeepScores, Limits, PlanOptions, Reading
@@ -84,7 +84,7 @@ def transfer(
         return
     for folder, ext in results.items():
         there = "" if shown else "the result of this command is there already: "
-        out_console.print(f"{folder}: {there}{ext.summary()[0]}", highlight=False)
+        say(f"{folder}: {there}{ext.summary()[0]}")
         next_line(f"pkt train {shlex.quote(student)} {shlex.quote(folder)} DATA.jsonl --out RUN")
 
 
@@ -175,7 +175,7 @@ def sensitivity(
     if json_:
         print_json({"out": str(out), "measure": measure, "parameters": len(sens), "losses": sens.losses})
         return
-    out_console.print(f"{out}: {sens.summary()[0]}", highlight=False)
+    say(f"{out}: {sens.summary()[0]}")
     if measure == "theta_grad":
         next_line(f"pkt plan {shlex.quote(str(out))} {shlex.quote(teacher)} STUDENT --out PLAN.json")
 
@@ -233,7 +233,7 @@ def extract(
     if json_:
         print_json(_as_row(str(out), ext))
         return
-    out_console.print(f"{out}: {ext.summary()[0]}", highlight=False)
+    say(f"{out}: {ext.summary()[0]}")
     next_line(f"pkt train {shlex.quote(ext.plan.student['name'])} {shlex.quote(str(out))} DATA.jsonl --out RUN")
 
 
@@ -262,6 +262,6 @@ def import_(
     if json_:
         print_json({"out": str(out), "pairs": len(start.pairs), "rank": start.rank, "student": start.student["name"]})
         return
-    out_console.print(f"{out}: {start.summary()[0]}", highlight=False)
+    say(f"{out}: {start.summary()[0]}")
     name = shlex.quote(str(start.student["name"]))
     next_line(f"pkt train {name} {shlex.quote(str(out))} DATA.jsonl --out RUN")

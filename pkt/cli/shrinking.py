@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt.cli.application import app, next_line, out_console, print_json, say
+from pkt.cli.application import app, next_line, print_json, say
 from pkt.cli.flags import Force, JsonFlag, OutDir, Teacher, takes
 from pkt.options import Execution, Limits, Reading, Score
 from pkt.progress import tell
@@ -66,7 +66,7 @@ def shrink(
             }
         )
         return
-    out_console.print(f"{out}: {made}", highlight=False)
+    say(f"{out}: {made}")
     say(
         "it is to be healed on general text before it is used; then pkt transplant moves to it what its teacher is tuned to"
     )

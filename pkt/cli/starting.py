@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pkt.cli.application import app, next_line, out_console, print_json, say
+from pkt.cli.application import app, next_line, print_json, say
 from pkt.cli.flags import Force, JsonFlag, OutDir, Student
 from pkt.options import How
 
@@ -47,6 +47,6 @@ def start(
         print_json({"out": str(out), "how": how, "pairs": len(made.pairs), "mode": made.mode})
         return
     for name, value in made.provenance["told"].items():
-        out_console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name}: {value}")
     say(f"{out}: {made.summary()[0]}")
     next_line(f"pkt train {shlex.quote(student)} {shlex.quote(str(out))} DATA.jsonl --out RUN")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say, state
+from pkt.cli.application import app, next_line, print_json, remark, resumable, say, state
 from pkt.cli.flags import Device, Force, JsonFlag, MaxLength, OutDir, Student, read_dtype, takes
 from pkt.options import (
     AnswerRule,
@@ -77,7 +77,7 @@ def inject(
         print_json({"out": str(out), "written": list(written)})
         return
     for line in written:
-        out_console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
 _RECIPE_SAYS = "default: as the recipe has it"
@@ -286,7 +286,7 @@ def finalize(
     if merge is not None:
         lines.append(f"{merge}: the whole model, the adapter merged in")
     for line in lines:
-        out_console.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
 
 @app.command(rich_help_panel="The main path")
@@ -317,9 +317,7 @@ def evaluate(
     from pkt.training import evaluate as run
 
     if adapter is not None and (adapter / MANIFEST).is_file() and read_manifest(adapter).get("kind") == "extraction":
-        err_console.print(
-            f"{adapter} is an extraction, not trained: what is measured is the student changed by it at once"
-        )
+        remark(f"{adapter} is an extraction, not trained: what is measured is the student changed by it at once")
     tokenizer = load_tokenizer(model)
     # What a template printed while the adapter was trained is printed again.
     today = None if adapter is None else recorded_day(adapter / MANIFEST)
@@ -333,4 +331,4 @@ def evaluate(
     text = f"{result.rows} rows, {result.tokens} answer tokens: NLL {result.nll:.4f} nats per token"
     if result.exact_match is not None:
         text += f", exact match {100 * result.exact_match:.1f}%"
-    out_console.print(text, highlight=False)
+    say(text)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
 from pkt.cli.flags import JsonFlag, Student
 from pkt.progress import tell
+from pkt.tables import fitted
 
 
 def _place(help_: str) -> Any:
@@ -215,17 +215,17 @@ def _show(found: dict[str, Any]) -> None:
         decides = value["decides"]
         metric = summing.split(decides)[1]
         head = (task, "lr, A ×", f"{decides} before", "after", "general before", "after", "against it")
-        table = Table(*head, box=None, header_style="bold")
+        rows = []
         for name, start in value["starts"].items():
             c = summing.comparison(found, "deciding", task, name)
-            table.add_row(
+            rows.append((
                 name, summing.setting_text(start), summing.text(metric, summing.before(start, decides)),
                 summing.mean_text(found, start, decides, spread=False),
                 summing.text("nll", summing.before(start, "general.nll")),
                 summing.mean_text(found, start, "general.nll", spread=False),
                 "" if c is None else f"{c['word']} {summing.interval_text(c)}",
-            )  # fmt: skip
-        out_console.print(table)
+            ))  # fmt: skip
+        out_console.print(fitted(head, rows))
     if not any(
         "general" in start.get("before", {}) for value in found["tasks"].values() for start in value["starts"].values()
     ):

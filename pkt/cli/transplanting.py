@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
+from pkt.cli.application import app, next_line, print_json, remark, resumable, say
 from pkt.cli.flags import Force, JsonFlag, SeedFile, Student, Teacher
 from pkt.errors import PktError
 
@@ -43,8 +43,11 @@ def lineage(
     if found.kin:
         next_line(f"pkt transplant {both} SEEDS.jsonl --base BASE --out DIR   (BASE: what the teacher was tuned from)")
     else:
-        say("what a teacher learnt moves to students that descend from its base; for strangers train a plain LoRA")
-        next_line(f"pkt transfer {both} SEEDS.jsonl --out DIR   (the paper's start, for those who study it)")
+        say(
+            "what a teacher learnt moves to students that descend from its base; for strangers train a plain LoRA "
+            f"(or, to study the paper's start: pkt transfer {both} SEEDS.jsonl --out DIR)"
+        )
+        next_line(f"pkt train {shlex.quote(student)} DATA.jsonl --out RUN")
 
 
 @app.command(rich_help_panel="The main path")
@@ -137,13 +140,12 @@ def _tell(start: Any, out: Path | None, merge: Path | None, student: str) -> Non
     found = start.provenance
     if found["content"] == "difference":
         card = f" (its card names {found['named']})" if found["named"] else ""
-        err_console.print(
+        remark(
             "no base was given, so the whole difference to the teacher was moved, which undoes what the student learnt since it "
-            f"was cut; --base moves what the teacher learnt alone{card}",
-            highlight=False,
+            f"was cut; --base moves what the teacher learnt alone{card}"
         )
     for name, value in found["told"].items():
-        out_console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name}: {value}")
     lost = {n: size for n, size in found["left_out"].items() if size}
     if lost:
         where = f"in {merge} alone" if merge else "not in a LoRA"

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from pkt.cli.application import app, out_console, print_json
+from pkt.cli.application import app, out_console, print_json, say
 from pkt.cli.flags import Force, JsonFlag
+from pkt.tables import fitted
 
 
 @app.command(rich_help_panel="Look")
@@ -28,7 +28,7 @@ def inspect(
         return
     for key, value in found.items():
         out_console.print(f"[bold]{key}[/bold]:", end=" ")
-        out_console.print(str(value), highlight=False, markup=False, soft_wrap=True)
+        say(str(value))
 
 
 @app.command(rich_help_panel="Look")
@@ -48,7 +48,7 @@ def report(
     if json_:
         print_json({"out": path})
     else:
-        out_console.print(path, highlight=False, soft_wrap=True)
+        say(path)
 
 
 @app.command(rich_help_panel="Look")
@@ -69,15 +69,10 @@ def models(
     if json_:
         print_json([dict(zip(head, row, strict=True)) for row in rows])
         return
-    table = Table(*head, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    out_console.print(table)
+    out_console.print(fitted(head, rows))
     if model is not None:
         tied = ", head tied to the embedding" if spec.tied else ""
-        out_console.print(
-            f"{spec.model_type}: {spec.num_layers} decoder layers at {spec.layers}{tied}", highlight=False
-        )
+        say(f"{spec.model_type}: {spec.num_layers} decoder layers at {spec.layers}{tied}")
 
 
 @app.command(rich_help_panel="Look")
@@ -95,17 +90,15 @@ def env(
         print_json(found)
         return
     for key, value in found["versions"].items():
-        out_console.print(f"{key:13} {value}", highlight=False)
-    table = Table("op", "device", "implementation", "why", box=None, header_style="bold")
-    for row in found["ops"]:
-        table.add_row(row["op"], row["device"], row["implementation"], row["why"])
-    out_console.print(table)
+        say(f"{key:13} {value}")
+    head = ("op", "device", "implementation", "why")
+    out_console.print(fitted(head, [[row[name] for name in head] for row in found["ops"]]))
     for row in found["kernels"]:
         share = f"{row['of_standard']} of triton's time, " if row["of_standard"] else ""
         line = "{device}  {kernel:7} {kind:30} {shape:12} ".format(**row) + share + row["said"]
-        out_console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
     if tune and not found["kernels"]:
-        out_console.print("There is nothing to choose: no GPU here has more than one kernel.")
+        say("There is nothing to choose: no GPU here has more than one kernel.")
 
 
 @app.command(rich_help_panel="Start here")

@@ -14,7 +14,7 @@ import pkt
 from pkt.demo.measuring import ASSETS, OURS, RANK, SEEDS
 from pkt.extraction import Extraction, Start
 from pkt.matching import Lineage, shrink_to
-from pkt.models import load_model, load_tokenizer
+from pkt.models import load_model, save_model
 from pkt.options import Execution, Factorization, PlanOptions
 from pkt.transferring import Listeners, Recipe, transfer_recipes
 from pkt.transplanting import Control
@@ -86,5 +86,4 @@ def _reprune(found: Lineage, folder: Path) -> None:
     # With the gains as they are, as the descendant was cut.
     cut = shrink_to(teacher, copy.deepcopy(found), rescale=False)
     cut.generation_config = teacher.generation_config
-    cut.save_pretrained(folder)
-    load_tokenizer(ASSETS / "teacher").save_pretrained(folder)
+    save_model(cut, folder, ASSETS / "teacher")

@@ -12,6 +12,7 @@ from pkt.demo.measuring import ASSETS, HELD_OUT, METHODS, OURS, TEACHER_ROWS, TR
 from pkt.extraction import Extraction
 from pkt.models import spec_of
 from pkt.reporting import new_figure, page, plot_layers, plot_methods, plot_window, png_bytes
+from pkt.tables import fitted
 
 SURE = 0.05  # adjusted p below which a difference is called one
 ROWS = (
@@ -142,16 +143,15 @@ def table_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def show(console: Any, summary: dict[str, Any]) -> None:
     from rich.markdown import Markdown
-    from rich.table import Table
 
     for line in summary["sentences"]:
         console.print(Markdown(line))
     head, rows = table_of(summary)
     title = f"{summary['test_rows']} held-out problems and {summary['general_rows']} rows of general text, {summary['seeds']} seeds"
-    table = Table(*head, box=None, header_style="bold", title=title)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    # What each was trained with is on the page.
+    shown = [0, *(n for n, name in enumerate(head) if "NLL" in name or name == "right")]
+    head, *rows = [[row[n] for n in shown] for row in (head, *rows)]
+    console.print(fitted(head, rows, title))
     for line in summary["verdict"]:
         console.print(line, highlight=False)
 

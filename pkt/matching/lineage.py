@@ -193,6 +193,10 @@ def lineage(
         )
     elif not found.kin and new.hidden <= old.hidden:
         _try_rotation(old, new, found, generator, progress)
+    if new.hidden > old.hidden:
+        found.reason += (
+            f"; the student is the wider, {new.hidden} hidden units against {old.hidden}: are the two swapped?"
+        )
     if not found.rotated and (found.kin or anyway):
         _match_layers(old, new, hidden, found, generator, progress)
     return found

@@ -190,7 +190,7 @@ def open_base(base: Any, teacher: Matrices) -> Matrices:
     if wrong is not None:
         raise PktError(
             f"the base has {wrong} as {list(theirs.get(wrong, ()))}, the teacher as {list(ours[wrong])}; name the model that "
-            "the teacher was tuned from"
+            "the teacher was tuned from; if teacher and student are swapped, the teacher comes first"
         )
     return found
 
