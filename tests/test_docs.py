@@ -23,6 +23,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
         "tutorial.md",
         pytest.param("distil.md", marks=pytest.mark.slow),
         pytest.param("serving.md", marks=pytest.mark.slow),
+        pytest.param("study.md", marks=pytest.mark.slow),
     ],
 )
 def test_the_pages_commands_run(page: str, tmp_path: Path) -> None:
@@ -34,6 +35,55 @@ def test_the_pages_commands_run(page: str, tmp_path: Path) -> None:
     done = processes.run(["bash", "-c", "\n".join(script)], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(tmp_path: Path) -> None:
+    """As they stand there, in a folder where the demo's models and rows have the names that stand for the reader's own."""
+    assets = ROOT / "pkt" / "demo" / "assets"
+    for name, source in {"TEACHER": "teacher", "STUDENT": "descendant", "BASE": "base"}.items():
+        (tmp_path / name).symlink_to(assets / source)
+    for name, source in {"SEEDS": "seeds", "DATA": "train", "TEST": "test"}.items():
+        rows = (assets / "data" / f"{source}.jsonl").read_text().splitlines(keepends=True)[:16]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    (_, commands), _, (language, code) = blocks(ROOT / "README.md")
+    lines = commands.splitlines()
+    assert lines[0].startswith("pip install")
+    assert language == "python"
+    prelude = """import pkt
+from transformers import AutoModelForCausalLM, AutoTokenizer
+teacher, student = (AutoModelForCausalLM.from_pretrained(name) for name in ("TEACHER", "STUDENT"))
+loader = pkt.load_seeds("SEEDS.jsonl", AutoTokenizer.from_pretrained("TEACHER"))
+"""
+    script = ["set -euo pipefail", f'export PATH="{Path(sys.executable).parent}:$PATH"', *lines[1:]]
+    script.append(f"python - <<'END'\n{prelude}{code}END")
+    done = processes.run(["bash", "-c", "\n".join(script)], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for adapter in ("ADAPTER", "adapter"):
+        assert (tmp_path / adapter / "adapter_model.safetensors").is_file()
+
+
+def test_every_command_in_the_pages_is_one_with_the_flags_that_it_has() -> None:
+    from typer.main import get_command
+
+    from pkt.cli import app
+
+    known = {
+        name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+    }
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        code = (
+            "\n".join(block for language, block in blocks(page) if language == "bash").replace("\\\n", " ").splitlines()
+        )
+        code += [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^    (.*)$", text, re.M)]
+        commands = [line for line in code if re.match(r"pkt [a-z]", line)]
+        for line in commands:
+            name, *words = line.split("#")[0].split()[1:]
+            assert name in known, f"{page.name}: {line}"
+            flags = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
+            assert flags <= known[name] | {"--help", "--version"}, f"{page.name}: {line}"
 
 
 def test_links_in_the_pages_lead_somewhere() -> None:

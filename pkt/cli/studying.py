@@ -214,17 +214,16 @@ def _show(found: dict[str, Any]) -> None:
     for task, value in found["tasks"].items():
         decides = value["decides"]
         metric = summing.split(decides)[1]
-        head = (task, "lr, A ×", f"{decides} before", "after", "general before", "after", "against it")
+        head = (task, "lr, A ×", decides, "general", f"{found['of']} minus it")
         rows = []
         for name, start in value["starts"].items():
             c = summing.comparison(found, "deciding", task, name)
-            rows.append((
-                name, summing.setting_text(start), summing.text(metric, summing.before(start, decides)),
-                summing.mean_text(found, start, decides, spread=False),
-                summing.text("nll", summing.before(start, "general.nll")),
-                summing.mean_text(found, start, "general.nll", spread=False),
-                "" if c is None else f"{c['word']} {summing.interval_text(c)}",
-            ))  # fmt: skip
+            measured = [
+                f"{summing.text(kind, summing.before(start, figure))} → {summing.mean_text(found, start, figure, spread=False)}"
+                for figure, kind in ((decides, metric), ("general.nll", "nll"))
+            ]
+            against = "" if c is None else f"{c['word']} {summing.interval_text(c)}"
+            rows.append((name, summing.setting_text(start), *(text.strip(" →") for text in measured), against))
         out_console.print(fitted(head, rows))
     if not any(
         "general" in start.get("before", {}) for value in found["tasks"].values() for start in value["starts"].values()

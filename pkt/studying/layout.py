@@ -121,6 +121,11 @@ class Layout:
         rows = self.rows(task.train)
         kept = len(rows) - (task.held_out if isinstance(task.held_out, int) else 0)
         count = kept if task.rows is None else task.rows
+        if kept <= 0:
+            raise PktError(
+                f"{rows.source} has {len(rows)} rows, and {task.held_out} of them are to choose rates by, so that none is left to "
+                "learn from; give more rows, or hold out fewer (held_out in the study)"
+            )
         if not 0 < count <= kept:
             raise PktError(
                 f"{rows.source} has {len(rows)} rows; {count} to learn from and {task.held_out} to choose rates by are more"

@@ -232,7 +232,7 @@ class Job:
             )
         if not found.kin and not self.options.anyway:
             raise PktError(
-                f"{self.new.spec.name}: {found.verdict} ({found.reason}); there is nothing to transplant between these models: "
+                f"{self.new.spec.name}: {found.verdict}: {found.reason}; there is nothing to transplant between these models: "
                 "train a plain LoRA, or make a student that descends from the teacher's base; --anyway goes on all the same"
             )
         return found

@@ -284,6 +284,11 @@ def test_killed_at_any_moment_it_ends_in_the_same(kills: int, done: Path, small:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        (
+            "held_out: 4\n",
+            "held_out: 4000\n",
+            "4000 of them are to choose rates by, so that none is left to learn from; give more",
+        ),
         ("rows: 8", "rows: 8000", "rows; 8000 to learn from and 4 to choose rates by are more"),
         ("seeds: 4}", "seeds: 4000}", "a start asks for the first 4000"),
         ("max_length: 256", "max_length: 2", "answer"),
