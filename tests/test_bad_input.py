@@ -407,6 +407,14 @@ def test_plan_replaces_nothing_but_a_plan(
         assert (teacher_dir / name).read_bytes() == kept
 
 
+def test_an_adapter_that_is_not_there_is_told_from_a_folder_of_something_else(tmp_path: Path, seed_file: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = {"gone": "does not exist", "empty": "has no adapter_config.json"}
+    for name, gist in said.items():
+        assert f"{name} {gist}; name an adapter folder" in fails("finalize", tmp_path / name, "--out", tmp_path / "o")
+    assert "is a file; name an adapter folder" in fails("finalize", seed_file, "--out", tmp_path / "o")
+
+
 def test_lineage_and_transplant_of_strangers_in_words(tmp_path: Path) -> None:
     from conftest import ASSETS
 

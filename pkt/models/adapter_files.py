@@ -40,7 +40,8 @@ NOT_PLAIN = {
 def read_config(folder: Path, *, where: str = "") -> dict[str, Any]:
     """The configuration of an adapter folder. Raises `PktError` where there is none; `where`: what to name instead."""
     if not (folder / CONFIG).is_file():
-        raise PktError(f"{folder} has no {CONFIG}; name an adapter folder{where}")
+        lacks = f"has no {CONFIG}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise PktError(f"{folder} {lacks}; name an adapter folder{where}")
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise PktError(f"{folder / CONFIG} is not an adapter's configuration; copy the folder again")

@@ -41,7 +41,7 @@ def comparison(
     from pkt.extraction import Extraction, open_start
 
     made = open_start(folder)
-    rows = sum(1 for _ in read_rows(train))
+    rows, *_ = (sum(1 for _ in read_rows(file)) for file in (train, test, general) if file is not None)
     if rows < 8:
         raise PktError(
             f"{train} has {rows} rows; a comparison learns from some and chooses rates by others: give 8 or more"

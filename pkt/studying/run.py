@@ -98,8 +98,7 @@ def _claim(out: Path) -> None:
         if read_manifest(out).get("kind") != "study":
             raise PktError(f"{out} is no study's folder; name another")
         return
-    if out.is_dir() and any(out.iterdir()):
-        check_output_folder(out)
+    check_output_folder(out)
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / MANIFEST, manifest_of("study", {"finished": False}))

@@ -125,6 +125,8 @@ def test_a_plan_makes_nothing_and_bad_input_is_one_line(made: dict[str, Path], f
     assert not (tmp_path / "out").exists()
     three = tmp_path / "three.jsonl"
     three.write_text("".join(few.read_text().splitlines(keepends=True)[:3]))
+    gone = tmp_path / "gone.jsonl"
+    assert f"{gone} does not exist; name a JSONL file" in fails(*words[:4], gone)
     assert "give 8 or more" in fails("compare", ASSETS / "student", made["extraction"], three, ROWS / "test.jsonl")
     assert "pkt" in fails("compare", ASSETS / "student", tmp_path, few, ROWS / "test.jsonl")
     another = ("compare", ASSETS / "base", made["extraction"], few, ROWS / "test.jsonl", "--out", tmp_path / "out")

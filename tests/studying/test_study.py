@@ -332,6 +332,8 @@ def test_another_folder_is_not_taken(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(PktError, match="mine"):
         study(small / "small.yaml", tmp_path / "mine")
+    with pytest.raises(PktError, match="thesis.txt is a file; name a folder"):
+        study(small / "small.yaml", tmp_path / "mine" / "thesis.txt")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
@@ -340,7 +342,7 @@ def test_the_command(done: Path, small: Path) -> None:
     told = processes.run(command, env={**os.environ, "COLUMNS": "200"})
     assert told.returncode == 0, told.stderr[-2000:]
     assert "no general text was measured" not in told.stdout
-    for word in ("pissa", "spectral", "lora", "problems.nll", "general before", "better than", "stats.json"):
+    for word in ("pissa", "spectral", "lora", "problems.nll", "→", "pissa minus it", "better than", "stats.json"):
         assert word in told.stdout
     planned = processes.run([*command, "--plan"])
     assert "2 starts, " in planned.stdout
