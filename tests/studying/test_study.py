@@ -332,7 +332,7 @@ def test_another_folder_is_not_taken(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(PktError, match="mine"):
         study(small / "small.yaml", tmp_path / "mine")
-    with pytest.raises(PktError, match="thesis.txt is a file; name a folder"):
+    with pytest.raises(PktError, match=r"thesis\.txt is a file; name a folder"):
         study(small / "small.yaml", tmp_path / "mine" / "thesis.txt")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
