@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pkt
 from pkt import ops
+from pkt.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -442,3 +443,13 @@ def test_cuda_without_an_index_is_the_current_device(monkeypatch: pytest.MonkeyP
         )
     finally:
         ops.dispatch.no_triton.cache_clear()
+
+
+def test_a_sum_by_rows_in_fp32_is_the_sum_in_fp64() -> None:
+    torch.manual_seed(0)
+    score = torch.randn(700, 3000).mul(3).exp()
+    for values in (score, score.t(), score[10:400, 7:2000], score.view(7, 100, 3000), score[0], score[0, 0]):
+        exact = values.double().sum().item()
+        found = reference.rows_first(values)
+        assert found.dtype == torch.float64
+        assert found.item() == pytest.approx(exact, rel=1e-8 if values.ndim > 1 else 1e-15)
