@@ -258,6 +258,57 @@ def kernels_table(found: dict) -> str:
     )
 
 
+def gpu_name(found: dict) -> str:
+    return f"{found['device']} (torch {found['torch']}, Triton {found['machine']['triton']})"
+
+
+def gpu_table(found: dict) -> str:
+    """End to end on a GPU."""
+    lines = [
+        f"On one {gpu_name(found)}, `bench/gpu.sh`: a teacher's shapes with random bf16 weights, {found['rows'][0]['tokens']:,} tokens",
+        f"of 32 seeds, rank {found['rank']}, after loading:",
+        "",
+        "| teacher | time | at the rate of its matrix products alone | device memory at the peak | waiting for weights |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        memory = f"{row['peak_bytes'] / 1e9:.1f} GB" + (
+            f", {row['weights_bytes'] / 1e9:.0f} of them weights" if row["resident"] else ""
+        )
+        lines.append(
+            f"| {row['row']} | {row['seconds']:.1f} s | {row['predicted_seconds']:.1f} s | {memory} | {row['waiting_share']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_goals(found: dict) -> str:
+    """Each goal of the design on a GPU, and what was found."""
+    import goals
+
+    lines = [
+        f"{gpu_name(found)}; a copy of {found['ceilings']['copy_gbs']:.0f} GB/s and a cuBLAS product of "
+        f"{found['ceilings']['product_tflops']:.0f} TFLOP/s in the same run.",
+        "",
+        "| what | goal | found | |",
+        "|---|---|---|---|",
+    ]
+    words = {True: "met", False: "**not met**", None: ""}
+    files = goals.Files(RESULTS, "cuda")
+    for line in (line for made in goals.GOALS["cuda"] for line in made(files)):
+        lines.append(f"| {line.what} | {line.goal} | {line.found} | {words[line.met]} |")
+    return "\n".join(lines)
+
+
+def gpu_kernels(found: dict) -> str:
+    lines = ["| op, bf16 | | ms | of pkt's time | |", "|---|---|---|---|---|"]
+    for r in (r for r in found["rows"] if "failed" not in r):
+        share = (
+            f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gbs']:.0f} GB/s" if "gbs" in r else ""
+        )
+        lines.append(f"| {r['group']} | {r['rival']} | {r['ms']:.3f} | {r['ours_is_faster_by']:.2f} | {share} |")
+    return "\n".join(lines)
+
+
 def descendant_text(found: dict) -> str:
     """A real pair: what was made, and the transplant beside what it is held against."""
     student, teacher, asked, machine = found["student"], found["teacher"], found["options"], found["machine"]
@@ -408,6 +459,7 @@ PAGES = {
         "study": ("study_demo.json", study_text),
         "demo sentences": ("demo_cpu.json", demo_sentences),
         "bench table": ("end_to_end_cpu.json", bench_table),
+        "gpu table": ("stream_cuda.json", gpu_table),
     },
     "docs/models.md": {"families": ("families.json", families_table)},
     "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
@@ -428,7 +480,11 @@ PAGES = {
         "calculated table": ("distributed_scaling.json", calculated_table),
     },
     "docs/study.md": {"quick": ("quick_cpu.json", quick_table)},
-    "kernels/README.md": {"cpu table": ("kernels_cpu.json", kernels_table)},
+    "kernels/README.md": {
+        "gpu goals": ("kernels_cuda.json", gpu_goals),
+        "gpu kernels": ("kernels_cuda.json", gpu_kernels),
+        "cpu table": ("kernels_cpu.json", kernels_table),
+    },
 }
 
 
