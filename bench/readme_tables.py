@@ -265,8 +265,8 @@ def gpu_name(found: dict) -> str:
 def gpu_table(found: dict) -> str:
     """End to end on a GPU."""
     lines = [
-        f"On one {gpu_name(found)}, `bench/gpu.sh`: a teacher's shapes with random bf16 weights, {found['rows'][0]['tokens']:,} tokens",
-        f"of 32 seeds, rank {found['rank']}, after loading:",
+        f"On one {gpu_name(found)}, `bench/gpu.sh`: a teacher's shapes with random bf16 weights,",
+        f"{found['rows'][0]['tokens']:,} tokens of 32 seeds, rank {found['rank']}, after loading:",
         "",
         "| teacher | time | at the rate of its matrix products alone | device memory at the peak | waiting for weights |",
         "|---|---|---|---|---|",
@@ -302,9 +302,7 @@ def gpu_goals(found: dict) -> str:
 def gpu_kernels(found: dict) -> str:
     lines = ["| op, bf16 | | ms | of pkt's time | |", "|---|---|---|---|---|"]
     for r in (r for r in found["rows"] if "failed" not in r):
-        share = (
-            f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gbs']:.0f} GB/s" if "gbs" in r else ""
-        )
+        share = f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gbs']:.0f} GB/s" if "gbs" in r else ""
         lines.append(f"| {r['group']} | {r['rival']} | {r['ms']:.3f} | {r['ours_is_faster_by']:.2f} | {share} |")
     return "\n".join(lines)
 
