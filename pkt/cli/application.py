@@ -62,8 +62,8 @@ app = Application(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Move task knowledge from a large language model into a small one through parameters.\n\n"
-    "Start with [bold]pkt demo[/bold]; then [bold]pkt transfer TEACHER STUDENT SEEDS.jsonl --out DIR[/bold], "
-    "[bold]pkt train[/bold] and [bold]pkt finalize[/bold].",
+    "Start with [bold]pkt demo[/bold]; then [bold]pkt lineage TEACHER STUDENT[/bold], which says what to do next: "
+    "[bold]pkt transplant[/bold] or a plain LoRA; [bold]pkt train[/bold] and [bold]pkt finalize[/bold].",
 )
 out_console = Console()
 err_console = Console(stderr=True)
