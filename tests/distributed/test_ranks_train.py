@@ -24,10 +24,19 @@ TRAINING = {"batch_size": 4, "micro_batch": 2, "epochs": 2, "dropout": 0.0, "rep
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-    group = Group(2, tmp_path_factory.mktemp("store"))
-    assert group(as_torchrun) == [None, None]
+    yield from started(2, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Group]:
+    yield from started(3, tmp_path)
+
+
+def started(world: int, folder: Path) -> Iterator[Group]:
+    group = Group(world, folder)
+    assert group(as_torchrun) == [None] * world
     yield group
-    assert group.end() == [0, 0]
+    assert group.end() == [0] * world
 
 
 def as_torchrun(group: Any) -> None:
@@ -74,10 +83,22 @@ def losses(out: Path) -> list[float]:
 def test_steps_are_those_of_one_process(
     two: Group, student_dir: Path, extraction_dir: Path, rows: list[Path], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    options = {**options, "held_out": rows[1] if options.get("held_out") else None, "save_steps": 1}
-    given = student_dir, extraction_dir, rows[0]
+    compare(two, options, (student_dir, extraction_dir, *rows), tmp_path)
+
+
+def test_three_ranks_share_what_they_do_not_divide(
+    three: Group, student_dir: Path, extraction_dir: Path, rows: list[Path], tmp_path: Path
+) -> None:
+    """Four rows a step, and one in an epoch's last: two ranks have none of it."""
+    compare(three, {"max_steps": 6, "micro_batch": 1}, (student_dir, extraction_dir, *rows), tmp_path)
+
+
+def compare(group: Group, options: dict[str, Any], files: tuple[Path, ...], tmp_path: Path) -> None:
+    """A training by one process and by a group of ranks: the same losses and weights, step by step."""
+    *given, held_out = files
+    options = {**options, "held_out": held_out if options.get("held_out") else None, "save_steps": 1}
     train_with(None, options, *given, tmp_path / "one")
-    assert two(train_with, options, *given, tmp_path / "many") == [[], []]
+    assert group(train_with, options, *given, tmp_path / "many") == [[]] * group.world
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "many")]
     assert weights[0].keys() == weights[1].keys()
@@ -85,7 +106,7 @@ def test_steps_are_those_of_one_process(
         assert torch.allclose(weight, weights[1][name], rtol=1e-3, atol=2e-5), name
     manifests = [json.loads((tmp_path / name / "pkt.json").read_text()) for name in ("one", "many")]
     assert manifests[1]["train_loss"] == pytest.approx(manifests[0]["train_loss"], rel=1e-4)
-    assert manifests[1]["settings"]["ranks"] == 2
+    assert manifests[1]["settings"]["ranks"] == group.world
     if options["held_out"]:
         looks = [manifest["held_out"]["looks"] for manifest in manifests]
         assert [nll for _, nll in looks[1]] == pytest.approx([nll for _, nll in looks[0]], rel=1e-4)
