@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import socket
 import threading
@@ -29,6 +30,7 @@ T = TypeVar("T")
 # Of one exchange, during which others may compute for long: a rank that ends closes its connections, and the heartbeat misses one
 # whose machine vanishes.
 TIMEOUT = datetime.timedelta(hours=12)
+PIECE = 1 << 20  # elements of a tensor that are sent at once
 PATIENCE = 10.0  # seconds that a rank that failed waits for the others' next exchange, before it ends without them
 
 
@@ -159,14 +161,21 @@ class Ranks:
 
     def _send(self, given: Mapping[str, Tensor], owner: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
         """Tensors to their owners, who add them rank by rank: gloo's ring would send twice as much between two."""
-        tag = {name: number for number, name in enumerate(tensors)}  # gloo pairs what has one tag as it comes
-        sending = [dist.isend(t, group=self.group, group_dst=owner[n], tag=tag[n]) for n, t in given.items()]
-        for name, tensor in tensors.items():
-            for other in range(self.world) if name not in given else ():
-                if other != self.rank:
-                    theirs = torch.empty_like(tensor)
-                    dist.recv(theirs, group=self.group, group_src=other, tag=tag[name])
-                    tensor += theirs
+        # In pieces that are added while they are in the cache. Gloo pairs what has one tag as it comes.
+        tags = itertools.count()
+        pieces = {name: [(part, next(tags)) for part in t.view(-1).split(PIECE)] for name, t in tensors.items()}
+        sending = [
+            dist.isend(part, group=self.group, group_dst=owner[name], tag=tag)
+            for name in given
+            for part, tag in pieces[name]
+        ]
+        for name in (name for name in tensors if name not in given):
+            theirs = torch.empty_like(pieces[name][0][0])
+            for part, tag in pieces[name]:
+                for other in range(self.world):
+                    if other != self.rank:
+                        dist.recv(theirs[: len(part)], group=self.group, group_src=other, tag=tag)
+                        part += theirs[: len(part)]
         for work in sending:
             if work is not None:
                 work.wait()

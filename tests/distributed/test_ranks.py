@@ -81,6 +81,13 @@ def mixing(rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def pieces(rank: int) -> Iterator[None]:
+    """Scores are sent in pieces that no matrix is a multiple of."""
+    with patch("pkt.ranks.PIECE", 500):
+        yield
+
+
+@contextlib.contextmanager
 def small(rank: int) -> Iterator[None]:
     """The last rank has no memory for two samples at once."""
     plain = LayeredModel.call
@@ -184,10 +191,11 @@ def test_a_transfer_by_ranks_is_that_of_one_process(group: Group, models: Path, 
         ("tied", 1, nothing, {}),
         ("Mixtral", 2, nothing, {"batch_size": 1}),
         ("Llama", 5, mixing, {}),
+        ("Llama", 5, pieces, {}),
         ("Llama", 5, nothing, {"select": "random"}),
         ("Llama", 6, nothing, {"energy": 0.9, "layers": "first", "keep_scores": "tiles"}),
     ],
-    ids=["fewer seeds than ranks", "alone", "one by one", "factors that wait", "ranks by energy"],
+    ids=["fewer seeds than ranks", "alone", "one by one", "in pieces", "factors that wait", "ranks by energy"],
 )
 def test_so_it_is_where_work_is_shared_out_otherwise(
     groups: dict[int, Group],
