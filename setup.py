@@ -92,7 +92,7 @@ def extension(with_cuda: bool) -> Any:
         "pkt._C",
         sources,
         extra_compile_args={"cxx": [*CXX_FLAGS, *macros], "nvcc": [*NVCC_FLAGS, *macros]},
-        depends=[*map(str, Path("csrc").glob("*.[hi]*")), "csrc/rsvd_kernels.cuh"],
+        depends=[*map(str, Path("csrc").glob("*.[hi]*")), *map(str, Path("csrc").glob("*.cuh"))],
         py_limited_api=True,
     )
 

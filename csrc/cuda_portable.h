@@ -50,6 +50,16 @@ PKT_DEVICE void multiply_8x8x4(double (&d)[2], double a, double b) {
       : "d"(a), "d"(b));
 }
 
+PKT_DEVICE double from_lane(double x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+
+// 1 / x for a normal x, to an ulp or two, without a division's branch.
+PKT_DEVICE double reciprocal(double x) {
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+  y = fma(y, fma(-x, y, 1.0), y);
+  return fma(y, fma(-x, y, 1.0), y);
+}
+
 }  // namespace pkt
 
 #else

@@ -61,21 +61,32 @@ struct Launches {
     if (needed) run(mend_kernel<T>, rows(side) / 8, 2048, 256, 0, side);
   }
   template <class T>
-  void gram(Side side, Source source, Last last) {
-    const int l = largest(&Problem::l);
+  void gram(Side side, Source source, Stage stage, int64_t round) {
     const bool small = small_is_shared();
-    const int64_t doubles = std::max(tile_doubles(l), small ? small_doubles(l) : 0);
-    run(gram_kernel<T>, rows(side) / kGramRows, kGramBlocks, 512, doubles * sizeof(double), side, source, last, small);
+    int64_t doubles = small ? small_doubles(largest(&Problem::l)) : 0;
+    int height = 1 << 30;
+    for (int i = 0; i < count; ++i) {
+      doubles = std::max(doubles, tile_doubles(batch.problem[i].l));
+      height = std::min(height, gram_rows(batch.problem[i].l));
+    }
+    run(gram_kernel<T>, rows(side) / height, kGramBlocks, 512, doubles * sizeof(double), side, source, stage,
+        static_cast<int>(round), small);
+  }
+  // `keep`: the rows themselves are wanted, not their operand alone.
+  template <class T>
+  void apply(Side side, Source source, Stage stage, int64_t round, bool keep) {
+    run(apply_kernel<T>, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side, source, stage,
+        static_cast<int>(round), keep, ++random_stream);
   }
   template <class T>
-  void apply(Side side, Source source, bool with_operand) {
-    run(apply_kernel<T>, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side, source,
-        with_operand, ++random_stream);
-  }
   void write(Side side) {
-    run(write_kernel, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side);
+    run(write_kernel<T>, (rows(side) + kApplyRows - 1) / kApplyRows, 1024, 256, tile_bytes(), side);
   }
-  size_t tile_bytes() const { return sizeof(float) * kApplyRows * largest(&Problem::l); }
+  size_t tile_bytes() const {
+    int64_t floats = 0;
+    for (int i = 0; i < count; ++i) floats = std::max(floats, rows_floats(batch.problem[i].l));
+    return floats * sizeof(float);
+  }
 };
 
 // All problems' `a` are of type T. multiply(i, false) sets problem i's product to a · operand_m, multiply(i, true) to
@@ -90,26 +101,27 @@ cudaError_t subspace_iteration(Launches& launches, int64_t iters, const Multiply
   launches.run(energy_kernel<T>, std::max(n / 8, m / 8), kEnergyBlocks, 256, 0);
   launches.run(sketch_kernel<T>, (m * l + 255) / 256, 2048, 256, 0);
   for (int64_t step = 0; step < iters; ++step) {
-    // Orthogonal on both sides: a alone, never aᵀa, meets fp32, so directions far below the first survive.
+    // Orthogonal on both sides where a's directions differ much: a alone, never aᵀa, meets fp32 then, so that those far
+    // below the first survive. Elsewhere y's kernels do nothing but write the operand.
     for (const Side side : {Side::n, Side::m}) {
       product(side);
-      launches.gram<T>(side, Source::product, Last::round);
-      launches.apply<T>(side, Source::product, true);
+      launches.gram<T>(side, Source::product, Stage::power, step);
+      launches.apply<T>(side, Source::product, Stage::power, step, side == Side::m && step + 1 == iters);
     }
   }
-  // One round leaves an error of κ² · eps and, where columns were dependent, random ones: two more mend both.
-  for (int round = iters > 0 ? 1 : 0; round < 3; ++round) {
-    launches.gram<T>(Side::m, Source::basis, Last::round);
-    launches.apply<T>(Side::m, Source::basis, true);
+  // One round leaves an error of κ · eps and, where columns were dependent, random ones: two more mend both.
+  for (int64_t round = iters > 0 ? 1 : 0; round < 3; ++round) {
+    launches.gram<T>(Side::m, Source::basis, Stage::settle, round);
+    launches.apply<T>(Side::m, Source::basis, Stage::settle, round, true);
   }
   product(Side::n);
-  launches.gram<T>(Side::n, Source::product, Last::round);
-  launches.apply<T>(Side::n, Source::product, false);
-  launches.gram<T>(Side::n, Source::basis, Last::round);
-  launches.apply<T>(Side::n, Source::basis, false);
-  launches.gram<T>(Side::n, Source::basis, Last::svd);
-  launches.write(Side::n);
-  launches.write(Side::m);
+  for (int64_t round = 0; round < 3; ++round) {
+    const Source source = round == 0 ? Source::product : Source::basis;
+    launches.gram<T>(Side::n, source, Stage::last, round);
+    if (round < 2) launches.apply<T>(Side::n, source, Stage::last, round, true);
+  }
+  launches.write<T>(Side::n);
+  launches.write<T>(Side::m);
   return launches.error;
 }
 
@@ -153,10 +165,16 @@ X* take(const Device& device, Workspace<Device>& work, int64_t count) {
   return Device::template data<X>(work.others.emplace_back(device.template allocate<X>(count, 1)));
 }
 
-// Columns of the basis for a matrix of `m`. Throws where this GPU's shared memory does not hold a tile of as many.
+// Columns of the basis for a matrix of `m`. At least 8/5 of the rank, as far as shared memory holds them: a step of subspace
+// iteration gains (σ_l / σ_rank)², which a fixed oversample leaves near 1 for a large rank. Throws where this GPU's shared
+// memory does not hold a tile of rank + oversample.
 inline int64_t basis_columns(const Options& options, int64_t m, size_t shared_limit) {
-  const int64_t l = std::min({(options.rank + options.oversample + 15) / 16 * 16, int64_t{INT16_MAX}, m});
-  if (tile_doubles(static_cast<int>(l)) * sizeof(double) > shared_limit) {
+  const auto fits = [&](int64_t l) { return tile_doubles(static_cast<int>(l)) * sizeof(double) <= shared_limit; };
+  const int64_t asked = (options.rank + options.oversample + 15) / 16 * 16;
+  int64_t good = std::min<int64_t>((options.rank * 8 / 5 + 8) / 16 * 16, INT16_MAX / 16 * 16);
+  while (good > asked && !fits(good)) good -= 16;
+  const int64_t l = std::min({std::max(asked, good), int64_t{INT16_MAX}, m});
+  if (!fits(l)) {
     throw std::runtime_error("pkt::rsvd: rank " + std::to_string(options.rank) + " with oversample " +
                              std::to_string(options.oversample) + " takes " + std::to_string(l) +
                              " columns, more than this GPU's shared memory holds; use a smaller rank, or the CPU");
@@ -190,7 +208,8 @@ Workspace<Device> allocate(const Device& device, const typename Device::Given& g
   p.small = small_is_global ? take<double>(device, work, small_doubles(l)) : nullptr;
   p.total = take<double>(device, work, 2 * l * l), p.energy = take<double>(device, work, 1);
   p.apply = take<float>(device, work, l * l), p.apply_v = take<float>(device, work, l * l);
-  p.scale = take<float>(device, work, 2), p.counter = take<int>(device, work, 1);
+  p.scale = take<float>(device, work, 2);
+  p.state = reinterpret_cast<State*>(take<int>(device, work, sizeof(State) / sizeof(int)));
   device.zero(work.others.back());
   return work;
 }

@@ -14,8 +14,8 @@ blocks are the oversampling, so a reading costs half of what subspace iteration'
 One row block of `a` at a time is widened to fp32 and serves both products (Yⱼ = a Qⱼ and aᵀ Yⱼ), so an iteration reads
 `a` once; Y is kept, so choosing the directions reads it no more. Where K would be as wide as `a` itself
 (m ≤ b · (iters + 1)), K is the identity and the result exact.
-The CUDA extension keeps the last block alone, K = Q_iters with rank + oversample columns: the same readings, and no
-eigenproblem as wide as K, which on a GPU would take longer than the readings.
+The CUDA extension keeps the last block alone, K = Q_iters with rank + oversample columns, or 8/5 of the rank where that is
+more: the same readings, and no eigenproblem as wide as K, which on a GPU would take longer than the readings.
 Columns that turn out dependent (rank-deficient, zero or flat matrices) are replaced by new random ones: U and V are
 orthonormal always, and S is zero where there is nothing.
 

@@ -56,7 +56,7 @@ inline std::vector<unsigned char> shared;
 inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> warp_barriers;
 inline Barrier block_barrier;
-inline std::vector<double> warp_a, warp_b;  // what the lanes of a warp show each other
+inline std::vector<double> warp_a, warp_b, warp_c, warp_d;  // what the lanes of a warp show each other
 inline bool reversed = false;               // the order in which fibers take turns
 inline ucontext_t unused;
 inline jmp_buf scheduler;
@@ -95,6 +95,8 @@ inline void run_block(int threads, const std::function<void()>& f) {
   fibers.resize(threads);
   warp_a.assign(threads, NAN);
   warp_b.assign(threads, NAN);
+  warp_c.assign(threads, NAN);
+  warp_d.assign(threads, NAN);
   warp_barriers.assign((threads + 31) / 32, Barrier{});
   block_barrier = Barrier{threads};
   for (int t = 0; t < threads; ++t) {
@@ -138,7 +140,18 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   return other;
 }
 
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+
 namespace pkt {
+
+inline double from_lane(double x, int lane) {
+  using namespace emulation;
+  std::vector<double>& shown = warp_barriers[threadIdx.x / 32].generation % 2 ? warp_c : warp_d;  // so that one barrier does
+  shown[threadIdx.x] = x;
+  __syncwarp();
+  return shown[threadIdx.x / 32 * 32 + static_cast<unsigned>(lane)];
+}
+inline double reciprocal(double x) { return 1 / x; }
 
 inline uint16_t narrowed_fp16(float x) {
   const _Float16 half = static_cast<_Float16>(x);

@@ -476,6 +476,21 @@ def test_emulated_cuda_at_any_magnitude(library: ctypes.CDLL, scale: float) -> N
     torch.testing.assert_close(scaled[1] / scale, plain[1], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e16])
+def test_emulated_cuda_s_energy_of_long_rows(library: ctypes.CDLL, scale: float) -> None:
+    """Rows long enough for every loop, in and outside the range where squares are added in fp32."""
+    a = (gaussian(3, 1360) * scale).to(torch.bfloat16)
+    a[:, ::97] = 0
+    found = on_emulated_cuda(library, [a], 1, iters=0)[0][3][0]
+    torch.testing.assert_close(found.double(), a.double().square().sum(), rtol=1e-6, atol=0)
+
+
+def test_emulated_cuda_widens_the_basis_with_the_rank(library: ctypes.CDLL) -> None:
+    """A slow spectrum's rank 32 comes within 1% by 48 columns, not by the 32 that were asked for."""
+    a = with_spectrum(110, 100, SPECTRA["slow"]).float()
+    check(a, on_emulated_cuda(library, [a], 32, iters=6)[0], 32)
+
+
 def test_emulated_cuda_batches_unequal_shapes(library: ctypes.CDLL) -> None:
     batch = [gaussian(n, m, seed=n).to(torch.bfloat16) for n, m in ((90, 40), (33, 70), (5, 3), (64, 64))]
     for a, result in zip(batch, on_emulated_cuda(library, batch, 3), strict=True):
@@ -495,16 +510,21 @@ def test_emulated_cuda_where_only_the_narrow_matrices_of_a_batch_fit_in_shared_m
         check(a, result, 6)
 
 
+@pytest.mark.parametrize(("rank", "oversample", "iters"), [(20, 25, 1), (4, 12, 4)], ids=["wide", "narrow"])
 @pytest.mark.parametrize("shared_limit", [160 * 1024, ROOM_FOR_A_TILE], ids=["shared", "global"])
-def test_emulated_cuda_has_no_race(library: ctypes.CDLL, shared_limit: int) -> None:
+def test_emulated_cuda_has_no_race(
+    library: ctypes.CDLL, shared_limit: int, rank: int, oversample: int, iters: int
+) -> None:
     """Threads that take turns backwards give the same bytes, with the small matrices in shared and in global memory."""
     a = gaussian(100, 45).to(torch.bfloat16)
     a[:, 7] = a[:, 3]
     forwards, backwards = (
-        on_emulated_cuda(library, [a], 20, oversample=25, iters=1, shared_limit=shared_limit, backwards=flag)[0]
+        on_emulated_cuda(
+            library, [a], rank, oversample=oversample, iters=iters, shared_limit=shared_limit, backwards=flag
+        )[0]
         for flag in (False, True)
     )
-    check(a, forwards, 20)
+    check(a, forwards, rank)
     assert all(torch.equal(x, y) for x, y in zip(forwards, backwards, strict=True))
 
 
