@@ -80,7 +80,7 @@ def factorize_all(matrices: Sequence[Tensor], names: Sequence[str], options: Fac
     inputs: list[Tensor] = []
     batches: dict[tuple[int, torch.device], list[int]] = {}
     for i, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
-        inputs.append(_checked(matrix, name))
+        inputs.append(_checked(matrix.detach(), name))
         smaller = min(matrix.shape)
         wanted = options.rank if options.energy is None else min(options.max_rank, smaller)
         if not 0 < wanted <= smaller:

@@ -95,3 +95,12 @@ def test_an_extraction_says_it_in_its_line(tmp_path: Path) -> None:
     assert "unsettled" not in exact.provenance
     fast.save(tmp_path / "fast")
     assert str(Extraction.load(tmp_path / "fast")) == str(fast)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
+def test_a_parameter_of_a_model_is_factorized_as_its_values_are(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    of_parameter, of_values = pkt.factorize(torch.nn.Parameter(matrix), 4), pkt.factorize(matrix, 4)
+    assert not of_parameter.A.requires_grad
+    assert torch.equal(of_parameter.A, of_values.A)
+    assert of_parameter.unsettled == of_values.unsettled
