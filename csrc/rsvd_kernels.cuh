@@ -22,14 +22,14 @@
 namespace pkt {
 
 constexpr int kBatch = 16;          // problems a launch: their description travels as a kernel argument
-constexpr int kGramBlocks = 44;     // at most, a problem; each leaves one partial sum, and one block adds them up
+constexpr int kGramBlocks = 44;     // at most, a problem, and three times as many a launch: one wave on a large GPU
 constexpr int kEnergyBlocks = 528;  // at most, a problem
 constexpr int kApplyRows = 32;
 constexpr int kCached = 64;         // columns whose factor [l, l] apply_kernel keeps in shared memory
 constexpr double kDependent = 1e-7;  // a column that keeps less than this of its reference is rounding noise
 
 constexpr double kUneven = 16;       // Σ_k |x_k| |R⁻¹_kj| above which x R⁻¹ in fp32 is not orthogonal enough
-constexpr double kSteep = 0x1p-9;    // R_min / R_max = (σ_l / σ_1)² below which a power of aᵀa loses directions
+constexpr double kSteep = 0x1p-9;    // R_min / R_max (σ_l / σ_1, or up to its square) below which aᵀa q loses directions
 constexpr double kNothing = 1e-60;  // the square of a column too short for fp32 to normalize
 
 // What the kernels of a problem tell the later ones.

@@ -69,7 +69,8 @@ struct Launches {
       doubles = std::max(doubles, tile_doubles(batch.problem[i].l));
       height = std::min(height, gram_rows(batch.problem[i].l));
     }
-    run(gram_kernel<T>, rows(side) / height, kGramBlocks, 512, doubles * sizeof(double), side, source, stage,
+    const int most = std::clamp(3 * kGramBlocks / count, 8, kGramBlocks);
+    run(gram_kernel<T>, rows(side) / height, most, 512, doubles * sizeof(double), side, source, stage,
         static_cast<int>(round), small);
   }
   // `keep`: the rows themselves are wanted, not their operand alone.
