@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pkt.errors import PktError
@@ -128,6 +129,25 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def call_of(function: Callable[..., Any], given: Mapping[str, Any], *left: str) -> dict[str, Any] | None:
+    """What a call was given beside its defaults, as plain values, so that a command line can say it again; None where one is none.
+
+    given: its arguments by name, such as locals() has them at its first line; left: those that change nothing of the result.
+    """
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = given[name]
+        if name in left or value is None or value is parameter.default:
+            continue
+        if isinstance(value, PurePath) or type(value).__module__ == "torch":  # a torch.dtype
+            value = str(value).removeprefix("torch.")
+        if not isinstance(value, (bool, int, float, str)):
+            return None
+        if value != parameter.default:
+            found[name] = value
     return found
 
 

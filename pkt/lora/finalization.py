@@ -26,7 +26,7 @@ from pkt.lora.checking import TOLERANCE, Check, dtype_of, self_check, token_ids_
 from pkt.lora.recognition import Source, read_source
 from pkt.lora.record import compare_sketch, subtract
 from pkt.lora.wrapping import spec_of_base, unwrapped
-from pkt.manifest import manifest_of, recorded_day, versions
+from pkt.manifest import call_of, manifest_of, recorded_day, versions
 from pkt.models import Model, ModelSpec, load_model, save_model, spec_of
 from pkt.models.adapter_files import SHIFTED
 from pkt.progress import bar
@@ -85,6 +85,7 @@ def finalize(
     not finite, an exact result does not reproduce the trained logits, or an output folder holds something else, overlaps
     with what is read, or does not fit on the disk. Nothing is left behind then: `out` and `merge` appear together.
     """
+    asked = call_of(finalize, locals(), "out", "merge", "force")
     out = check_output_folder(out, force=force)
     merge = None if merge is None else check_output_folder(merge, force=force)
     if dtype not in TOLERANCE:
@@ -105,12 +106,13 @@ def finalize(
             token_ids = token_ids_of(samples, original, spec)
             result.check = self_check(model_or_dir, source, scratch, original, token_ids)
             _judge(result, model_or_dir, original, exact=rank is None and embeddings)
-        write_json(scratch / MANIFEST, _manifest(result, model_or_dir))
+        write_json(scratch / MANIFEST, _manifest(result, model_or_dir, asked))
         _write_card(scratch, result)
         if merge is not None:
             # Both are written whole before either is renamed into place.
             with atomic_folder(merge, force=force) as merged:
-                write_merged(merged, original, result.pairs, {"base": result.base, "versions": versions()})
+                entries = {"base": result.base, "given": asked, "versions": versions()}
+                write_merged(merged, original, result.pairs, entries)
     return result
 
 
@@ -271,7 +273,7 @@ def _judge(result: Finalized, trained: Any, student: Any, *, exact: bool) -> Non
         )
 
 
-def _manifest(result: Finalized, trained: Any) -> dict[str, Any]:
+def _manifest(result: Finalized, trained: Any, asked: dict[str, Any] | None) -> dict[str, Any]:
     today = recorded_day(Path(trained) / MANIFEST) if is_stored(trained) else None
     entries = {
         "mode": result.mode,
@@ -280,6 +282,7 @@ def _manifest(result: Finalized, trained: Any) -> dict[str, Any]:
         "lost": result.lost,
         "left_out": result.dropped,
         "check": None if result.check is None else dataclasses.asdict(result.check),
+        "given": asked,
         "versions": versions(),
         **({} if today is None else {"today": today.isoformat()}),
     }

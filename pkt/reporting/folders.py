@@ -216,7 +216,7 @@ def _model(folder: Path, manifest: dict[str, Any], ranks: dict[str, int]) -> dic
     if "content" in manifest:
         return {
             "is": "a whole model: a student with what a teacher learnt added",
-            "student": manifest["base"],
+            "student": manifest.get("student"),
             **manifest["told"],
             "next": "load it with AutoModelForCausalLM.from_pretrained, or train it",
         }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkt.files import MANIFEST, read_json
 from pkt.manifest import read_manifest, tasks_in
+from pkt.reporting.again import command_of
 from pkt.reporting.folders import inspect_folder
 from pkt.reporting.plots import canvas, drawn, legend_below, plot_curves, plot_map
 
@@ -63,7 +64,7 @@ def of_run(folder: Path) -> list[Section]:
     losses = {int(log["step"]): float(log["loss"]) for log in _history(folder) if "loss" in log}
     held = manifest.get("held_out") or {}
     looks = {int(step): float(nll) for step, nll in held.get("looks", [])}
-    sections = [_told(told)]
+    sections = [_told(told, manifest)]
     if losses or looks:
         figure, (axes,) = canvas(2.6)
         plot_curves(axes, losses, looks)
@@ -84,7 +85,7 @@ def of_run(folder: Path) -> list[Section]:
 def of_adapter(folder: Path) -> list[Section]:
     """Of any other folder that pkt knows: what `pkt inspect` says, the check of its logits, its ranks."""
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    sections = [_told(inspect_folder(folder))]
+    sections = [_told(inspect_folder(folder), manifest)]
     check = manifest.get("check")
     if check:
         text = (
@@ -131,8 +132,14 @@ def _percent(values: Iterable[float]) -> str:
     return f"{100 * sum(found) / len(found):.1f}%" if found else ""
 
 
-def _told(found: dict[str, Any]) -> Section:
-    rows = [(key, value) for key, value in found.items() if value is not None]
+def again(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The command that makes a folder again, as a row; none where it cannot be said."""
+    line = command_of(manifest)
+    return [] if line is None else [("again", line)]
+
+
+def _told(found: dict[str, Any], manifest: dict[str, Any] | None = None) -> Section:
+    rows = [(key, value) for key, value in found.items() if value is not None] + again(manifest or {})
     return {"heading": "What this is", "head": ["", ""], "rows": rows}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from pkt.errors import PktError
 from pkt.files import MANIFEST, atomic_file, check_output_file, read_json
 from pkt.manifest import STARTS, tasks_in
 from pkt.models.adapter_files import CONFIG
-from pkt.reporting.others import of_adapter, of_run, of_scores, of_tasks, sensitivity_map, versions_of
+from pkt.reporting.others import again, of_adapter, of_run, of_scores, of_tasks, sensitivity_map, versions_of
 from pkt.reporting.plots import canvas, check_packages, drawn, legend_below, plot_layers, plot_pairs, plot_scales
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _of_extraction(ext: Extraction) -> list[dict[str, Any]]:
         ("seeds", seeds),
         *plan.options.items(),
         *((k, v) for k, v in settings.items() if (k, v) != ("seed", plan.options.get("seed"))),
-        ("again", _command(ext, settings)),
+        *again(ext.manifest()),
     ]
     sections: list[dict[str, Any]] = [{"heading": "What was done", "head": ["", ""], "rows": facts}]
     if plan.layer_scores:
@@ -163,32 +162,13 @@ def _chances(plan: TransferPlan) -> dict[str, float]:
     return found
 
 
-def _command(ext: Extraction, settings: dict[str, Any]) -> str:
-    """The line that makes this extraction again."""
-    given = {**ext.plan.options, **settings}
-    if given.get("energy") is None:
-        given.pop("max_rank", None)
-    else:
-        given.pop("rank", None)
-    flags = []
-    for name, value in given.items():
-        if value is True:
-            flags.append(f"--{name.replace('_', '-')}")
-        elif value not in (None, False) and not isinstance(value, (dict, list)):
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    seeds = ext.provenance.get("seeds", {}).get("source", "SEEDS.jsonl")
-    models = (str(ext.plan.teacher["name"]), str(ext.plan.student["name"]))
-    return "pkt transfer " + shlex.join([*models, str(seeds), *flags, "--out", "DIR"])
-
-
 def _of_start(start: Start) -> list[dict[str, Any]]:
     found = start.provenance
     facts = [("this is", start.how), ("student", start.student.get("name", "")), *found.get("told", {}).items()]
     known = [(name, found[name]) for name in ("base", "adapter") if found.get(name)]
     options = [(name, value) for name, value in found.get("options", {}).items() if value is not None]
-    sections = [
-        {"heading": "What was done", "head": ["", ""], "rows": [*facts, *known, *options], "text": start.summary()}
-    ]
+    rows = [*facts, *known, *options, *again(start.manifest())]
+    sections = [{"heading": "What was done", "head": ["", ""], "rows": rows, "text": start.summary()}]
     if "lineage" in found:
         sections.append(_lineage(found["lineage"]))
     if "losses" in found:

@@ -13,7 +13,7 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, atomic_folder, check_apart, check_output_folder, is_stored, write_json
 from pkt.lora import ADAPTER, Mode, check_settings, checked_dropout, inject, read_source
-from pkt.manifest import manifest_of, read_manifest, versions
+from pkt.manifest import call_of, manifest_of, read_manifest, versions
 from pkt.models import Model, save_model, spec_of
 from pkt.training.folder import write_initial, write_run
 
@@ -35,6 +35,7 @@ def write_injected(
     dropout: as in `train`. `residual` also needs its base: a complete student of W − B₀A₀, written to `save_residual` (default:
     OUT/base).
     """
+    asked = call_of(write_injected, locals(), "out", "save_residual", "force")
     ext = open_start(extraction)
     mode = mode or ext.mode
     if save_residual is not None and mode != "residual":
@@ -53,7 +54,7 @@ def write_injected(
     settings = {"mode": mode, "dropout": dropout, "student": Model.of(student).content()["fingerprint"]}
     # Both are written whole before either is renamed into place.
     with atomic_folder(out, force=force) as scratch:
-        write_run(scratch, ext, settings, str(student))
+        write_run(scratch, ext, settings, str(student), {"given": asked})
         if mode == "residual":
             model.peft_config[ADAPTER].base_model_name_or_path = str(base_path)
         model.save_pretrained(str(scratch), save_embedding_layers=False)

@@ -17,7 +17,7 @@ from pkt.errors import PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import MANIFEST, as_path, check_apart, check_parent, followed, is_stored, lock_folder, os_errors
 from pkt.lora import DRAWN, Mode, check_init, check_settings, checked_dropout, draw_pairs, inject, mode_of
-from pkt.manifest import difference, recorded_day
+from pkt.manifest import call_of, difference, recorded_day
 from pkt.models import Model, ModelSpec, Target, load_model, load_tokenizer, spec_of
 from pkt.options import Lora, Precision, Recipe, RecipeName, RowTemplate, Training, TrainingLoss, TrainModules
 from pkt.planning import adapted
@@ -96,6 +96,7 @@ def train(
     Raises `PktError` for settings no training can have, bad data, a mismatch of student and extraction, an `out` that is
     another run's or that another process is writing, a full disk, and the first loss or gradient that is not finite.
     """
+    asked = call_of(train, locals(), "out", "force", "quietly", "group")
     ranks = Ranks.of(group)
     if ranks.alone and os.environ.get("WORLD_SIZE", "1") != "1":
         raise PktError(
@@ -133,6 +134,7 @@ def train(
         report_to,
         eval_steps,
     )
+    told_of = {"given": asked, **({} if recipe == "pkt" else {"recipe": recipe})}
     check_machine(options)
     check_reporters(options)
     out, student = followed(as_path(out, "the path of a run folder")), as_path(student, "the path of a student")
@@ -155,7 +157,7 @@ def train(
                 tell(f"A starts at {job.told.a_scale:g} times PEFT's initialisation (--a-scale 1 is PEFT's own)")
             begun, model = job.begin()
             if checkpoint is None and ranks.first:
-                write_run(out, begun, settings, str(student), {} if recipe == "pkt" else {"recipe": recipe})
+                write_run(out, begun, settings, str(student), told_of)
             ranks.all_of(None)
         job.finish(model, out, checkpoint, quietly, ranks)
     return model

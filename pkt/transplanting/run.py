@@ -177,7 +177,7 @@ def _write_merged(folder: Path, start: Start, content: Difference, job: Job, fou
     alpha = start.provenance["alpha"]
     vectors = {name: alpha * change for name, change in vectors_of(content, job.new).items()}
     told = {**start.provenance["told"], "added too": f"the change of {len(vectors)} norms and biases"}
-    entries = {"base": job.new.spec.name, **start.provenance, "added": sorted(vectors), "told": told}
+    entries = {"student": job.new.spec.name, **start.provenance, "added": sorted(vectors), "told": told}
     entries["left_out"] = {name: size for name, size in start.provenance["left_out"].items() if name not in vectors}
     with atomic_folder(folder, force=force) as scratch:
         write_merged(scratch, job.student, start.pairs, entries, vectors=vectors)
