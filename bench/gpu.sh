@@ -26,7 +26,7 @@ rm -f "$results/steps.jsonl"
 export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # A step's share of the deadline. What it does not use is the next one's, so it may run until all shares up to its own are over.
-declare -A share=([build]=90 [assert]=15 [warm]=40 [smoke]=20 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
+declare -A share=([build]=90 [assert]=40 [warm]=40 [smoke]=20 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
     [racecheck]=30 [sweep]=120 [descendant]=530)
 total=0 reached=0 stopped="" failed=()
 for name in $steps; do

@@ -300,10 +300,44 @@ def gpu_goals(found: dict) -> str:
 
 
 def gpu_kernels(found: dict) -> str:
-    lines = ["| op, bf16 | | ms | of pkt's time | |", "|---|---|---|---|---|"]
+    lines = ["| op, bf16 | | ms | of pkt's time | rate | of the ceiling |", "|---|---|---|---|---|---|"]
     for r in (r for r in found["rows"] if "failed" not in r):
-        share = f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gbs']:.0f} GB/s" if "gbs" in r else ""
-        lines.append(f"| {r['group']} | {r['rival']} | {r['ms']:.3f} | {r['ours_is_faster_by']:.2f} | {share} |")
+        rate = f"{r['tflops']:.0f} TFLOP/s" if "tflops" in r else f"{r['gbs']:.0f} GB/s" if "gbs" in r else ""
+        share = next((f"{r[name]:.0%}" for name in ("of_product", "of_copy") if name in r), "")
+        lines.append(
+            f"| {r['group']} | {r['rival']} | {r['ms']:.3f} | {r['ours_is_faster_by']:.2f} | {rate} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_rsvd(found: dict) -> str:
+    lines = [
+        f"{gpu_name(found)}; energy as a share of the best known:",
+        "",
+        "| matrix | | ms | of pkt's time | energy |",
+        "|---|---|---|---|---|",
+    ]
+    for r in (r for r in found["rows"] if "energy_of_best" in r):
+        lines.append(
+            f"| {r['group']} | {r['rival']} | {r['ms']:.2f} | {r['ours_is_faster_by']:.2f} | {r['energy_of_best']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_profile(found: dict) -> str:
+    """A profiled transfer: how long the device was busy, and with what."""
+    work = next(row for row in found["rows"] if row["work"].startswith("transfer"))
+    waits = sum(each["calls"] for name, each in work["host"].items() if name == "cudaStreamSynchronize")
+    lines = [
+        f"{gpu_name(found)}, {work['work']} (`python bench/profile_gpu.py`): {work['seconds']:.2f} s, of which the device is busy",
+        f"{work['busy_seconds']:.2f} s, with {work['launches']:,} launches and {waits} waits. The longest:",
+        "",
+        "| kernel | launches | ms |",
+        "|---|---|---|",
+    ]
+    for row in work["kernels"][:16]:
+        name = row["kernel"].replace("at::native::", "").replace("(anonymous namespace)::", "").replace("|", "/")
+        lines.append(f"| `{name.removeprefix('void ')[:90]}` | {row['calls']} | {row['ms']:.1f} |")
     return "\n".join(lines)
 
 
@@ -460,7 +494,10 @@ PAGES = {
         "gpu table": ("stream_cuda.json", gpu_table),
     },
     "docs/models.md": {"families": ("families.json", families_table)},
-    "csrc/README.md": {"rsvd table": ("rsvd_cpu.json", rsvd_table)},
+    "csrc/README.md": {
+        "gpu rsvd": ("rsvd_cuda.json", gpu_rsvd),
+        "rsvd table": ("rsvd_cpu.json", rsvd_table),
+    },
     "docs/lineage.md": {
         "demo table": ("demo_cpu.json", demo_table),
         "shrink table": ("shrink_cpu.json", shrink_table),
@@ -481,6 +518,7 @@ PAGES = {
     "kernels/README.md": {
         "gpu goals": ("kernels_cuda.json", gpu_goals),
         "gpu kernels": ("kernels_cuda.json", gpu_kernels),
+        "gpu profile": ("profile_cuda.json", gpu_profile),
         "cpu table": ("kernels_cpu.json", kernels_table),
     },
 }
