@@ -1,6 +1,7 @@
 """A teacher larger than the memory, scored one decoder layer at a time."""
 
 from pkt.streaming.activations import Boundaries as Boundaries
+from pkt.streaming.available import free_memory as free_memory
 from pkt.streaming.engine import Engine as Engine
 from pkt.streaming.engine import Progress as Progress
 from pkt.streaming.engine import Tick as Tick
@@ -11,7 +12,6 @@ from pkt.streaming.loader import Teacher as Teacher
 from pkt.streaming.loader import open_teacher as open_teacher
 from pkt.streaming.memory import MemoryPlan as MemoryPlan
 from pkt.streaming.memory import Sizes as Sizes
-from pkt.streaming.memory import free_memory as free_memory
 from pkt.streaming.memory import measured_seconds as measured_seconds
 from pkt.streaming.memory import plan_memory as plan_memory
 from pkt.streaming.memory import sizes_of as sizes_of

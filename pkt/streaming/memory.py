@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pkt.models import hidden_size, is_tied, layer_of, plain_head, tables_of
 from pkt.options import Select
 from pkt.planning import STRATEGIES
 from pkt.scoring.head import BLOCK, BLOCK_DEFAULT
+from pkt.streaming.available import free_memory
 from pkt.streaming.loader import Teacher, dtype_of
 from pkt.streaming.microbatches import rounded_up, width_step
 from pkt.streaming.sharing import SharedReading
@@ -430,16 +430,6 @@ def _largest_part(work: _Work, widest: int, waiting: int) -> dict[str, int]:
         "work": max(head_work, choose(table, max(sizes.vocab, sizes.hidden))),
     }
     return max((layer, head), key=lambda part: sum(part.values()))
-
-
-def free_memory() -> int:
-    """Memory that can be taken without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def measured_seconds(flops: float, dtype: torch.dtype, device: torch.device, budget: float = 1.0) -> float:
