@@ -10,7 +10,7 @@ import typer
 
 from pkt.cli.application import app, err_console, next_line, out_console, print_json, resumable, say
 from pkt.cli.flags import JsonFlag, Student
-from pkt.progress import tell
+from pkt.progress import is_silent, tell
 from pkt.tables import fitted
 
 
@@ -60,7 +60,7 @@ def study(
     if plan:
         _show_plan(layout, out, json_)
         return
-    found = _run(layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), only_report=report)
+    found = _run(layout, out, engine=engine, cluster=Cluster(address, cpus, gpus), only_report=report, shown=not json_)
     if json_:
         print_json(found)
     else:
@@ -69,14 +69,20 @@ def study(
     _end(found)
 
 
-def _run(layout: Any, out: Path, **options: Any) -> dict[str, Any]:
-    from pkt.studying import run_layout
+def _run(layout: Any, out: Path, *, shown: bool, **options: Any) -> dict[str, Any]:
+    """shown: a line for each job that ended, with how many there are and about how long they will take."""
+    from pkt.studying import Pace, Store, run_layout
 
-    begin = time.perf_counter()
+    begin, pace = time.perf_counter(), None
+    if shown and not options.get("only_report") and not is_silent():
+        layout.check()
+        pace = Pace(layout, Store(out))
+        tell(pace.ahead())
 
     def show(job: Any, error: str | None) -> None:
-        seconds = time.perf_counter() - begin
-        tell(f"{seconds:6.0f} s  {job}" + ("" if error is None else f": failed: {error}"))
+        if pace is not None:
+            failed = "" if error is None else f": failed: {error}"
+            tell(f"{time.perf_counter() - begin:6.0f} s  {pace.told(job)}: {job}{failed}")
 
     with resumable(lambda: (out / "cells").is_dir(), force=False):
         return run_layout(layout, out, told=show, **options)
@@ -131,7 +137,7 @@ def compare(
     if plan:
         _show_plan(layout, out, json_)
         return
-    found = _run(layout, out)
+    found = _run(layout, out, shown=not json_)
     (out / "compare.yaml").write_text(as_yaml(content), encoding="utf-8")
     sentence, command = recommended(found, content)
     if json_:
@@ -167,7 +173,7 @@ def rows(
 
 
 def _show_plan(layout: Any, out: Path, json_: bool) -> None:
-    from pkt.studying import plan_of
+    from pkt.studying import plan_of, spoken
 
     found = plan_of(layout, out)
     if json_:
@@ -179,8 +185,8 @@ def _show_plan(layout: Any, out: Path, json_: bool) -> None:
     for reading in found["readings"]:
         say(f"one reading of {reading['teacher']} makes {reading['starts']} start{'s' * (reading['starts'] != 1)}")
     if any(found["seconds"].values()):
-        each = ", ".join(f"{words[kind]} {_duration(seconds)}" for kind, seconds in found["seconds"].items())
-        say(f"about {_duration(sum(found['seconds'].values()))} one after another: {each}")
+        each = ", ".join(f"{words[kind]} {spoken(seconds)}" for kind, seconds in found["seconds"].items())
+        say(f"about {spoken(sum(found['seconds'].values()))} one after another: {each}")
         machine = found["machine"]
         by = ", ".join(
             f"{words[kind]} that are there: × {value:.2g}" for kind, value in machine["corrected_by"].items()
@@ -200,12 +206,6 @@ def _show_plan(layout: Any, out: Path, json_: bool) -> None:
         say(f"{len(found['missing'])} models and files are to be given or fetched first")
     else:
         next_line("the same command without --plan")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _show(found: dict[str, Any]) -> None:

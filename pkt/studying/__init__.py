@@ -13,6 +13,8 @@ from pkt.studying.engines import Engine as Engine
 from pkt.studying.estimating import plan_of as plan_of
 from pkt.studying.layout import Job as Job
 from pkt.studying.layout import Layout as Layout
+from pkt.studying.pacing import Pace as Pace
+from pkt.studying.pacing import spoken as spoken
 from pkt.studying.run import open_study as open_study
 from pkt.studying.run import preset_names as preset_names
 from pkt.studying.run import run_layout as run_layout

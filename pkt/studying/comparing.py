@@ -57,8 +57,9 @@ def comparison(
     teacher = made.plan.teacher if isinstance(made, Extraction) else found.get("teacher", {})
     name = str(teacher.get("name", ""))
     here = {"teacher": bool(name) and Path(name).is_dir(), "seeds": Path(file).is_file()}
-    controls = _controls(made)
-    missing = [what for what, there in here.items() if not there]
+    controls = _controls(made, _absolute(folder))
+    needed = ("teacher", "seeds") if isinstance(made, Extraction) else ("teacher",)
+    missing = [what for what in needed if not here[what]]
     teachers = {}
     if controls and not missing:
         starts |= controls
@@ -179,7 +180,7 @@ def _command(name: str, start: dict[str, Any], content: dict[str, Any]) -> str:
     return " && ".join(shlex.join(line) for line in (before, words) if line)
 
 
-def _controls(made: Any) -> dict[str, dict[str, Any]]:
+def _controls(made: Any, folder: str) -> dict[str, dict[str, Any]]:
     """What a start of this kind is held against, made from the same teacher and seeds."""
     from pkt.extraction import Extraction
 
@@ -190,7 +191,7 @@ def _controls(made: Any) -> dict[str, dict[str, Any]]:
     if made.kind != "transplant" or made.provenance.get("options", {}).get("control"):
         return {}
     source = {key: _absolute(made.provenance[key]) for key in ("base", "adapter") if made.provenance.get(key)}
-    common = {"kind": "transplant", "teacher": "teacher", "anyway": True, **source}
+    common = {"kind": "transplant", "teacher": "teacher", "kept": folder, **source}
     return {"wrong units": {**common, "control": "wrong-units"}, "noise": {**common, "control": "noise"}}
 
 

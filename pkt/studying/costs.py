@@ -32,7 +32,7 @@ def share(start: StartOptions, student: ModelSpec, teacher: ModelSpec | None, *,
     if isinstance(start, Transfer):
         assert teacher is not None
         units = READING * size(teacher) * seeds
-    elif isinstance(start, Transplant):
+    elif isinstance(start, Transplant) and start.needs_seeds:
         units = SEARCH * size(student) * seeds
     elif isinstance(start, OwnStart):
         units = _OWN.get(start.how, 0) * size(student) * seeds

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from pkt.studying.costs import FORWARD, READING, SEARCH, size
 from pkt.studying.layout import Layout, Setting
 from pkt.studying.metrics import DECODED
 from pkt.studying.schema import FolderStart, Measurement, PlainLora, StartOptions, Transfer, Transplant
-from pkt.studying.store import Cell, Store
+from pkt.studying.store import Cell, Store, check_place
 
 USED = 0.4  # of the rate of one large product, what a training keeps
 DECODING = 10  # times the work of a token that is read: one token at a time does not fill a processor
 STEP, BEGIN = 0.02, 1.0  # seconds beside the arithmetic: of a step or batch, and of loading a model
+GGUF = 1e7  # numbers a second of such a file, which are made anew of its blocks: 135 million took 13 s
 H100 = 989e12  # bf16 operations a second, as its maker says
 ROWS = {"seeds": 32, "train": 1000, "held_out": 200, "test": 1000}  # assumed of a file that is not here
 TOKENS = 200  # assumed of a row
@@ -45,10 +46,10 @@ class Work:
     steps: float = 0.0
     bytes: float = 0.0
     cell: Cell | None = None  # where everything is here
+    loading: float = 0.0  # seconds; tests have the model that was trained
 
     def seconds(self, rate: float) -> float:
-        begin = 0.0 if self.kind == "test" else BEGIN  # tests have the model that was trained
-        return (self.operations + DECODING * self.decoding) / (USED * rate) + STEP * self.steps + begin
+        return (self.operations + DECODING * self.decoding) / (USED * rate) + STEP * self.steps + self.loading
 
 
 @dataclass
@@ -68,6 +69,10 @@ class Sizes:
             self.assumed[name] = f"the shapes of a Llama {shape.upper()}"
             return _llama(shape)
 
+    def loading(self, *names: str | None) -> float:
+        """Seconds that reading models takes."""
+        return sum(BEGIN + (size(self.spec(n)) / GGUF if _is_gguf(n) else 0.0) for n in names if n is not None)
+
     def rows(self, file: str, role: str) -> tuple[int, int]:
         """How many, and their tokens."""
         try:
@@ -80,6 +85,14 @@ class Sizes:
             self.assumed[file] = "four bytes to a token"
             return text.count(b"\n"), len(text) // 4
         return len(found), found.tokens
+
+
+def _is_gguf(name: str) -> bool:
+    try:
+        model = Model.of(name)
+        return model.is_here and model.weights.form == "gguf"
+    except PktError:
+        return False
 
 
 def absent(layout: Layout) -> list[str]:
@@ -102,14 +115,15 @@ def absent(layout: Layout) -> list[str]:
 
 def plan_of(layout: Layout, out: Path) -> dict[str, Any]:
     """What there is to make, as plain values. Raises `PktError` for what would stop a study whose models and rows are here."""
+    check_place(out)
     store, missing = Store(out), absent(layout)
     if not missing:
         layout.check()
     sizes = Sizes(layout)
-    unique = {work.key: work for work in _works(layout, store, sizes, known=not missing)}
+    unique = {work.key: work for work in works(layout, store, sizes, known=not missing)}
     done = [w for w in unique.values() if w.cell is not None and store.has(w.cell)]
     left = [w for w in unique.values() if w.cell is None or not store.has(w.cell)]
-    rate, name = _rate(layout, sizes)
+    rate, name = rate_here(layout, sizes)
     corrected = _corrections(done, store, rate)
     seconds: dict[str, float] = {}
     for work in left:
@@ -135,7 +149,7 @@ def plan_of(layout: Layout, out: Path) -> dict[str, Any]:
     }
 
 
-def _works(layout: Layout, store: Store, sizes: Sizes, *, known: bool) -> Iterator[Work]:
+def works(layout: Layout, store: Store, sizes: Sizes, *, known: bool) -> Iterator[Work]:
     """All cells, if no grid grows further; those that are one have one key."""
     study = layout.study
     student = sizes.spec(study.student)
@@ -173,6 +187,7 @@ class _OfTask:
         self.learnt = learnt, learnt * each
         self.held = (held, held * each) if held else sizes.rows(str(spec.held_out), "held_out")
         self.numbers = size(student)
+        self.chosen: set[StartOptions] = set()  # transplants whose α is chosen once for their controls
         self.learning = study.training.rank * sum(
             sum(t.shape) * max(1, t.experts) for t in student.targets if not t.unadaptable
         )
@@ -186,16 +201,31 @@ class _OfTask:
         if start.needs_seeds and seeds_of is not None:
             count, tokens = self.sizes.rows(seeds_of, "seeds")
             tokens = tokens * (start.seeds or count) / max(1, count)
-        if isinstance(start, Transfer):
-            passes = READING * size(self.sizes.spec(start.teacher)) * tokens
-        else:
-            passes = (SEARCH if isinstance(start, Transplant) else READING + SEARCH) * self.numbers * tokens
-        factors = 40 * study.training.rank * self.numbers
         draws = (*study.rates.seeds, *study.training_seeds) if start.drawn else (0,)
-        for seed in draws:
+        shared, each = self._making(start, tokens)
+        for i, seed in enumerate(draws):
             cell = self.layout.start(self.task, name, seed) if self.known else None
             key = cell.key if cell is not None else f"start {self.task} {name} {seed}"
-            yield Work("start", key, 2 * passes / len(draws) + factors, bytes=4.0 * self.learning, cell=cell)
+            made = Work("start", key, 40 * study.training.rank * self.numbers, bytes=4.0 * self.learning, cell=cell)
+            passes, loading = shared if i == 0 else (0.0, 0.0)
+            yield replace(made, operations=made.operations + 2 * passes, loading=each + loading)
+
+    def _making(self, start: StartOptions, tokens: float) -> tuple[tuple[float, float], float]:
+        """Passes of tokens through numbers and seconds of loading that all draws of a start share, and the loading of each draw."""
+        student = self.sizes.loading(self.layout.study.student)
+        if isinstance(start, Transfer):
+            return (READING * size(self.sizes.spec(start.teacher)) * tokens, self.sizes.loading(start.teacher)), 0.0
+        if not isinstance(start, Transplant):
+            return ((READING + SEARCH) * self.numbers * tokens, 0.0), student
+        search = SEARCH * self.numbers * tokens, student
+        cutting = self.sizes.loading(start.teacher, start.base)
+        if start.control in ("neutral", "repruned"):
+            return search if start.control == "neutral" else (2 * search[0], 2 * search[1]), cutting
+        # All that have one α share its choice.
+        chosen = replace(start, control=None)
+        first = start.kept is None and chosen not in self.chosen
+        self.chosen.add(chosen)
+        return search if first else (0.0, 0.0), 0.0 if start.control == "noise" else cutting
 
     def _learn(self, start: StartOptions, name: str, epochs: float) -> tuple[float, float]:
         rows, tokens = self.learnt
@@ -213,14 +243,15 @@ class _OfTask:
         held, batches = self._forward(*self.held)
         cell = self.layout.tune(self.task, name, setting, seed) if self.known else None
         key = cell.key if cell is not None else f"tune {self.task} {name} {setting} {seed}"
-        return Work("tune", key, learn + held, steps=steps + batches, bytes=1e3, cell=cell)
+        loading = self.sizes.loading(study.student)
+        return Work("tune", key, learn + held, steps=steps + batches, bytes=1e3, cell=cell, loading=loading)
 
     def train(self, name: str, start: StartOptions, chosen: Setting | None, seed: int) -> Iterator[Work]:
         study = self.layout.study
         learn, steps = self._learn(start, name, study.training.epochs)
         cell = self.layout.train(self.task, name, chosen or Setting(1.0, 1.0), seed) if self.known else None
         key = cell.key if cell is not None else f"train {self.task} {name} {seed}"
-        yield Work("train", key, learn, steps=steps, bytes=3e3, cell=cell)
+        yield Work("train", key, learn, steps=steps, bytes=3e3, cell=cell, loading=self.sizes.loading(study.student))
         yield from self.tests(key, cell)
         if seed == study.training_seeds[0]:
             yield from self.tests(f"{key} before", cell, before=True)
@@ -234,7 +265,9 @@ class _OfTask:
             if self.known:
                 found = self.layout.test(of if cell is None else cell, test, self.task, before=before)
             key = found.key if found is not None else f"test {of} {test} {self.task if not untrained else spec.data}"
-            yield Work("test", key, operations, decoding, batches, 2e3 + 30.0 * rows * len(spec.metrics), found)
+            loading = self.sizes.loading(of) / len(self.layout.measurements(self.task)) if untrained else 0.0
+            kept = 2e3 + 30.0 * rows * len(spec.metrics)
+            yield Work("test", key, operations, decoding, batches, kept, found, loading)
 
     def _test(self, spec: Measurement) -> tuple[float, float, float, int]:
         count, tokens = self.sizes.rows(spec.data if spec.lm_eval is None else str(spec.lm_eval), "test")
@@ -294,7 +327,7 @@ def _took(work: Work, store: Store) -> float:
     return float(store.record(work.cell)["seconds"])
 
 
-def _rate(layout: Layout, sizes: Sizes) -> tuple[float, str]:
+def rate_here(layout: Layout, sizes: Sizes) -> tuple[float, str]:
     """Operations a second of one large product on this machine, as a study's trainings would make it, and the machine."""
     cuda = torch.cuda.is_available()
     device, side = ("cuda", 8192) if cuda else ("cpu", 1024)

@@ -81,7 +81,8 @@ class Transfer(StartOptions):
 
 @dataclass(frozen=True)
 class Transplant(StartOptions):
-    """`pkt transplant` and its controls. base, adapter: a model or a LoRA's folder."""
+    """`pkt transplant` and its controls. base, adapter: a model or a LoRA's folder; kept: the folder of a transplant, whose control
+    it is, at its α: no α is tried and no seed read."""
 
     kind: ClassVar[str] = "transplant"
     teacher: str = ""
@@ -89,6 +90,7 @@ class Transplant(StartOptions):
     adapter: str | None = None
     control: Literal["wrong-units", "noise", "neutral", "repruned"] | None = None
     anyway: bool = False
+    kept: str | None = None
 
     @property
     def drawn(self) -> bool:
@@ -96,7 +98,7 @@ class Transplant(StartOptions):
 
     @property
     def needs_seeds(self) -> bool:
-        return True
+        return self.kept is None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from pkt.adapters import check_fit
 from pkt.errors import PktError
-from pkt.extraction import open_start
+from pkt.extraction import Start, open_start
 from pkt.files import sha256
 from pkt.lora import ROWS
 from pkt.matching import Lineage, lineage
@@ -78,6 +78,7 @@ class Layout:
 
     def __init__(self, study: Study, only: Sequence[str] = ()) -> None:
         self.study, self.only = study, tuple(only)
+        self.transplanted: dict[Any, Start] = {}  # what a transplant keeps, made once for all that are held against it
         self.starts = study.varied()
         pairs = [(task, name) for task in study.tasks for name in (*self.starts, UNTRAINED)]
         for pattern in self.only:
@@ -198,7 +199,7 @@ class Layout:
         for name in ("teacher", "base"):
             if name in found:
                 found[name] = self.model(found[name])
-        for name in ("adapter", "path"):
+        for name in ("adapter", "kept", "path"):
             if name in found:
                 file = Path(found[name]) / WEIGHTS
                 if not file.is_file():

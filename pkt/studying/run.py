@@ -10,14 +10,14 @@ from typing import Any
 
 from pkt.errors import PktError
 from pkt.extras import is_there
-from pkt.files import MANIFEST, check_output_folder, lock_folder, os_errors, write_json
-from pkt.manifest import manifest_of, read_manifest
+from pkt.files import MANIFEST, lock_folder, os_errors, write_json
+from pkt.manifest import manifest_of
 from pkt.studying.engines import Cluster, Engine, run_study, serial
 from pkt.studying.layout import Job, Layout
 from pkt.studying.page import write_page
 from pkt.studying.results import write_results
 from pkt.studying.schema import Study, read_study
-from pkt.studying.store import Store
+from pkt.studying.store import Store, check_place
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -94,11 +94,9 @@ def run_layout(
 
 def _claim(out: Path) -> None:
     """Raises `PktError` for a folder that holds something else."""
+    check_place(out)
     if (out / MANIFEST).is_file():
-        if read_manifest(out).get("kind") != "study":
-            raise PktError(f"{out} is no study's folder; name another")
         return
-    check_output_folder(out)
     with os_errors(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / MANIFEST, manifest_of("study", {"finished": False}))

@@ -337,7 +337,7 @@ class _Home:
 
     def _start(self, start: StartOptions, study: Study) -> StartOptions:
         changes: dict[str, Any] = {}
-        for name in ("base", "adapter", "path", "teacher_targets"):
+        for name in ("base", "adapter", "kept", "path", "teacher_targets"):
             if getattr(start, name, None):
                 changes[name] = self.place(getattr(start, name))
         if isinstance(start, (Transfer, Transplant)):
@@ -384,6 +384,8 @@ def _check(study: Study, source: str, raw: Placed) -> None:
             raise PktError(
                 f"{at}: teacher: {start.teacher or 'none'} is not among teachers{_near(start.teacher, study.teachers)}"
             )
+        if isinstance(start, Transplant) and start.kept is not None and not start.drawn:
+            raise PktError(f"{at}: starts.{name}.kept is of a control at its α: wrong-units or noise")
         if start.teacher_targets is not None and not 0 <= start.mix <= 1:
             raise PktError(
                 f"{at}: starts.{name}.mix={start.mix} must be from 0 (the rows alone) to 1 (the teacher alone)"

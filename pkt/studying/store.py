@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import PktError
-from pkt.files import atomic_file, atomic_folder, read_json, sha256, write_json
-from pkt.manifest import versions
+from pkt.files import MANIFEST, atomic_file, atomic_folder, check_output_folder, read_json, sha256, write_json
+from pkt.manifest import read_manifest, versions
 
 CELL = "cell.json"
 # Raised by hand when what a kind of cell means changes.
@@ -136,3 +136,11 @@ class Store:
     def failures(self) -> list[dict[str, str]]:
         folder = self.folder / "failed"
         return [read_json(file) for file in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+
+
+def check_place(out: Path) -> None:
+    """Raises `PktError` for a folder that no study can be made in: it holds something else, or cannot be written."""
+    if not (out / MANIFEST).is_file():
+        check_output_folder(out)
+    elif read_manifest(out).get("kind") != "study":
+        raise PktError(f"{out} is no study's folder; name another")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import tempfile
@@ -17,6 +18,7 @@ from pkt.errors import DivergedError, PktError
 from pkt.extraction import Extraction, Start, open_start
 from pkt.files import atomic_file, read_json, write_json
 from pkt.lora import draw_pairs, inject, mode_of, scale_a
+from pkt.matching import Lineage
 from pkt.models import load_model, spec_of_model
 from pkt.options import Execution, Factorization, Lora, PlanOptions, Training
 from pkt.planning import adapted
@@ -30,8 +32,9 @@ from pkt.studying.schema import FolderStart, Measurement, OwnStart, PlainLora, S
 from pkt.studying.store import Cell, Store
 from pkt.training import fit, row_losses, silently
 from pkt.transferring import Listeners, Recipe, transfer_recipes
-from pkt.transplanting import transplant
+from pkt.transplanting import Control, control_of, transplant
 
+LINEAGE = "lineage.json"  # in the folder of a transplant
 BEGUN = "start"  # the folder of a start within its cell
 CLIP = 1.0  # the norm that Trainer clips gradients to
 
@@ -113,20 +116,46 @@ def _start(layout: Layout, job: Job, store: Store) -> None:
         scan(layout, [job], store)
         return
     seeds = layout.seeds(job.task, start) if start.needs_seeds else None
-    draw, rank = (job.seed if start.drawn else 0), study.training.rank
+    draw = job.seed if start.drawn else 0
     begin = time.perf_counter()
     with store.making(job.cells[0]) as scratch:
         if isinstance(start, Transplant):
-            made = transplant(
-                start.teacher, study.student, seeds or "", base=start.base, adapter=start.adapter, rank=rank,
-                lineage=layout.lineage(start.base or start.teacher), control=start.control, seed=draw, anyway=start.anyway,
-                progress=False,
-            )  # fmt: skip
+            made = _transplanted(layout, start, seeds, draw)
         else:
             assert isinstance(start, OwnStart)
-            made = own_start(study.student, seeds, how=start.how, rank=rank, a_scale=1.0, seed=draw, progress=False)
+            made = own_start(
+                study.student, seeds, how=start.how, rank=study.training.rank, a_scale=1.0, seed=draw, progress=False
+            )
         made.save(scratch / BEGUN)
         _note(scratch, time.perf_counter() - begin)
+
+
+def _transplanted(layout: Layout, start: Transplant, seeds: Seeds | None, draw: int) -> Start:
+    """A transplant or its control. Wrong units and noise have its α, which is chosen once for all of them and their draws."""
+    student, rank, told = layout.study.student, layout.study.training.rank, Path(start.kept or "") / LINEAGE
+    found = Lineage.load(told) if start.kept and told.is_file() else layout.lineage(start.base or start.teacher)
+
+    def made(control: Control | None) -> Start:
+        return transplant(
+            start.teacher, student, seeds or "", base=start.base, adapter=start.adapter, rank=rank, lineage=found,
+            control=control, anyway=start.anyway, progress=False,
+        )  # fmt: skip
+
+    if start.control in ("neutral", "repruned"):
+        return made(start.control)
+    if start.kept is not None:
+        kept = Start.load(start.kept)
+    else:
+        key = (dataclasses.replace(start, control=None), seeds and seeds.fingerprint)
+        if key not in layout.transplanted:
+            layout.transplanted[key] = made(None)
+        kept = layout.transplanted[key]
+        if start.control is None:
+            return kept
+    control: Any = start.control
+    return control_of(
+        kept, control, draw, start.teacher, student, base=start.base, adapter=start.adapter, lineage=found
+    )
 
 
 def begin(

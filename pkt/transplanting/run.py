@@ -355,18 +355,26 @@ def control_of(
     student: Any,
     *,
     base: Any = None,
+    adapter: str | Path | None = None,
     lineage: Lineage | str | Path,
 ) -> Start:
     """What `transplant` makes with this control, at the α of the transplant `kept`; no row is read and no other α tried."""
+    told = {"control": f"{kind}: {MEANS[kind]}", **kept.provenance["told"]}
+    options = {**kept.provenance["options"], "control": kind, "seed": seed, "alpha": kept.provenance["alpha"]}
+    provenance = {**kept.provenance, "control": kind, "options": options, "told": told}
     if kind == "noise":
-        return dataclasses.replace(kept, pairs=noise_like(kept.pairs, seed))
+        return dataclasses.replace(kept, pairs=noise_like(kept.pairs, seed), provenance=provenance)
     found = lineage if isinstance(lineage, Lineage) else Lineage.load(lineage)
     old = Matrices(teacher)
     content = open_content(
-        Cutter(shuffled(found, seed), old, Matrices(student)), base=None if base is None else open_base(base, old)
+        Cutter(shuffled(found, seed), old, Matrices(student)),
+        base=None if base is None else open_base(base, old),
+        adapter=adapter,
     )
     made = pairs_of(content, _fed(content), kept.provenance["options"]["rank"], seed)
-    return dataclasses.replace(kept, pairs=_scaled(made, kept.provenance["alpha"]))
+    energies = {name: energy for name, (_, energy) in made.items()}
+    pairs = _scaled(made, kept.provenance["alpha"])
+    return dataclasses.replace(kept, pairs=pairs, energies=energies, provenance=provenance)
 
 
 def _scaled(made: Made, alpha: float) -> dict[str, Pair]:
