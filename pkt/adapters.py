@@ -217,7 +217,7 @@ def check_fit(pairs: Mapping[str, Pair], student: ModelSpec, what: str) -> None:
     faults = fits(pairs, student)
     if faults:
         raise PktError(
-            f"{what} does not fit {student.name} ({len(faults)} modules):\n  {short_list(faults)}\nuse the student it was made for"
+            f"{what} does not fit {student.name} ({len(faults)} modules): {short_list(faults)}; use the student it was made for"
         )
 
 

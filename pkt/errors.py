@@ -41,7 +41,7 @@ class PktWarning(UserWarning):
     """Something the caller should know, though the result stands."""
 
 
-def short_list(lines: Sequence[str], most: int = 7) -> str:
-    """The indented lines of a message, and how many more there are: what is wrong a hundred times is seen in a few."""
-    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n  ".join([*lines[:most], *rest])
+def short_list(faults: Sequence[str], most: int = 3) -> str:
+    """The first faults in one line, and how many more there are: what is wrong a hundred times is seen in a few."""
+    rest = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "; ".join([*faults[:most], *rest])

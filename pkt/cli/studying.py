@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -198,10 +199,11 @@ def _show_plan(layout: Any, out: Path, json_: bool) -> None:
         say(f"{found['disk_bytes'] / 1e6:,.0f} MB on disk")
     for name, what in found["assumed"].items():
         say(f"assumed, since it is not here: {name}: {what}")
-    for line in found["next"][:10]:
-        say(f"  {line}")
-    if len(found["next"]) > 10:
-        say(f"  and {len(found['next']) - 10} more can begin now")
+    now = Counter(found["next"]).most_common()
+    for line, count in now[:10]:
+        say(f"  {line}" + (f", {count} draws" if count > 1 else ""))
+    if len(now) > 10:
+        say(f"  and {sum(count for _, count in now[10:])} more can begin now")
     if found["missing"]:
         say(f"{len(found['missing'])} models and files are to be given or fetched first")
     else:

@@ -61,7 +61,8 @@ def check_extraction(plan: TransferPlan, teacher: ModelSpec, options: Factorizat
             smaller = min(entry.target_shape)
             faults.append(f"{entry.target} {list(entry.target_shape)}: rank {options.rank} is above {smaller}")
     if faults:
-        raise PktError("this plan cannot be extracted:\n  " + short_list(list(dict.fromkeys(faults))))
+        listed = short_list(list(dict.fromkeys(faults)))
+        raise PktError(f"this plan cannot be extracted: {listed}; make it again with `pkt plan`, or lower the rank")
 
 
 def check_targets(plan: TransferPlan, student: ModelSpec) -> None:
@@ -80,8 +81,8 @@ def check_targets(plan: TransferPlan, student: ModelSpec) -> None:
         elif entry.target_shape != target.shape or (experts and not 0 <= experts[0] < experts[1]):
             faults.append(f"{entry.target}: the plan has {list(entry.target_shape)}, the student {list(target.shape)}")
     if faults:
-        lines = short_list(list(dict.fromkeys(faults)))
-        raise PktError(f"this plan does not fit {student.name}:\n  {lines}\nmake it again with `pkt plan`")
+        listed = short_list(list(dict.fromkeys(faults)))
+        raise PktError(f"this plan does not fit {student.name}: {listed}; make it again with `pkt plan`")
 
 
 def _shape_of(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def initialize_lora_weights(
             faults.append(f"{module}: tied to {spec.head}; target both, with ensure_weight_tying=True")
     if faults:
         raise PktError(
-            f"mode={mode!r} cannot fill the adapter {adapter_name!r}; set r and rank_pattern:\n  {short_list(faults)}"
+            f"mode={mode!r} cannot fill the adapter {adapter_name!r}; set r and rank_pattern: {short_list(faults)}"
         )
     adapter = Adapter(pairs, name_of(peft_model.get_base_model()), spec.head if spec.tied else None)
     # auto_mapping is saved as it is, but only for adapters with a task type; without one PEFT writes its own.

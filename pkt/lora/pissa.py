@@ -63,7 +63,7 @@ def pissa_pairs(
     if faults or not layers:
         raise PktError(
             "PiSSA subtracts the factors from the base's weights, so each layer needs a plain matrix of its own in float32, "
-            "float16 or bfloat16; initialize before quantizing, or take these out of target_modules:\n  "
+            "float16 or bfloat16; initialize before quantizing, or take these out of target_modules: "
             + short_list(faults or [f"no linear layer has the adapter {adapter_name!r}"])
         )
     by_rank: dict[int, list[str]] = {}

@@ -210,8 +210,7 @@ class Pairing:
             lines = [found[0] + (f" (and {len(found) - 1} like it)" if found[1:] else "") for found in faults.values()]
             listed, count = short_list(lines), sum(map(len, faults.values()))
             raise PktError(
-                f"{self.teacher.name} cannot feed {self.student.name} ({count} of {len(self.targets)} matrices):\n"
-                f"  {listed}\n"
+                f"{self.teacher.name} cannot feed {self.student.name} ({count} of {len(self.targets)} matrices): {listed}; "
                 "choose a teacher that is at least as large in every direction, leave these out with modules= (--modules "
                 "all,-k,-v), or feed what fits with partial=True (--partial)"
             )

@@ -245,7 +245,7 @@ def test_a_configuration_that_does_not_fit(student_folder: Path) -> None:
     model = get_peft_model(load_model(student_folder), LoraConfig(r=4, target_modules=["q_proj"]))
     with (
         pytest.raises(
-            pkt.PktError, match=r"set r and rank_pattern:\n  model\.layers\.0\.self_attn\.q_proj: r=4, needed 8"
+            pkt.PktError, match=r"set r and rank_pattern: model\.layers\.0\.self_attn\.q_proj: r=4, needed 8"
         ),
         pytest.warns(),
     ):
@@ -305,10 +305,9 @@ def test_a_student_that_does_not_fit_lists_modules_and_counts_the_rest(ext: Any)
 
     with pytest.raises(pkt.PktError, match=r"\(16 modules\):") as raised:
         pkt.inject(teacher(), ext)
-    listed = [module for module in ext.pairs if f"\n  {module}: " in str(raised.value)]
-    assert listed == list(ext.pairs)[: len(listed)]
-    assert f"\n  and {16 - len(listed)} more\n" in str(raised.value)
-    assert len(str(raised.value).splitlines()) <= 10
+    listed = [module for module in ext.pairs if f" {module}: " in str(raised.value)]
+    assert listed == list(ext.pairs)[:3]
+    assert str(raised.value).endswith("; and 13 more; use the student it was made for")
     with pytest.raises(pkt.PktError, match="has no such matrix"):
         pkt.inject(student("gpt2"), ext)
 

@@ -178,7 +178,7 @@ def spoil(layer: nn.Linear, weight: Tensor) -> None:
 def test_a_base_without_plain_weights_is_refused(change: Any, words: str) -> None:
     model = wrapped(student(), r=4, target_modules=["q_proj"])
     change(layers(model)["model.layers.1.self_attn.q_proj"].base_layer)
-    refused(model, f"float16 or bfloat16; .*\n  model.layers.1.self_attn.q_proj: {words}$")
+    refused(model, f"float16 or bfloat16; .*: model.layers.1.self_attn.q_proj: {words}$")
 
 
 def refused(model: Any, words: str) -> None:
