@@ -48,12 +48,14 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     beaten = sum(w == "beats" for w in words.values())
     close = [name for name, w in words.items() if w != "beats"]
     against = "every control" if not close else f"{beaten} of {len(words)} controls, not {', '.join(close)}"
+    shares = _share(student["exact_match"]), _share(ours["before"]["exact_match"])
+    right = "leaves right answers at {}" if len(set(shares)) == 1 else "from {} to {} right answers"
     does = (
         f"**When the student descends from the teacher's base**, the transplant alone, before any training, takes the demo's "
-        f"student from NLL {student['nll']:.2f} to {ours['before']['nll']:.2f} and from {_share(student['exact_match'])} to "
-        f"{_share(ours['before']['exact_match'])} right answers; after the same training it reaches {ours['nll_mean']:.2f} and "
-        f"{_share(ours['exact_match_mean'])} where the best control ({best}) reaches {methods[best]['nll_mean']:.2f} and "
-        f"{_share(methods[best]['exact_match_mean'])}: it beats {against}{_forgetting(summary)}."
+        f"student from NLL {student['nll']:.2f} to {ours['before']['nll']:.2f} and {right.format(*shares)}; after the same "
+        f"training it reaches {ours['nll_mean']:.2f} and {_share(ours['exact_match_mean'])} where the best control ({best}) "
+        f"reaches {methods[best]['nll_mean']:.2f} and {_share(methods[best]['exact_match_mean'])}: it beats "
+        f"{against}{_forgetting(summary)}."
     )
     names = ("stranger: the paper's window", "stranger: plain LoRA")
     between = found_of(summary, *names, "task")
