@@ -72,6 +72,14 @@ def test_what_is_not_is_not(ours: tuple[float, float, float], says: str) -> None
     assert ("forgets more general text than wrong units and noise" in sentences(summary)[0]) == (says == "loses to")
 
 
+def test_right_answers_that_stay_as_they_were_are_said_to_stay() -> None:
+    summary = demo((0.2, 0.6, 0.7), (0.9, 0.1, 5.0))
+    summary["models"]["descendant"]["exact_match"] = summary["methods"][OURS]["before"]["exact_match"] = 0.125
+    assert "and leaves right answers at 12%; after" in sentences(summary)[0]
+    summary["methods"][OURS]["before"]["exact_match"] = 0.5
+    assert "and from 12% to 50% right answers; after" in sentences(summary)[0]
+
+
 def test_one_seed_decides_nothing() -> None:
     summary = demo((0.2, 0.6, 0.7), (0.9, 0.1, 5.0), seeds=1)
     assert verdict(summary) == ["one training seed: no difference has a spread; give --seeds 2 or more"]
