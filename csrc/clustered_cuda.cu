@@ -82,8 +82,8 @@ struct Hopper {
   __device__ void expect(int stage) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(fetched(stage)), "n"(stage_bytes) : "memory");
   }
-  // Tells the block of that rank. Not as `.release.cluster`, a fence of the whole GPU at every step (MEMBAR.ALL.GPU, some 900
-  // cycles on an H200): what was read, by products that are done, need not be ordered.
+  // Tells the block of that rank. Not as `.release.cluster`, a fence of the whole GPU at every step (MEMBAR.ALL.GPU), longer
+  // than the step's products: what was read, by products that are done, need not be ordered.
   __device__ void release(int stage, int to) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
