@@ -5,8 +5,8 @@
 #   OUT=folder STEPS="build assert smoke stream" bench/gpu.sh    # some of it, so that it can be two calls on one machine
 #   OUT=folder DEVICE=cpu bench/gpu.sh                       # a rehearsal: each step's twin on a CPU, in tiny shapes
 #
-# Steps, always in this order: build assert warm smoke tune stream kernels rsvd model tests sanitizer racecheck (and, when they are named, sweep, and
-# descendant: a real pair, by itself within the deadline; GSM8K names its rows, SMOLLM2 a model folder instead of the package's).
+# Steps, always in this order: build assert warm smoke tune stream kernels rsvd profile model tests sanitizer racecheck (and, when they
+# are named, sweep, and descendant: a real pair, by itself within the deadline; GSM8K names its rows, SMOLLM2 a model folder).
 # A failed build or assertion stops the rest: figures of torch's own operations would be no figures of pkt. Otherwise every step
 # runs whatever became of those before it. $OUT (bench/results) then holds JSON files, written after every group of a bench, and
 # logs.tar.gz: at most eight files. The last lines are a table of the design's goals. The exit status is 1 if a step failed.
@@ -18,7 +18,7 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 results=${OUT:-bench/results}
 deadline=${DEADLINE:-530}
-steps=${STEPS:-build assert warm smoke tune stream kernels rsvd model tests sanitizer racecheck}
+steps=${STEPS:-build assert warm smoke tune stream kernels rsvd profile model tests sanitizer racecheck}
 mkdir -p "$results"
 results=$(cd "$results" && pwd)
 logs=$(mktemp -d)
@@ -26,7 +26,7 @@ rm -f "$results/steps.jsonl"
 export OUT="$results" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # A step's share of the deadline. What it does not use is the next one's, so it may run until all shares up to its own are over.
-declare -A share=([build]=90 [assert]=40 [warm]=40 [smoke]=20 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [model]=40 [tests]=70 [sanitizer]=30
+declare -A share=([build]=90 [assert]=40 [warm]=40 [smoke]=20 [tune]=40 [stream]=120 [kernels]=75 [rsvd]=45 [profile]=35 [model]=40 [tests]=70 [sanitizer]=30
     [racecheck]=30 [sweep]=120 [descendant]=530)
 total=0 reached=0 stopped="" failed=()
 for name in $steps; do
@@ -51,7 +51,8 @@ command_of() {
         # Compiles what the steps after it launch, on several cores at once.
         warm)
             command=(bash -c "for ops in abs 'embedding|best|rsvd' 'linear_sensitivity_$' 'linear_sensitivity_tiles_$' '.*@'; do
-                '$python' bench/smoke.py --device $device --out '$logs/warm' --only \"\$ops\" & done; wait")
+                n=\$((n + 1)); '$python' bench/smoke.py --device $device --out \"$logs/warm/\$n\" --only \"\$ops\" & done
+                wait; rm -rf '$logs/warm'")
             ;;
         smoke) command=("$python" bench/smoke.py --device "$device") ;;
         # The kernels to choose from, each against today's; what was found serves the steps after it. Steps that ask whether ops
@@ -61,6 +62,7 @@ command_of() {
         kernels) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}") ;;
         rsvd) command=("$python" bench/bench_rsvd.py --device "$device" "${tiny[@]}" --shapes 11008x4096,4096x4096 --ranks 16
             --full --odd --quality --student --layers 8) ;;
+        profile) command=("$python" bench/profile_gpu.py --device "$device" "${tiny[@]}") ;;
         model) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --model "$size" --batch 4) ;;
         sweep) command=("$python" bench/bench_kernels.py --device "$device" "${tiny[@]}" --sweep) ;;
         descendant)
@@ -129,7 +131,7 @@ run() {
     [[ $name == build || $name == assert ]] && stopped="$name failed"
 }
 
-for name in build assert warm smoke tune stream kernels rsvd model tests sanitizer racecheck sweep descendant; do
+for name in build assert warm smoke tune stream kernels rsvd profile model tests sanitizer racecheck sweep descendant; do
     [[ " $steps " == *" $name "* ]] && run "$name"
 done
 rm -rf "$logs"

@@ -31,6 +31,7 @@ STEPS = (
     "stream",
     "kernels",
     "rsvd",
+    "profile",
     "model",
     "tests",
     "sanitizer",
@@ -399,7 +400,9 @@ def test_a_rehearsal_of_the_gpu_s_slot(tmp_path: Path) -> None:
     assert list((copy / "pkt").glob("_C*.so"))
 
     files = sorted(path.name for path in out.iterdir())
-    benches = ["kernels_tiny.json", "kernels_tiny_tiny.json", "rsvd_tiny.json", "smoke_cpu.json", "stream_tiny.json"]
+    benches = [f"{name}_tiny.json" for name in ("kernels", "kernels_tiny", "profile", "rsvd", "stream")] + [
+        "smoke_cpu.json"
+    ]
     assert files == sorted([*benches, "logs.tar.gz", "steps.jsonl"])
     assert all(path.stat().st_size < 16 * MEBIBYTE for path in out.iterdir())
     assert set(logs(out)) == set(STEPS) - {"sanitizer", "racecheck"}
