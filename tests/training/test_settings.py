@@ -107,7 +107,7 @@ def test_what_a_default_run_records_is_what_it_was(
     manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
     names = "mode epochs batch_size lr dropout warmup scheduler max_steps seed data extraction student"
     assert list(manifest["settings"]) == names.split()
-    names = "format kind mode student settings plan versions finished train_loss"
+    names = "format kind mode student settings plan given versions finished train_loss"
     assert list(manifest) == names.split()
     assert manifest["settings"]["warmup"] == 0.0
     assert manifest["mode"] == "paired"
