@@ -1,4 +1,4 @@
-"""stats.json of a study that nobody ran: two tasks, three panels, figures drawn from a generator."""
+"""stats.json of a study that nobody ran: two tasks, three panels, figures drawn from a generator; and the file of a small one."""
 
 from __future__ import annotations
 
@@ -130,3 +130,24 @@ def _crossed() -> dict[str, Any]:
 def _costs() -> dict[str, Any]:
     kinds = {k: {"cells": 30, "seconds": s, "peak_bytes": 2e9} for k, s in (("start", 30.0), ("train", 9000.0))}
     return {"kinds": kinds, "versions": {"torch": ["2.13", "2.14"], "pkt": ["0.1.0"]}, "devices": ["cpu"]}
+
+
+def one_test(test: str, decides: str) -> str:
+    """A study of two starts and one test, of few steps: its file."""
+    return f"""student: demo:student
+tasks:
+  sums:
+    train: demo:data/train.jsonl
+    rows: 4
+    held_out: 2
+    tests:
+      {test}
+    decides: {decides}
+starts:
+  pissa: {{kind: start, how: pissa}}
+  lora: {{kind: lora}}
+training: {{rank: 2, epochs: 1, batch_size: 4, micro_batch: 4, max_length: 256}}
+rates: {{lr: [1e-3], a_scale: [1], seeds: [7], epochs: 1, extend: 0}}
+seeds: 2
+compare: {{of: pissa}}
+"""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from harness_task import write_task
+from made_up import one_test
 
 import pkt
 from pkt import PktError
@@ -23,23 +24,7 @@ from pkt.studying import Layout, open_study, study
 from pkt.studying.harness import Harness, harness_items
 
 ASSETS = Path(pkt.__file__).parent / "demo" / "assets"
-STUDY = """student: demo:student
-tasks:
-  sums:
-    train: demo:data/train.jsonl
-    rows: 4
-    held_out: 2
-    tests:
-      local: {lm_eval: {task: pkt_local, include: tasks}}
-    decides: local.lm_eval
-starts:
-  pissa: {kind: start, how: pissa}
-  lora: {kind: lora}
-training: {rank: 2, epochs: 1, batch_size: 4, micro_batch: 4, max_length: 256}
-rates: {lr: [1e-3], a_scale: [1], seeds: [7], epochs: 1, extend: 0}
-seeds: 2
-compare: {of: pissa}
-"""
+STUDY = one_test("local: {lm_eval: {task: pkt_local, include: tasks}}", decides="local.lm_eval")
 
 
 def local_task(folder: Path) -> Path:

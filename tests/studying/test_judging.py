@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import one_test
 
 import pkt
 from pkt import PktError
@@ -158,23 +159,10 @@ def test_instructions_are_what_the_user_said(tmp_path: Path) -> None:
     assert instructions(seeds, tokenizer) == ["Count.", "Count again:"]
 
 
-STUDY = """student: demo:student
-tasks:
-  sums:
-    train: demo:data/train.jsonl
-    rows: 4
-    held_out: 2
-    tests:
-      chat: {data: demo:data/test.jsonl, metrics: [win_rate], limit: 3, max_new_tokens: 4, judge: {model: j, endpoint: "URL"}}
-    decides: chat.win_rate
-starts:
-  pissa: {kind: start, how: pissa}
-  lora: {kind: lora}
-training: {rank: 2, epochs: 1, batch_size: 4, micro_batch: 4, max_length: 256}
-rates: {lr: [1e-3], a_scale: [1], seeds: [7], epochs: 1, extend: 0}
-seeds: 2
-compare: {of: pissa}
-"""
+STUDY = one_test(
+    'chat: {data: demo:data/test.jsonl, metrics: [win_rate], limit: 3, max_new_tokens: 4, judge: {model: j, endpoint: "URL"}}',
+    decides="chat.win_rate",
+)
 
 
 def test_a_study_goes_on_without_training_again(
